@@ -1,0 +1,93 @@
+"""What a user can set, and the record of which kernel each call took.
+
+``dlkernels.config.kernels`` forces the choice of kernels:
+
+=========  ==================================================================================
+``auto``   the fastest one known for the shape, the dtype and the machine (the start value)
+``own``    ours; ``NotImplementedError`` where there is none for the input
+``stock``  PyTorch's, everywhere
+=========  ==================================================================================
+
+Its start value is the environment variable ``DLKERNELS_KERNELS``. C++ sees the choice as an
+argument of the ops that have one to make, never as hidden state.
+
+Every call of a public function says here which kernel it took, and why: to the logger
+``dlkernels`` at DEBUG, and to ``recording()``, on which ``dlkernels.explain`` stands.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import types
+from typing import NamedTuple
+
+import torch
+
+KERNELS = ("own", "auto", "stock")
+
+logger = logging.getLogger("dlkernels")
+
+# Device type -> the instruction set or architecture of the library that owns it ("cpu": "avx2").
+# Written once, by the package when it loads its libraries.
+libraries: dict[str, str] = {}
+
+
+class Choice(NamedTuple):
+    op: str  # "cross_entropy"
+    kernel: str  # "cpu/avx2", "cuda", "triton", "stock", "reference"
+    reason: str
+
+
+_recorders: list[list[Choice]] = []
+
+
+@contextlib.contextmanager
+def recording():
+    """Collects a ``Choice`` for every public function called inside, from any thread."""
+    choices: list[Choice] = []
+    _recorders.append(choices)
+    try:
+        yield choices
+    finally:
+        # By identity: list.remove compares contents, and two empty recorders are equal.
+        _recorders[:] = [recorder for recorder in _recorders if recorder is not choices]
+
+
+def record(op: str, kernel: str, reason: str) -> None:
+    """Notes one choice. Does nothing while compiling: nothing may be logged in a traced graph."""
+    if torch.compiler.is_compiling():
+        return
+    if _recorders:
+        for choices in _recorders:
+            choices.append(Choice(op, kernel, reason))
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("%s: %s (%s)", op, kernel, reason)
+
+
+def is_recording() -> bool:
+    """Whether anyone listens: a caller may skip writing its reason when nobody does."""
+    return bool(_recorders) or logger.isEnabledFor(logging.DEBUG)
+
+
+@torch.compiler.assume_constant_result
+def forced() -> str:
+    """``kernels``, for code that is traced: a property of a module is not."""
+    return _module._kernels
+
+
+class _Config(types.ModuleType):
+    @property
+    def kernels(self) -> str:
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, value: str) -> None:
+        if value not in KERNELS:
+            raise ValueError(f"dlkernels.config.kernels must be one of {KERNELS}, got {value!r}")
+        self._kernels = value
+
+
+_module = sys.modules[__name__]
+_module.__class__ = _Config
+_module.kernels = os.environ.get("DLKERNELS_KERNELS", "auto")

@@ -1,0 +1,398 @@
+"""Softmax cross-entropy with soft-capping, z-loss and the log-sum-exp.
+
+Per row of logits x with target y (or probabilities t), class weights w and C classes::
+
+    x'   = softcap·tanh(x / softcap)                        (x where softcap is None)
+    lse  = log Σ_c exp(x'_c)
+    loss = (1-ε)·w_y·(lse - x'_y) + ε/C·Σ_c w_c·(lse - x'_c) + z_loss·lse²     class indices
+    loss = Σ_c w_c·((1-ε)·t_c + ε/C)·(lse - x'_c) + z_loss·lse²                probabilities
+
+``mean`` divides the sum by Σ w_y over the rows that are not ignored (indices) or by the number of
+rows (probabilities). An ignored row has loss 0, z-loss included, and gradient 0.
+
+Raw ops: ``cross_entropy_forward`` reads the logits once and returns what the backward needs;
+``cross_entropy_forward_backward`` also writes the gradient for an upstream gradient of 1 while a row
+is in cache, which ``cross_entropy_scale_`` then multiplies by the true one; ``cross_entropy_backward``
+makes it from the logits and the log-sum-exp, for any upstream gradient.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from dlkernels import config
+
+_OP = "cross_entropy"
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Below this many logits stock is faster than our way through Python (benchmarks: "dispatch cost").
+_SMALL = 2048
+
+# ------------------------------------------------------------------------------------------ schemas
+
+_OPTIONS = "int reduction, int ignore_index, float label_smoothing, float softcap, float z_loss"
+_INPUTS = f"Tensor input, Tensor target, Tensor? weight, {_OPTIONS}"
+
+for _schema in (
+    f"cross_entropy({_INPUTS}) -> (Tensor loss, Tensor lse, Tensor total_weight)",
+    f"cross_entropy_forward({_INPUTS}) -> (Tensor loss, Tensor lse, Tensor total_weight)",
+    f"cross_entropy_forward_backward({_INPUTS})"
+    " -> (Tensor loss, Tensor lse, Tensor total_weight, Tensor grad_input)",
+    "cross_entropy_backward(Tensor grad_loss, Tensor? grad_lse, Tensor input, Tensor target,"
+    f" Tensor? weight, Tensor lse, Tensor total_weight, {_OPTIONS}) -> Tensor",
+    "cross_entropy_scale_(Tensor(a!) gradient, Tensor grad_loss) -> ()",
+):
+    torch.library.define(f"dlkernels::{_schema.split('(')[0]}", _schema[_schema.index("(") :])
+
+_ops = torch.ops.dlkernels
+
+
+def _row_shape(input: Tensor) -> list:
+    return [size for d, size in enumerate(input.shape) if d != (1 if input.dim() > 1 else 0)]
+
+
+@torch.library.register_fake("dlkernels::cross_entropy")
+@torch.library.register_fake("dlkernels::cross_entropy_forward")
+def _(input, target, weight, reduction, ignore_index, label_smoothing, softcap, z_loss):
+    rows = _row_shape(input)
+    statistics = torch.float64 if input.dtype == torch.float64 else torch.float32
+    loss = input.new_empty(rows if reduction == 0 else ())
+    return loss, input.new_empty(rows, dtype=statistics), input.new_empty((), dtype=statistics)
+
+
+@torch.library.register_fake("dlkernels::cross_entropy_forward_backward")
+def _(input, *arguments):
+    return *_ops.cross_entropy_forward(input, *arguments), torch.empty_like(input)
+
+
+@torch.library.register_fake("dlkernels::cross_entropy_backward")
+def _(grad_loss, grad_lse, input, *arguments):
+    return torch.empty_like(input)
+
+
+@torch.library.register_fake("dlkernels::cross_entropy_scale_")
+def _(gradient, grad_loss):
+    return None
+
+
+# ---------------------------------------------------------------------------------------- reference
+
+
+def cross_entropy_reference(
+    input, target, weight, reduction, ignore_index, label_smoothing, softcap, z_loss
+):
+    """The definition, in torch ops: (loss, lse), differentiable any number of times."""
+    class_dim = 1 if input.dim() > 1 else 0
+    x = softcap * torch.tanh(input / softcap) if softcap else input
+    lse = torch.logsumexp(x, class_dim)
+    mass, kept, denominator = _mass(x, target, weight, ignore_index, label_smoothing)
+    loss = (mass * (lse.unsqueeze(class_dim) - x)).sum(class_dim)
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    if kept is not None:
+        loss = loss.where(kept, 0)
+    if reduction == 0:
+        return loss, lse
+    return loss.sum() / denominator if reduction == 1 else loss.sum(), lse
+
+
+def _mass(x, target, weight, ignore_index, label_smoothing):
+    """What each class weighs in a row's loss, which rows count, and the divisor of the mean."""
+    class_dim = 1 if x.dim() > 1 else 0
+    classes = x.shape[class_dim]
+    w = torch.ones(classes, dtype=x.dtype, device=x.device) if weight is None else weight
+    w = w.view([-1 if d == class_dim else 1 for d in range(x.dim())])
+    if target.is_floating_point():
+        mass = w * (target * (1 - label_smoothing) + label_smoothing / classes)
+        return mass, None, x.numel() // classes
+    kept = target != ignore_index
+    safe = target.long().where(kept, 0).unsqueeze(class_dim)
+    hit = torch.zeros_like(x).scatter(class_dim, safe, 1)
+    mass = w * (hit * (1 - label_smoothing) + label_smoothing / classes)
+    return mass, kept, (w * hit).sum(class_dim).where(kept, 0).sum()
+
+
+# ------------------------------------------------------------------------------------------ backward
+
+
+def _backward(ctx, grad_loss, grad_lse):
+    """(grad_input, grad_target), by the kernel, or in torch ops where it is differentiated again."""
+    input, target, weight, lse, total_weight = ctx.saved_tensors
+    if grad_loss is None and grad_lse is None:
+        return None, None
+    probabilities = target.is_floating_point()
+    want_target = probabilities and ctx.needs_input_grad[1]
+    if torch.is_grad_enabled() or want_target:
+        return _gradients(ctx, input, target, weight, grad_loss, grad_lse, want_target)
+    if grad_loss is None:
+        shape = lse.shape if ctx.options[0] == 0 else ()
+        grad_loss = input.new_zeros(shape)
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.cross_entropy_backward(
+            grad_loss.contiguous(), grad_lse, input, target, weight, lse, total_weight, *ctx.options
+        ), None
+
+
+def _gradients(ctx, input, target, weight, grad_loss, grad_lse, want_target):
+    """d loss / d x'_c = p_c·(Σ_k s_k + 2·z·lse) - s_c for the mass s of ``_mass``; torch ops."""
+    reduction, ignore_index, label_smoothing, softcap, z_loss = ctx.options
+    class_dim = 1 if input.dim() > 1 else 0
+    x = softcap * torch.tanh(input / softcap) if softcap else input
+    lse = torch.logsumexp(x, class_dim, keepdim=True)
+    p = torch.exp(x - lse)
+    mass, kept, denominator = _mass(x, target, weight, ignore_index, label_smoothing)
+    grad_x = torch.zeros_like(x)
+    grad_target = None
+    if grad_loss is not None:
+        if reduction == 1:
+            grad_loss = grad_loss / denominator
+        row = grad_loss.unsqueeze(class_dim) if reduction == 0 else grad_loss
+        if kept is not None:
+            row = kept.unsqueeze(class_dim) * row
+        total = mass.sum(class_dim, keepdim=True)
+        if want_target:
+            w = 1 if weight is None else weight.view([-1 if d == class_dim else 1 for d in range(x.dim())])
+            grad_target = row * w * (1 - label_smoothing) * (lse - x)
+        grad_x = row * (p * (total + 2 * z_loss * lse) - mass)
+    if grad_lse is not None:
+        grad_x = grad_x + grad_lse.unsqueeze(class_dim).to(x.dtype) * p
+    if softcap:
+        grad_x = grad_x * (1 - (x / softcap).square())
+    return grad_x, grad_target
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """(loss, lse). With ``ahead`` the gradient for an upstream gradient of 1 is made in the forward
+    pass, and handed out by the first backward; a second one makes it anew from the logits."""
+
+    @staticmethod
+    def forward(ctx, input, target, weight, options, ahead):
+        ctx.set_materialize_grads(False)
+        with torch._C._AutoDispatchBelowAutograd():
+            if ahead:
+                loss, lse, total, ctx.gradient = _ops.cross_entropy_forward_backward(
+                    input, target, weight, *options
+                )
+            else:
+                loss, lse, total = _ops.cross_entropy_forward(input, target, weight, *options)
+        ctx.save_for_backward(input, target, weight, lse, total)
+        ctx.options = options
+        return loss, lse
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_lse):
+        # One dictionary operation, so that of two threads only one gets it.
+        gradient = vars(ctx).pop("gradient", None)
+        if gradient is None or grad_loss is None or grad_lse is not None or torch.is_grad_enabled():
+            return *_backward(ctx, grad_loss, grad_lse), None, None, None
+        ctx.saved_tensors  # noqa: B018  raises if the graph was freed or an input changed in place
+        with torch._C._AutoDispatchBelowAutograd():
+            _ops.cross_entropy_scale_(gradient, grad_loss)
+        return gradient, None, None, None, None
+
+
+# The public op: functional, for export, opcheck and compile.
+
+
+def _setup_context(ctx, inputs, output):
+    input, target, weight, *ctx.options = inputs
+    _, lse, total = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(total)
+    ctx.save_for_backward(input, target, weight, lse, total)
+
+
+def _backward_of_op(ctx, grad_loss, grad_lse, grad_total):
+    return *_backward(ctx, grad_loss, grad_lse), None, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "dlkernels::cross_entropy", _backward_of_op, setup_context=_setup_context
+)
+
+
+def _not_differentiable(name):
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"dlkernels::{name} is a raw op without a derivative; use torch.ops.dlkernels.cross_entropy"
+            " or dlkernels.functional.cross_entropy"
+        )
+
+    torch.library.register_autograd(f"dlkernels::{name}", backward)
+
+
+for _name in ("cross_entropy_forward", "cross_entropy_forward_backward", "cross_entropy_backward"):
+    _not_differentiable(_name)
+
+
+# ------------------------------------------------------------------------------------------- choice
+
+
+def _check_extras(softcap, z_loss):
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"cross_entropy: softcap must be positive or None, got {softcap}")
+    if not z_loss >= 0:
+        raise ValueError(f"cross_entropy: z_loss must not be negative, got {z_loss}")
+
+
+def _is_plain(tensor):
+    """A tensor whose memory a kernel can read, or a fake of one."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor.layout is torch.strided
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and not torch.overrides.has_torch_function_unary(tensor)
+        and not is_traceable_wrapper_subclass(tensor)
+    )
+
+
+def _refusal(input, target, weight, reduction, ignore_index, label_smoothing):
+    """Why our kernels do not take these arguments: torch refuses them, or only torch can."""
+    if not (_is_plain(input) and _is_plain(target) and (weight is None or _is_plain(weight))):
+        return "an argument is not a plain dense tensor"
+    device = input.device.type
+    if device not in config.libraries:
+        return f"no kernel for device {device}"
+    if target.device != input.device or (weight is not None and weight.device != input.device):
+        return "tensors on different devices"
+    if reduction not in _REDUCTIONS or type(ignore_index) is bool:
+        return f"reduction {reduction!r}"
+    if not 0.0 <= label_smoothing <= 1.0:
+        return f"label_smoothing {label_smoothing}"
+    if input.dtype not in _DTYPES:
+        return f"no kernel for {input.dtype}"
+    class_dim = 1 if input.dim() > 1 else 0
+    if input.dim() == 0 or input.shape[class_dim] == 0:
+        return f"input of shape {tuple(input.shape)}"
+    if weight is not None and (
+        weight.requires_grad or weight.dim() != 1 or weight.shape[0] != input.shape[class_dim]
+    ):
+        return f"weight of shape {tuple(weight.shape)}, requires_grad={weight.requires_grad}"
+    autocast = torch.is_autocast_enabled(device)
+    if weight is not None and weight.dtype != input.dtype and not autocast:
+        return f"weight of {weight.dtype} beside input of {input.dtype}"
+    if target.dtype == torch.int64 or target.dtype == torch.uint8:
+        if target.dim() != max(input.dim() - 1, 0):
+            return f"target of shape {tuple(target.shape)} for input of {tuple(input.shape)}"
+        wanted = [size for d, size in enumerate(input.shape) if d != class_dim]
+        if list(target.shape) != wanted:
+            return f"target of shape {tuple(target.shape)} for input of {tuple(input.shape)}"
+    elif target.dtype != input.dtype and not (autocast and target.is_floating_point()):
+        return f"target of {target.dtype} beside input of {input.dtype}"
+    elif target.shape != input.shape:
+        return f"target of shape {tuple(target.shape)} for input of {tuple(input.shape)}"
+    elif ignore_index >= 0:
+        return "ignore_index with probabilities"
+    return None
+
+
+def _choose(input, target, weight, reduction, ignore_index, label_smoothing, extras):
+    """(kernel, reason). "reference" is the definition in torch ops, for what stock lacks."""
+    torchs = "reference" if extras else "stock"
+    if torch._C._are_functorch_transforms_active():
+        return torchs, "a functorch transform is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return torchs, "forward-mode AD is active"
+    kernels = config.forced()
+    if kernels == "stock":
+        return torchs, "dlkernels.config.kernels is 'stock'"
+    refusal = _refusal(input, target, weight, reduction, ignore_index, label_smoothing)
+    if refusal is not None:
+        if kernels == "own":
+            stock = (input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+            F.cross_entropy(*stock)  # bad input is torch's to refuse
+            raise NotImplementedError(f"cross_entropy: no kernel of ours: {refusal}")
+        return torchs, refusal
+    if torch.compiler.is_compiling():
+        return "own", "covered"
+    if kernels == "auto" and not extras and input.numel() < _SMALL:
+        return "stock", f"{input.numel()} logits: too small for our call overhead"
+    return f"{input.device.type}/{config.libraries[input.device.type]}", "covered"
+
+
+def _upcast(tensor):
+    """Autocast computes a loss in float32; float64 stays."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+# ------------------------------------------------------------------------------------------- public
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``torch.nn.functional.cross_entropy`` in one read of the logits and one write of the gradient.
+
+    Args:
+        input: logits, (C), (N, C) or (N, C, d1, …, dk), in any strides; float32, float64, bfloat16
+            or float16, computed in float32 (float64 for float64).
+        target: class indices in int64 or uint8, of the input's shape without C; or probabilities of
+            the input's shape and dtype.
+        weight: (C), of the input's dtype: a factor for each class.
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: a target that counts neither in the loss nor in the gradient (indices only).
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        label_smoothing: in [0, 1]: how much of the target is spread over all classes.
+        softcap: a positive cap: the logits become cap·tanh(input / cap) before anything else.
+        z_loss: coefficient of lse² in each row's loss, within the reduction; 0 at ignored rows.
+        return_lse: return (loss, lse); lse has the shape of index targets, is float32 (float64 for
+            float64), is of the capped logits, and is differentiable.
+
+    Raises:
+        What torch raises, with its words: IndexError for a target out of range, ValueError for a
+        batch that does not match, RuntimeError for shapes and dtypes, TypeError for no tensor.
+        ValueError for softcap ≤ 0 or z_loss < 0.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    stock = (input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    extras = softcap is not None or z_loss != 0.0 or return_lse
+    if extras:
+        _check_extras(softcap, z_loss)
+
+    kernel, reason = _choose(input, target, weight, reduction, ignore_index, label_smoothing, extras)
+    config.record(_OP, kernel, reason)
+    if kernel == "stock":
+        return F.cross_entropy(*stock)
+
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        input, weight = _upcast(input), None if weight is None else _upcast(weight)
+        target = _upcast(target) if target.is_floating_point() else target
+    options = (
+        _REDUCTIONS[reduction],
+        ignore_index,
+        float(label_smoothing),
+        float(softcap or 0.0),
+        float(z_loss),
+    )
+    if kernel == "reference":
+        F.cross_entropy(*stock)  # for its refusals
+        outputs = cross_entropy_reference(input, target, weight, *options)
+    elif torch.compiler.is_compiling():
+        outputs = _ops.cross_entropy(input, target, weight, *options)
+    elif torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        # float16 has no room below a gradient that a loss scale has yet to lift.
+        ahead = options[0] != 0 and not return_lse and input.dtype != torch.float16
+        ahead = ahead and input.requires_grad and not target.requires_grad
+        outputs = _CrossEntropy.apply(input, target, weight, options, ahead)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = _ops.cross_entropy_forward(input, target, weight, *options)
+    return (outputs[0], outputs[1]) if return_lse else outputs[0]
