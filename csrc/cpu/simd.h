@@ -15,6 +15,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #if defined(DLKERNELS_SIMD_PLAIN) || !defined(__AVX2__)
 #define DLK_PLAIN 1
@@ -124,7 +125,6 @@ inline F operator/(F a, F b) { return _mm512_div_ps(a.v, b.v); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 inline F max(F a, F b) { return _mm512_max_ps(a.v, b.v); }
 inline F min(F a, F b) { return _mm512_min_ps(a.v, b.v); }
-inline F round(F a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F abs(F a) { return _mm512_abs_ps(a.v); }
 inline Vec<float>::Mask less(F a, F b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 inline F select(Vec<float>::Mask mask, F yes, F no) { return _mm512_mask_blend_ps(mask, no.v, yes.v); }
@@ -132,9 +132,8 @@ inline F copysign(F magnitude, F sign) {
   const __m512 bit = _mm512_set1_ps(-0.0f);
   return _mm512_or_ps(_mm512_andnot_ps(bit, magnitude.v), _mm512_and_ps(bit, sign.v));
 }
-inline F power_of_two(F n) {
-  const __m512i bits = _mm512_castps_si512(_mm512_add_ps(n.v, _mm512_set1_ps(0x1.8p23f)));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(127)), 23));
+inline F exponent_from_low_bits(F a) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23));
 }
 inline void split_exponent(F x, F& mantissa, F& exponent) {
   const __m512i bits = _mm512_castps_si512(x.v);
@@ -152,7 +151,6 @@ inline D operator/(D a, D b) { return _mm512_div_pd(a.v, b.v); }
 inline D fma(D a, D b, D c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
 inline D max(D a, D b) { return _mm512_max_pd(a.v, b.v); }
 inline D min(D a, D b) { return _mm512_min_pd(a.v, b.v); }
-inline D round(D a) { return _mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline D abs(D a) { return _mm512_abs_pd(a.v); }
 inline Vec<double>::Mask less(D a, D b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ); }
 inline D select(Vec<double>::Mask mask, D yes, D no) { return _mm512_mask_blend_pd(mask, no.v, yes.v); }
@@ -160,9 +158,8 @@ inline D copysign(D magnitude, D sign) {
   const __m512d bit = _mm512_set1_pd(-0.0);
   return _mm512_or_pd(_mm512_andnot_pd(bit, magnitude.v), _mm512_and_pd(bit, sign.v));
 }
-inline D power_of_two(D n) {
-  const __m512i bits = _mm512_castpd_si512(_mm512_add_pd(n.v, _mm512_set1_pd(0x1.8p52)));
-  return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_add_epi64(bits, _mm512_set1_epi64(1023)), 52));
+inline D exponent_from_low_bits(D a) {
+  return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(a.v), 52));
 }
 inline void split_exponent(D x, D& mantissa, D& exponent) {
   const __m512i bits = _mm512_castpd_si512(x.v);
@@ -255,7 +252,6 @@ inline F operator/(F a, F b) { return _mm256_div_ps(a.v, b.v); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 inline F max(F a, F b) { return _mm256_max_ps(a.v, b.v); }
 inline F min(F a, F b) { return _mm256_min_ps(a.v, b.v); }
-inline F round(F a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
 inline Vec<float>::Mask less(F a, F b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ); }
 inline F select(Vec<float>::Mask mask, F yes, F no) { return _mm256_blendv_ps(no.v, yes.v, mask); }
@@ -263,9 +259,8 @@ inline F copysign(F magnitude, F sign) {
   const __m256 bit = _mm256_set1_ps(-0.0f);
   return _mm256_or_ps(_mm256_andnot_ps(bit, magnitude.v), _mm256_and_ps(bit, sign.v));
 }
-inline F power_of_two(F n) {
-  const __m256i bits = _mm256_castps_si256(_mm256_add_ps(n.v, _mm256_set1_ps(0x1.8p23f)));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(127)), 23));
+inline F exponent_from_low_bits(F a) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23));
 }
 inline void split_exponent(F x, F& mantissa, F& exponent) {
   const __m256i bits = _mm256_castps_si256(x.v);
@@ -291,7 +286,6 @@ inline D operator/(D a, D b) { return _mm256_div_pd(a.v, b.v); }
 inline D fma(D a, D b, D c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
 inline D max(D a, D b) { return _mm256_max_pd(a.v, b.v); }
 inline D min(D a, D b) { return _mm256_min_pd(a.v, b.v); }
-inline D round(D a) { return _mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline D abs(D a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v); }
 inline Vec<double>::Mask less(D a, D b) { return _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ); }
 inline D select(Vec<double>::Mask mask, D yes, D no) { return _mm256_blendv_pd(no.v, yes.v, mask); }
@@ -299,9 +293,8 @@ inline D copysign(D magnitude, D sign) {
   const __m256d bit = _mm256_set1_pd(-0.0);
   return _mm256_or_pd(_mm256_andnot_pd(bit, magnitude.v), _mm256_and_pd(bit, sign.v));
 }
-inline D power_of_two(D n) {
-  const __m256i bits = _mm256_castpd_si256(_mm256_add_pd(n.v, _mm256_set1_pd(0x1.8p52)));
-  return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_add_epi64(bits, _mm256_set1_epi64x(1023)), 52));
+inline D exponent_from_low_bits(D a) {
+  return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(a.v), 52));
 }
 inline void split_exponent(D x, D& mantissa, D& exponent) {
   const __m256i bits = _mm256_castpd_si256(x.v);
@@ -444,17 +437,11 @@ DLK_PLAIN_OPERATIONS(F, float)
 DLK_PLAIN_OPERATIONS(D, double)
 #undef DLK_PLAIN_OPERATIONS
 
-// Adding and subtracting 1.5·2^(mantissa bits) rounds to nearest even while |a| is below 2^22 (2^51);
-// its low bits then hold the integer itself.
-inline F round(F a) { return (a + F(0x1.8p23f)) - F(0x1.8p23f); }
-inline D round(D a) { return (a + D(0x1.8p52)) - D(0x1.8p52); }
-inline F power_of_two(F n) {
-  const F::Mask bits = bit_cast<F::Mask>((n + F(0x1.8p23f)).v);
-  return bit_cast<F::Native>(F::Mask((bits + 127) << 23));
+inline F exponent_from_low_bits(F a) {
+  return bit_cast<F::Native>(F::Mask(bit_cast<F::Mask>(a.v) << 23));
 }
-inline D power_of_two(D n) {
-  const D::Mask bits = bit_cast<D::Mask>((n + D(0x1.8p52)).v);
-  return bit_cast<D::Native>(D::Mask((bits + 1023) << 52));
+inline D exponent_from_low_bits(D a) {
+  return bit_cast<D::Native>(D::Mask(bit_cast<D::Mask>(a.v) << 52));
 }
 inline void split_exponent(F x, F& mantissa, F& exponent) {
   const F::Mask bits = bit_cast<F::Mask>(x.v);
@@ -501,6 +488,40 @@ inline void stream(S* p, Vec<accumulate_t<S>> a) {
 
 // -------------------------------------------------------------------------------- functions, for every set
 
+// Lanes of a (0 … n−1) and b (n … 2n−1) in the order of `lane`.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define DLK_SHUFFLEVECTOR 1
+#endif
+#endif
+template <typename N, typename I, I... lane>
+inline N pick_lanes(N a, N b, std::integer_sequence<I, lane...>) {
+#if DLK_SHUFFLEVECTOR
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  typedef I Lanes __attribute__((vector_size(sizeof(N))));
+  return __builtin_shuffle(a, b, Lanes{lane...});
+#endif
+}
+
+// One step of Eklundh's transposition: rows h apart exchange the off-diagonal halves of each 2h lanes.
+template <typename T, int h, int... l>
+inline void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, l...>) {
+  using I = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  constexpr int n = int(Vec<T>::size);
+  const auto upper = pick_lanes(a.v, b.v, std::integer_sequence<I, (l & h ? n + l - h : l)...>());
+  const auto lower = pick_lanes(a.v, b.v, std::integer_sequence<I, (l & h ? n + l : l + h)...>());
+  a.v = upper;
+  b.v = lower;
+}
+template <typename T, int h = 1>
+inline void transpose(Vec<T> (&v)[Vec<T>::size]) {
+  constexpr int n = int(Vec<T>::size);
+  for (int i = 0; i < n; ++i)
+    if (!(i & h)) exchange<T, h>(v[i], v[i + h], std::make_integer_sequence<int, n>());
+  if constexpr (2 * h < n) transpose<T, 2 * h>(v);
+}
+
 // n lanes, 1 ≤ n ≤ size; the others load as 0 and are not stored. No byte beyond them is touched.
 template <typename S>
 inline Vec<accumulate_t<S>> load(const S* p, int64_t n) {
@@ -517,29 +538,33 @@ inline Vec<T> first(int64_t n, Vec<T> a, Vec<T> b) {
   return select(first_lanes(a, n), a, b);
 }
 
-// exp(x) = 2^n · e^r, n = round(x / ln 2), |r| ≤ ln 2 / 2. The power is applied as 2·2^(n−1), so that n = 128
-// does not overflow before the result does. Below 2^-125 the result is 0: results that are not normal cost
-// some processors a hundred cycles. exp(−inf) = 0, exp(+inf) = inf, exp(NaN) = NaN.
+// exp(x) = 2^n · e^r, n = round(x / ln 2), |r| ≤ ln 2 / 2. Adding 1.5·2^23 + 127 (1.5·2^52 + 1023) rounds n and leaves
+// n + bias in the low bits, which a shift turns into 2^n. Results below 2^-126 are 0: results that are not normal cost
+// some processors a hundred cycles; from n = 128 (1024) on they are inf. exp(−inf) = 0, exp(NaN) = NaN.
+// The float polynomial is a minimax one of 1 + r·p(r), relative error 2e-9.
 inline F exp(F x) {
-  const F clamped = min(F(88.9f), x);
-  const F n = round(clamped * F(1.44269504088896341f));
-  F r = fma(n, F(-0.693359375f), clamped);
+  x = min(F(89.0f), max(F(-88.0f), x));
+  const F magic(0x1.8p23f + 127.0f);
+  const F biased = fma(x, F(1.44269504088896341f), magic);
+  const F n = biased - magic;
+  F r = fma(n, F(-0.693359375f), x);
   r = fma(n, F(2.12194440e-4f), r);
-  F p = F(1.9875691500e-4f);
-  p = fma(p, r, F(1.3981999507e-3f));
-  p = fma(p, r, F(8.3334519073e-3f));
-  p = fma(p, r, F(4.1665795894e-2f));
-  p = fma(p, r, F(1.6666665459e-1f));
-  p = fma(p, r, F(5.0000001201e-1f));
-  p = fma(p, r * r, r) + F(1.0f);
-  const F scaled = (p + p) * power_of_two(n - F(1.0f));
-  return select(less(x, F(-86.6f)), F(0.0f), scaled);
+  F p = F(1.384360716e-3f);
+  p = fma(p, r, F(8.374195546e-3f));
+  p = fma(p, r, F(4.166800529e-2f));
+  p = fma(p, r, F(1.666643023e-1f));
+  p = fma(p, r, F(4.999999404e-1f));
+  p = fma(p, r, F(1.0f));
+  p = fma(p, r, F(1.0f));
+  return p * exponent_from_low_bits(biased);
 }
 
 inline D exp(D x) {
-  const D clamped = min(D(709.9), x);
-  const D n = round(clamped * D(1.4426950408889634073599));
-  D r = fma(n, D(-6.93145751953125e-1), clamped);
+  x = min(D(710.0), max(D(-709.0), x));
+  const D magic(0x1.8p52 + 1023.0);
+  const D biased = fma(x, D(1.4426950408889634073599), magic);
+  const D n = biased - magic;
+  D r = fma(n, D(-6.93145751953125e-1), x);
   r = fma(n, D(-1.42860682030941723212e-6), r);
   const D z = r * r;
   D p = D(1.26177193074810590878e-4);
@@ -549,10 +574,8 @@ inline D exp(D x) {
   q = fma(q, z, D(2.52448340349684104192e-3));
   q = fma(q, z, D(2.27265548208155028766e-1));
   q = fma(q, z, D(2.0));
-  const D twice = p / (q - p);  // (e^r − 1) / 2
-  const D e = fma(twice, D(2.0), D(1.0));
-  const D scaled = (e + e) * power_of_two(n - D(1.0));
-  return select(less(x, D(-707.0)), D(0.0), scaled);
+  const D half = p / (q - p);  // (e^r − 1) / 2
+  return fma(half, D(2.0), D(1.0)) * exponent_from_low_bits(biased);
 }
 
 // log(x) for normal x > 0; NaN gives NaN. x = m·2^e with m in [√½, √2).
