@@ -1,14 +1,16 @@
-// The checks of every host entry. A message names the op, the argument, what was wanted and what was got.
+// The checks of every host entry. A message names the op, the argument, what was wanted and what
+// was got.
 //
-// DLK_CHECK raises RuntimeError, DLK_CHECK_INDEX IndexError (std::out_of_range crosses the stable ABI as
-// that). Use them on the calling thread only: an exception that leaves a parallel region loses its text.
+// DLK_CHECK raises RuntimeError, DLK_CHECK_INDEX IndexError (std::out_of_range crosses the stable
+// ABI as that). Use them on the calling thread only: an exception that leaves a parallel region
+// loses its text.
 #pragma once
+
+#include <torch/csrc/stable/tensor.h>
 
 #include <sstream>
 #include <stdexcept>
 #include <string>
-
-#include <torch/csrc/stable/tensor.h>
 
 namespace dlkernels {
 
@@ -19,15 +21,15 @@ std::string concat(const Args&... args) {
   return stream.str();
 }
 
-#define DLK_CHECK(condition, ...)                           \
-  do {                                                      \
-    if (!(condition)) [[unlikely]]                          \
+#define DLK_CHECK(condition, ...)                               \
+  do {                                                          \
+    if (!(condition)) [[unlikely]]                              \
       throw std::runtime_error(dlkernels::concat(__VA_ARGS__)); \
   } while (0)
 
-#define DLK_CHECK_INDEX(condition, ...)                     \
-  do {                                                      \
-    if (!(condition)) [[unlikely]]                          \
+#define DLK_CHECK_INDEX(condition, ...)                        \
+  do {                                                         \
+    if (!(condition)) [[unlikely]]                             \
       throw std::out_of_range(dlkernels::concat(__VA_ARGS__)); \
   } while (0)
 
@@ -41,24 +43,28 @@ std::string shape_string(const Sizes& sizes) {
 }
 
 template <typename Sizes>
-void check_shape(const char* op, const char* argument, const torch::stable::Tensor& tensor, const Sizes& wanted) {
+void check_shape(const char* op, const char* argument, const torch::stable::Tensor& tensor,
+                 const Sizes& wanted) {
   const auto got = tensor.sizes();
   bool same = got.size() == wanted.size();
   for (size_t i = 0; same && i < got.size(); ++i) same = got[i] == wanted[i];
-  DLK_CHECK(same, op, ": expected ", argument, " of shape ", shape_string(wanted), ", got ", shape_string(got));
+  DLK_CHECK(same, op, ": expected ", argument, " of shape ", shape_string(wanted), ", got ",
+            shape_string(got));
 }
 
 inline void check_dtype(const char* op, const char* argument, const torch::stable::Tensor& tensor,
                         torch::headeronly::ScalarType wanted) {
   DLK_CHECK(tensor.scalar_type() == wanted, op, ": expected ", argument, " of dtype ",
-            torch::headeronly::toString(wanted), ", got ", torch::headeronly::toString(tensor.scalar_type()));
+            torch::headeronly::toString(wanted), ", got ",
+            torch::headeronly::toString(tensor.scalar_type()));
 }
 
 inline void check_cpu(const char* op, const char* argument, const torch::stable::Tensor& tensor) {
   DLK_CHECK(tensor.is_cpu(), op, ": expected ", argument, " on the CPU");
 }
 
-inline void check_contiguous(const char* op, const char* argument, const torch::stable::Tensor& tensor) {
+inline void check_contiguous(const char* op, const char* argument,
+                             const torch::stable::Tensor& tensor) {
   DLK_CHECK(tensor.is_contiguous(), op, ": expected a contiguous ", argument, ", got strides ",
             shape_string(tensor.strides()));
 }

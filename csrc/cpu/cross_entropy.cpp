@@ -1,9 +1,11 @@
-// Softmax cross-entropy: loss, log-sum-exp and the gradient of the logits, for class indices and probabilities, in one
-// read of the logits and one write of the gradient; log-probabilities are never written. The loops and the algebra are
-// in cross_entropy.h. Here: checks, layouts, the split over threads, registration.
+// Softmax cross-entropy: loss, log-sum-exp and the gradient of the logits, for class indices and
+// probabilities, in one read of the logits and one write of the gradient; log-probabilities are
+// never written. The loops and the algebra are in cross_entropy.h. Here: checks, layouts, the split
+// over threads, registration.
 //
-// Blocks of rows are the unit of work, their size set by the shape alone. Accumulation is in float within a chunk of a
-// row (double for double) and in double over rows, in order: the same bits for any number of threads.
+// Blocks of rows are the unit of work, their size set by the shape alone. Accumulation is in float
+// within a chunk of a row (double for double) and in double over rows, in order: the same bits for
+// any number of threads.
 #include "cross_entropy.h"
 
 #include <sys/mman.h>
@@ -29,7 +31,8 @@ using Optional = std::optional<Tensor>;
 constexpr const char* kOp = "cross_entropy";
 constexpr int64_t kGrain = 1 << 15;  // fewest elements worth a second thread
 
-// ------------------------------------------------------------------------------------------------------ arguments
+// ------------------------------------------------------------------------------------------------------
+// arguments
 
 std::optional<Layout> layout_of(const Tensor& x) {
   const auto size = x.sizes();
@@ -61,10 +64,12 @@ std::optional<Layout> layout_of(const Tensor& x) {
 }
 
 bool same_kind(const std::optional<Layout>& a, const std::optional<Layout>& b) {
-  return a && b && a->inner == b->inner && ((a->is_rows() && b->is_rows()) || (a->is_columns() && b->is_columns()));
+  return a && b && a->inner == b->inner &&
+         ((a->is_rows() && b->is_rows()) || (a->is_columns() && b->is_columns()));
 }
 
-// Memory that is fresh from the system costs a fault for every page: ask for large ones before the first touch.
+// Memory that is fresh from the system costs a fault for every page: ask for large ones before the
+// first touch.
 void advise_huge_pages(void* data, size_t bytes) {
   constexpr uintptr_t kHuge = 2 << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
@@ -85,19 +90,21 @@ struct Target {
 };
 
 // Fails unless every argument is what the loops take. Index targets come back as contiguous int64.
-Target check_arguments(const Tensor& input, const Tensor& target, const Optional& weight, const Options& options) {
+Target check_arguments(const Tensor& input, const Tensor& target, const Optional& weight,
+                       const Options& options) {
   check_cpu(kOp, "input", input);
   check_cpu(kOp, "target", target);
   const ScalarType dtype = input.scalar_type();
-  DLK_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-                dtype == ScalarType::Half,
+  DLK_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
             kOp, ": expected input of dtype float32, float64, bfloat16 or float16, got ",
             torch::headeronly::toString(dtype));
   DLK_CHECK(input.dim() >= 1, kOp, ": expected input with at least 1 dimension, got a scalar");
   const int64_t classes = input.size(input.dim() > 1 ? 1 : 0);
-  DLK_CHECK(classes >= 1, kOp, ": expected at least one class, got input of shape ", shape_string(input.sizes()));
-  DLK_CHECK(options.reduction >= kNone && options.reduction <= kSum, kOp, ": expected reduction 0, 1 or 2, got ",
-            options.reduction);
+  DLK_CHECK(classes >= 1, kOp, ": expected at least one class, got input of shape ",
+            shape_string(input.sizes()));
+  DLK_CHECK(options.reduction >= kNone && options.reduction <= kSum, kOp,
+            ": expected reduction 0, 1 or 2, got ", options.reduction);
   DLK_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, kOp,
             ": expected label_smoothing between 0 and 1, got ", options.label_smoothing);
   DLK_CHECK(options.softcap >= 0, kOp, ": expected softcap of at least 0, got ", options.softcap);
@@ -110,15 +117,11 @@ Target check_arguments(const Tensor& input, const Tensor& target, const Optional
     check_shape(kOp, "target", target, input.sizes());
     return {target, true};
   }
-  DLK_CHECK(target.scalar_type() == ScalarType::Long || target.scalar_type() == ScalarType::Byte, kOp,
-            ": expected target of dtype int64 or uint8, or of the input's dtype, got ",
+  DLK_CHECK(target.scalar_type() == ScalarType::Long || target.scalar_type() == ScalarType::Byte,
+            kOp, ": expected target of dtype int64 or uint8, or of the input's dtype, got ",
             torch::headeronly::toString(target.scalar_type()));
   check_shape(kOp, "target", target, row_shape(input));
   return {torch::stable::contiguous(torch::stable::to(target, ScalarType::Long)), false};
-}
-
-ScalarType statistics_dtype(const Tensor& input) {
-  return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 template <typename Body>
@@ -142,7 +145,8 @@ void for_kind(bool is_probability, double label_smoothing, const Body& body) {
   return body(std::integral_constant<Kind, Kind::kIndex>{});
 }
 
-// ---------------------------------------------------------------------------------------------------- preparation
+// ----------------------------------------------------------------------------------------------------
+// preparation
 
 // Σ w_y over the rows that count. Every target is in range when this returns.
 template <typename S>
@@ -171,8 +175,9 @@ double sum_target_weights(const Problem<S>& p) {
   return total;
 }
 
-// The problem of a call, and the tensors it points into. The gradient is laid out like the input. Where no walk takes
-// the input as it lies, or input, target and gradient differ in walk, contiguous copies stand in for them.
+// The problem of a call, and the tensors it points into. The gradient is laid out like the input.
+// Where no walk takes the input as it lies, or input, target and gradient differ in walk,
+// contiguous copies stand in for them.
 template <typename S>
 struct Prepared {
   using T = accumulate_t<S>;
@@ -182,8 +187,8 @@ struct Prepared {
   Problem<S> problem;
   double total_weight;  // the divisor of the mean
 
-  Prepared(const Tensor& input_, const Target& target_, const Optional& weight, const Options& options,
-           bool with_gradient)
+  Prepared(const Tensor& input_, const Target& target_, const Optional& weight,
+           const Options& options, bool with_gradient)
       : input(input_), target(target_) {
     if (with_gradient) gradient = written = torch::stable::empty_like(input);
     auto x = layout_of(input);
@@ -200,7 +205,9 @@ struct Prepared {
     p.layout = *x;
     p.target_layout = *t;
     p.gradient_layout = *g;
-    p.walk = !x->is_rows() ? Walk::kColumns : x->classes <= kTransposedClasses ? Walk::kTransposed : Walk::kRows;
+    p.walk = !x->is_rows()                      ? Walk::kColumns
+             : x->classes <= kTransposedClasses ? Walk::kTransposed
+                                                : Walk::kRows;
     p.rows = x->outer * x->inner;
     p.input = static_cast<const S*>(input.const_data_ptr());
     if (target.is_probability)
@@ -211,7 +218,8 @@ struct Prepared {
     if (weight) {
       const Tensor w = torch::stable::contiguous(*weight);
       const S* data = static_cast<const S*>(w.const_data_ptr());
-      std::transform(data, data + x->classes, p.weight.begin(), [](S value) { return widen(value); });
+      std::transform(data, data + x->classes, p.weight.begin(),
+                     [](S value) { return widen(value); });
     }
     double total = 0;
     for (const T w : p.weight) total += double(w);
@@ -229,7 +237,8 @@ struct Prepared {
   }
 };
 
-// -------------------------------------------------------------------------------------------------------- threads
+// --------------------------------------------------------------------------------------------------------
+// threads
 
 // Calls body(unit, row, n, scratch, block) for every block of rows.
 template <typename S, typename Body>
@@ -246,11 +255,13 @@ void for_blocks(const Problem<S>& p, int64_t units, bool keep, const Body& body)
   const int64_t buffer = rows ? kChunk : 0;
   const int64_t shift = rows ? padded(std::max(block, (classes + kChunk - 1) / kChunk)) : 0;
   const int64_t per_thread = e + capped + mass + buffer + shift;
-  // Allocated here: an exception inside the region would lose its text. A region never has more callers than this.
+  // Allocated here: an exception inside the region would lose its text. A region never has more
+  // callers than this.
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   constexpr std::align_val_t kLine{64};
   const auto release = [](T* data) { ::operator delete[](data, kLine); };
-  const std::unique_ptr<T[], decltype(release)> memory(new (kLine) T[threads * per_thread], release);
+  const std::unique_ptr<T[], decltype(release)> memory(new (kLine) T[threads * per_thread],
+                                                       release);
   std::atomic<int64_t> callers{0};
   const int64_t grain = std::max<int64_t>(1, kGrain / (block * classes));
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
@@ -274,10 +285,11 @@ double run_forward(const Problem<S>& p) {
   using T = accumulate_t<S>;
   const int64_t units = number_of_units(p);
   std::vector<double> partial(units, 0.0);
-  for_blocks(p, units, keep, [&](int64_t unit, int64_t row, int64_t n, const Scratch<T>& s, Block<T>& b) {
-    partial[unit] = p.walk == Walk::kRows ? forward_rows<S, kind, keep>(p, b, row, n, s)
-                                          : forward_columns<S, kind, keep>(p, b, row, n, s);
-  });
+  for_blocks(
+      p, units, keep, [&](int64_t unit, int64_t row, int64_t n, const Scratch<T>& s, Block<T>& b) {
+        partial[unit] = p.walk == Walk::kRows ? forward_rows<S, kind, keep>(p, b, row, n, s)
+                                              : forward_columns<S, kind, keep>(p, b, row, n, s);
+      });
   double total = 0;
   for (const double value : partial) total += value;
   return total;
@@ -295,14 +307,16 @@ void run_backward(const Problem<S>& p) {
              });
 }
 
-// --------------------------------------------------------------------------------------------------- host entries
+// ---------------------------------------------------------------------------------------------------
+// host entries
 
-std::tuple<Tensor, Tensor, Tensor, Optional> forward(const Tensor& input, const Tensor& target, const Optional& weight,
-                                                     const Options& options, bool keep) {
+std::tuple<Tensor, Tensor, Tensor, Optional> forward(const Tensor& input, const Tensor& target,
+                                                     const Optional& weight, const Options& options,
+                                                     bool keep) {
   const Target checked = check_arguments(input, target, weight, options);
   const std::vector<int64_t> shape = row_shape(input), scalar;
-  const Tensor lse = torch::stable::new_empty(input, shape, statistics_dtype(input));
-  const Tensor total_weight = torch::stable::new_empty(input, scalar, statistics_dtype(input));
+  const Tensor lse = torch::stable::new_empty(input, shape, ScalarType::Double);
+  const Tensor total_weight = torch::stable::new_empty(input, scalar, ScalarType::Double);
   const Tensor loss = torch::stable::new_empty(input, options.reduction == kNone ? shape : scalar);
   Optional gradient;
   for_dtype(input.scalar_type(), [&](auto tag) {
@@ -311,7 +325,7 @@ std::tuple<Tensor, Tensor, Tensor, Optional> forward(const Tensor& input, const 
     Prepared<S> prepared(input, checked, weight, options, keep);
     Problem<S>& p = prepared.problem;
     p.row_factor = options.reduction == kMean ? T(1 / prepared.total_weight) : T(1);
-    p.lse = static_cast<T*>(lse.mutable_data_ptr());
+    p.lse = static_cast<double*>(lse.mutable_data_ptr());
     p.loss = static_cast<S*>(loss.mutable_data_ptr());
     double sum = 0;
     for_kind(checked.is_probability, options.label_smoothing, [&](auto kind) {
@@ -319,63 +333,70 @@ std::tuple<Tensor, Tensor, Tensor, Optional> forward(const Tensor& input, const 
     });
     if (options.reduction == kMean) sum /= prepared.total_weight;
     if (options.reduction != kNone) *p.loss = narrow<S>(T(sum));
-    *static_cast<T*>(total_weight.mutable_data_ptr()) = T(prepared.total_weight);
+    *static_cast<double*>(total_weight.mutable_data_ptr()) = prepared.total_weight;
     if (keep) gradient = prepared.finished_gradient();
   });
   return {loss, lse, total_weight, gradient};
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor target, Optional weight,
-                                                         int64_t reduction, int64_t ignore_index,
-                                                         double label_smoothing, double softcap, double z_loss) {
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor target,
+                                                         Optional weight, int64_t reduction,
+                                                         int64_t ignore_index,
+                                                         double label_smoothing, double softcap,
+                                                         double z_loss) {
   const Options options{reduction, ignore_index, label_smoothing, softcap, z_loss};
   const auto [loss, lse, total_weight, gradient] = forward(input, target, weight, options, false);
   return {loss, lse, total_weight};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward(Tensor input, Tensor target, Optional weight,
-                                                                          int64_t reduction, int64_t ignore_index,
-                                                                          double label_smoothing, double softcap,
-                                                                          double z_loss) {
-  DLK_CHECK(reduction != kNone, kOp, ": a gradient made in the forward pass needs reduction mean or sum, got none");
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward(
+    Tensor input, Tensor target, Optional weight, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, double softcap, double z_loss) {
+  DLK_CHECK(reduction != kNone, kOp,
+            ": a gradient made in the forward pass needs reduction mean or sum, got none");
   const Options options{reduction, ignore_index, label_smoothing, softcap, z_loss};
   const auto [loss, lse, total_weight, gradient] = forward(input, target, weight, options, true);
   return {loss, lse, total_weight, *gradient};
 }
 
-Tensor cross_entropy_backward(Tensor grad_loss, Optional grad_lse, Tensor input, Tensor target, Optional weight,
-                              Tensor lse, Tensor total_weight, int64_t reduction, int64_t ignore_index,
-                              double label_smoothing, double softcap, double z_loss) {
+Tensor cross_entropy_backward(Tensor grad_loss, Optional grad_lse, Tensor input, Tensor target,
+                              Optional weight, Tensor lse, Tensor total_weight, int64_t reduction,
+                              int64_t ignore_index, double label_smoothing, double softcap,
+                              double z_loss) {
   const Options options{reduction, ignore_index, label_smoothing, softcap, z_loss};
   const Target checked = check_arguments(input, target, weight, options);
   const std::vector<int64_t> shape = row_shape(input), scalar;
-  const auto check = [&](const char* argument, const Tensor& tensor, ScalarType dtype, const std::vector<int64_t>& size) {
+  const auto check = [&](const char* argument, const Tensor& tensor, ScalarType dtype,
+                         const std::vector<int64_t>& size) {
     check_cpu(kOp, argument, tensor);
     check_dtype(kOp, argument, tensor, dtype);
     check_shape(kOp, argument, tensor, size);
     check_contiguous(kOp, argument, tensor);
   };
   check("grad_loss", grad_loss, input.scalar_type(), reduction == kNone ? shape : scalar);
-  check("lse", lse, statistics_dtype(input), shape);
-  check("total_weight", total_weight, statistics_dtype(input), scalar);
-  if (grad_lse) check("grad_lse", *grad_lse, statistics_dtype(input), shape);
+  check("lse", lse, ScalarType::Double, shape);
+  check("total_weight", total_weight, ScalarType::Double, scalar);
+  if (grad_lse) check("grad_lse", *grad_lse, ScalarType::Double, shape);
   Optional gradient;
   for_dtype(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     using T = accumulate_t<S>;
     Prepared<S> prepared(input, checked, weight, options, true);
     Problem<S>& p = prepared.problem;
-    p.lse = static_cast<T*>(lse.data_ptr());
+    p.lse = static_cast<double*>(lse.data_ptr());
     p.grad_loss = static_cast<const S*>(grad_loss.const_data_ptr());
-    if (grad_lse) p.grad_lse = static_cast<const T*>(grad_lse->const_data_ptr());
-    if (reduction == kMean) p.row_factor = T(1) / *static_cast<const T*>(total_weight.const_data_ptr());
-    for_kind(checked.is_probability, label_smoothing, [&](auto kind) { run_backward<S, kind.value>(p); });
+    if (grad_lse) p.grad_lse = static_cast<const double*>(grad_lse->const_data_ptr());
+    if (reduction == kMean)
+      p.row_factor = T(1 / *static_cast<const double*>(total_weight.const_data_ptr()));
+    for_kind(checked.is_probability, label_smoothing,
+             [&](auto kind) { run_backward<S, kind.value>(p); });
     gradient = prepared.finished_gradient();
   });
   return *gradient;
 }
 
-// gradient *= grad_loss, for a gradient made in the forward pass; nothing is touched where grad_loss is 1.
+// gradient *= grad_loss, for a gradient made in the forward pass; nothing is touched where
+// grad_loss is 1.
 void cross_entropy_scale_(Tensor gradient, Tensor grad_loss) {
   check_cpu(kOp, "gradient", gradient);
   check_cpu(kOp, "grad_loss", grad_loss);
@@ -394,12 +415,13 @@ void cross_entropy_scale_(Tensor gradient, Tensor grad_loss) {
     const T factor = widen(*static_cast<const S*>(grad_loss.const_data_ptr()));
     if (factor == T(1)) return;
     S* data = static_cast<S*>(gradient.mutable_data_ptr());
-    torch::stable::parallel_for(0, (n + V::size - 1) / V::size, kGrain / V::size, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin * V::size; i < std::min(n, end * V::size); i += V::size) {
-        const int64_t lanes = std::min(V::size, n - i);
-        store(data + i, load(data + i, lanes) * V(factor), lanes);
-      }
-    });
+    torch::stable::parallel_for(
+        0, (n + V::size - 1) / V::size, kGrain / V::size, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin * V::size; i < std::min(n, end * V::size); i += V::size) {
+            const int64_t lanes = std::min(V::size, n - i);
+            store(data + i, load(data + i, lanes) * V(factor), lanes);
+          }
+        });
   });
 }
 

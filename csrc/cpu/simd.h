@@ -1,9 +1,10 @@
 // Vectors of float and double: the only file with intrinsics.
 //
-// One source, three instruction sets: AVX-512 (16 floats), AVX2 + FMA + F16C (8 floats), and plain (16
-// bytes of the compiler's own vectors: SSE2, NEON). A library is built for exactly one of them.
+// One source, three instruction sets: AVX-512 (16 floats), AVX2 + FMA + F16C (8 floats), and plain
+// (16 bytes of the compiler's own vectors: SSE2, NEON). A library is built for exactly one of them.
 //   Vec<T>           T = float, double: arithmetic, fma, max, min, select, horizontal sums
-//   load, store      from and to T, and float from and to bf16 and f16 (round to nearest even), with a
+//   load, store      from and to T, and float from and to bf16 and f16 (round to nearest even),
+//   with a
 //                    form for the first n lanes (n in 1 … size) that touches no byte beyond them
 //   stream           store past the caches, to an aligned address
 //   exp, log, tanh   ≤ 2 ulp (tests/test_simd.py), algorithms of Cephes (Moshier, 1992)
@@ -94,7 +95,8 @@ inline S narrow(accumulate_t<S> value) {
 template <typename T>
 struct Vec;
 
-// ---------------------------------------------------------------------------------------------- AVX-512
+// ----------------------------------------------------------------------------------------------
+// AVX-512
 #if DLK_AVX512
 
 template <>
@@ -127,7 +129,9 @@ inline F max(F a, F b) { return _mm512_max_ps(a.v, b.v); }
 inline F min(F a, F b) { return _mm512_min_ps(a.v, b.v); }
 inline F abs(F a) { return _mm512_abs_ps(a.v); }
 inline Vec<float>::Mask less(F a, F b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
-inline F select(Vec<float>::Mask mask, F yes, F no) { return _mm512_mask_blend_ps(mask, no.v, yes.v); }
+inline F select(Vec<float>::Mask mask, F yes, F no) {
+  return _mm512_mask_blend_ps(mask, no.v, yes.v);
+}
 inline F copysign(F magnitude, F sign) {
   const __m512 bit = _mm512_set1_ps(-0.0f);
   return _mm512_or_ps(_mm512_andnot_ps(bit, magnitude.v), _mm512_and_ps(bit, sign.v));
@@ -137,9 +141,10 @@ inline F exponent_from_low_bits(F a) {
 }
 inline void split_exponent(F x, F& mantissa, F& exponent) {
   const __m512i bits = _mm512_castps_si512(x.v);
-  exponent = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(bits, 23), _mm512_set1_epi32(126)));
-  mantissa = _mm512_castsi512_ps(_mm512_or_si512(_mm512_and_si512(bits, _mm512_set1_epi32(0x007fffff)),
-                                                 _mm512_set1_epi32(0x3f000000)));
+  exponent =
+      _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(bits, 23), _mm512_set1_epi32(126)));
+  mantissa = _mm512_castsi512_ps(_mm512_or_si512(
+      _mm512_and_si512(bits, _mm512_set1_epi32(0x007fffff)), _mm512_set1_epi32(0x3f000000)));
 }
 inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 inline float max_element(F a) { return _mm512_reduce_max_ps(a.v); }
@@ -153,7 +158,9 @@ inline D max(D a, D b) { return _mm512_max_pd(a.v, b.v); }
 inline D min(D a, D b) { return _mm512_min_pd(a.v, b.v); }
 inline D abs(D a) { return _mm512_abs_pd(a.v); }
 inline Vec<double>::Mask less(D a, D b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ); }
-inline D select(Vec<double>::Mask mask, D yes, D no) { return _mm512_mask_blend_pd(mask, no.v, yes.v); }
+inline D select(Vec<double>::Mask mask, D yes, D no) {
+  return _mm512_mask_blend_pd(mask, no.v, yes.v);
+}
 inline D copysign(D magnitude, D sign) {
   const __m512d bit = _mm512_set1_pd(-0.0);
   return _mm512_or_pd(_mm512_andnot_pd(bit, magnitude.v), _mm512_and_pd(bit, sign.v));
@@ -163,9 +170,11 @@ inline D exponent_from_low_bits(D a) {
 }
 inline void split_exponent(D x, D& mantissa, D& exponent) {
   const __m512i bits = _mm512_castpd_si512(x.v);
-  exponent = _mm512_cvtepi64_pd(_mm512_sub_epi64(_mm512_srli_epi64(bits, 52), _mm512_set1_epi64(1022)));
-  mantissa = _mm512_castsi512_pd(_mm512_or_si512(_mm512_and_si512(bits, _mm512_set1_epi64(0x000fffffffffffff)),
-                                                 _mm512_set1_epi64(0x3fe0000000000000)));
+  exponent =
+      _mm512_cvtepi64_pd(_mm512_sub_epi64(_mm512_srli_epi64(bits, 52), _mm512_set1_epi64(1022)));
+  mantissa = _mm512_castsi512_pd(
+      _mm512_or_si512(_mm512_and_si512(bits, _mm512_set1_epi64(0x000fffffffffffff)),
+                      _mm512_set1_epi64(0x3fe0000000000000)));
 }
 inline double sum(D a) { return _mm512_reduce_add_pd(a.v); }
 inline double max_element(D a) { return _mm512_reduce_max_pd(a.v); }
@@ -181,9 +190,13 @@ inline void store_first(float* p, F a, int64_t n) { _mm512_mask_storeu_ps(p, fir
 inline void stream(float* p, F a) { _mm512_stream_ps(p, a.v); }
 
 inline D load(const double* p) { return _mm512_loadu_pd(p); }
-inline D load_first(const double* p, int64_t n) { return _mm512_maskz_loadu_pd(__mmask8(first_lanes(n)), p); }
+inline D load_first(const double* p, int64_t n) {
+  return _mm512_maskz_loadu_pd(__mmask8(first_lanes(n)), p);
+}
 inline void store(double* p, D a) { _mm512_storeu_pd(p, a.v); }
-inline void store_first(double* p, D a, int64_t n) { _mm512_mask_storeu_pd(p, __mmask8(first_lanes(n)), a.v); }
+inline void store_first(double* p, D a, int64_t n) {
+  _mm512_mask_storeu_pd(p, __mmask8(first_lanes(n)), a.v);
+}
 inline void stream(double* p, D a) { _mm512_stream_pd(p, a.v); }
 
 inline F widen(bf16, __m256i bits) {
@@ -221,7 +234,8 @@ inline void stream(S* p, F a) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(S{}, a));
 }
 
-// ------------------------------------------------------------------------------------------------- AVX2
+// -------------------------------------------------------------------------------------------------
+// AVX2
 #elif DLK_AVX2
 
 template <>
@@ -264,9 +278,10 @@ inline F exponent_from_low_bits(F a) {
 }
 inline void split_exponent(F x, F& mantissa, F& exponent) {
   const __m256i bits = _mm256_castps_si256(x.v);
-  exponent = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(126)));
-  mantissa = _mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0x007fffff)),
-                                                 _mm256_set1_epi32(0x3f000000)));
+  exponent =
+      _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(126)));
+  mantissa = _mm256_castsi256_ps(_mm256_or_si256(
+      _mm256_and_si256(bits, _mm256_set1_epi32(0x007fffff)), _mm256_set1_epi32(0x3f000000)));
 }
 inline float sum(F a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -299,10 +314,12 @@ inline D exponent_from_low_bits(D a) {
 inline void split_exponent(D x, D& mantissa, D& exponent) {
   const __m256i bits = _mm256_castpd_si256(x.v);
   // 2^52 + e as bits, less 2^52 + 1022: a 64-bit integer to double without AVX-512.
-  const __m256i biased = _mm256_or_si256(_mm256_srli_epi64(bits, 52), _mm256_set1_epi64x(0x4330000000000000));
+  const __m256i biased =
+      _mm256_or_si256(_mm256_srli_epi64(bits, 52), _mm256_set1_epi64x(0x4330000000000000));
   exponent = _mm256_sub_pd(_mm256_castsi256_pd(biased), _mm256_set1_pd(0x1p52 + 1022));
-  mantissa = _mm256_castsi256_pd(_mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi64x(0x000fffffffffffff)),
-                                                 _mm256_set1_epi64x(0x3fe0000000000000)));
+  mantissa = _mm256_castsi256_pd(
+      _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi64x(0x000fffffffffffff)),
+                      _mm256_set1_epi64x(0x3fe0000000000000)));
 }
 inline double sum(D a) {
   const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
@@ -314,7 +331,8 @@ inline double max_element(D a) {
 }
 
 // A window over ones followed by zeros is the mask of the first n lanes.
-alignas(64) inline constexpr int32_t kLanes32[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+alignas(64) inline constexpr int32_t kLanes32[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
+                                                     0,  0,  0,  0,  0,  0,  0,  0};
 alignas(64) inline constexpr int64_t kLanes64[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
 inline __m256i first_lanes32(int64_t n) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLanes32 + 8 - n));
@@ -335,7 +353,9 @@ inline void stream(float* p, F a) { _mm256_stream_ps(p, a.v); }
 inline D load(const double* p) { return _mm256_loadu_pd(p); }
 inline D load_first(const double* p, int64_t n) { return _mm256_maskload_pd(p, first_lanes64(n)); }
 inline void store(double* p, D a) { _mm256_storeu_pd(p, a.v); }
-inline void store_first(double* p, D a, int64_t n) { _mm256_maskstore_pd(p, first_lanes64(n), a.v); }
+inline void store_first(double* p, D a, int64_t n) {
+  _mm256_maskstore_pd(p, first_lanes64(n), a.v);
+}
 inline void stream(double* p, D a) { _mm256_stream_pd(p, a.v); }
 
 inline F widen(bf16, __m128i bits) {
@@ -377,7 +397,8 @@ inline void stream(S* p, F a) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(S{}, a));
 }
 
-// ------------------------------------------------------------------------------------------------ plain
+// ------------------------------------------------------------------------------------------------
+// plain
 #else
 
 // The compiler's vector type of 16 bytes; a comparison yields integers of the same width, 0 or -1.
@@ -405,7 +426,8 @@ using D = Vec<double>;
 template <typename T>
 inline Vec<T> select(typename Vec<T>::Mask mask, Vec<T> yes, Vec<T> no) {
   using Mask = typename Vec<T>::Mask;
-  return bit_cast<typename Vec<T>::Native>(Mask((mask & bit_cast<Mask>(yes.v)) | (~mask & bit_cast<Mask>(no.v))));
+  return bit_cast<typename Vec<T>::Native>(
+      Mask((mask & bit_cast<Mask>(yes.v)) | (~mask & bit_cast<Mask>(no.v))));
 }
 
 #define DLK_PLAIN_OPERATIONS(V, T)                                                             \
@@ -486,7 +508,8 @@ inline void stream(S* p, Vec<accumulate_t<S>> a) {
 
 #endif
 
-// -------------------------------------------------------------------------------- functions, for every set
+// -------------------------------------------------------------------------------- functions, for
+// every set
 
 // Lanes of a (0 … n−1) and b (n … 2n−1) in the order of `lane`.
 #if defined(__has_builtin)
@@ -504,7 +527,8 @@ inline N pick_lanes(N a, N b, std::integer_sequence<I, lane...>) {
 #endif
 }
 
-// One step of Eklundh's transposition: rows h apart exchange the off-diagonal halves of each 2h lanes.
+// One step of Eklundh's transposition: rows h apart exchange the off-diagonal halves of each 2h
+// lanes.
 template <typename T, int h, int... l>
 inline void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, l...>) {
   using I = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
@@ -538,10 +562,11 @@ inline Vec<T> first(int64_t n, Vec<T> a, Vec<T> b) {
   return select(first_lanes(a, n), a, b);
 }
 
-// exp(x) = 2^n · e^r, n = round(x / ln 2), |r| ≤ ln 2 / 2. Adding 1.5·2^23 + 127 (1.5·2^52 + 1023) rounds n and leaves
-// n + bias in the low bits, which a shift turns into 2^n. Results below 2^-126 are 0: results that are not normal cost
-// some processors a hundred cycles; from n = 128 (1024) on they are inf. exp(−inf) = 0, exp(NaN) = NaN.
-// The float polynomial is a minimax one of 1 + r·p(r), relative error 2e-9.
+// exp(x) = 2^n · e^r, n = round(x / ln 2), |r| ≤ ln 2 / 2. Adding 1.5·2^23 + 127 (1.5·2^52 + 1023)
+// rounds n and leaves n + bias in the low bits, which a shift turns into 2^n. Results below 2^-126
+// are 0: results that are not normal cost some processors a hundred cycles; from n = 128 (1024) on
+// they are inf. exp(−inf) = 0, exp(NaN) = NaN. The float polynomial is a minimax one of 1 + r·p(r),
+// relative error 2e-9.
 inline F exp(F x) {
   x = min(F(89.0f), max(F(-88.0f), x));
   const F magic(0x1.8p23f + 127.0f);

@@ -57,9 +57,8 @@ def _row_shape(input: Tensor) -> list:
 @torch.library.register_fake("dlkernels::cross_entropy_forward")
 def _(input, target, weight, reduction, ignore_index, label_smoothing, softcap, z_loss):
     rows = _row_shape(input)
-    statistics = torch.float64 if input.dtype == torch.float64 else torch.float32
     loss = input.new_empty(rows if reduction == 0 else ())
-    return loss, input.new_empty(rows, dtype=statistics), input.new_empty((), dtype=statistics)
+    return loss, input.new_empty(rows, dtype=torch.float64), input.new_empty((), dtype=torch.float64)
 
 
 @torch.library.register_fake("dlkernels::cross_entropy_forward_backward")
