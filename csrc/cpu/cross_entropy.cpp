@@ -31,8 +31,7 @@ using Optional = std::optional<Tensor>;
 constexpr const char* kOp = "cross_entropy";
 constexpr int64_t kGrain = 1 << 15;  // fewest elements worth a second thread
 
-// ------------------------------------------------------------------------------------------------------
-// arguments
+// --------------------------------------------------------------------------------------- arguments
 
 std::optional<Layout> layout_of(const Tensor& x) {
   const auto size = x.sizes();
@@ -145,8 +144,7 @@ void for_kind(bool is_probability, double label_smoothing, const Body& body) {
   return body(std::integral_constant<Kind, Kind::kIndex>{});
 }
 
-// ----------------------------------------------------------------------------------------------------
-// preparation
+// ------------------------------------------------------------------------------------- preparation
 
 // Σ w_y over the rows that count. Every target is in range when this returns.
 template <typename S>
@@ -237,13 +235,13 @@ struct Prepared {
   }
 };
 
-// --------------------------------------------------------------------------------------------------------
-// threads
+// ----------------------------------------------------------------------------------------- threads
 
 // Calls body(unit, row, n, scratch, block) for every block of rows.
 template <typename S, typename Body>
 void for_blocks(const Problem<S>& p, int64_t units, bool keep, const Body& body) {
   using T = accumulate_t<S>;
+  if (units == 0) return;
   const bool rows = p.walk == Walk::kRows;
   const int64_t classes = p.layout.classes, inner = p.layout.inner, block = rows_of_unit(p);
   const int64_t per_outer = p.walk == Walk::kColumns ? (inner + block - 1) / block : 0;
@@ -307,8 +305,7 @@ void run_backward(const Problem<S>& p) {
              });
 }
 
-// ---------------------------------------------------------------------------------------------------
-// host entries
+// ------------------------------------------------------------------------------------ host entries
 
 std::tuple<Tensor, Tensor, Tensor, Optional> forward(const Tensor& input, const Tensor& target,
                                                      const Optional& weight, const Options& options,

@@ -3,10 +3,9 @@
 // One source, three instruction sets: AVX-512 (16 floats), AVX2 + FMA + F16C (8 floats), and plain
 // (16 bytes of the compiler's own vectors: SSE2, NEON). A library is built for exactly one of them.
 //   Vec<T>           T = float, double: arithmetic, fma, max, min, select, horizontal sums
-//   load, store      from and to T, and float from and to bf16 and f16 (round to nearest even),
-//   with a
-//                    form for the first n lanes (n in 1 … size) that touches no byte beyond them
-//   stream           store past the caches, to an aligned address
+//   load, store      T, and float from and to bf16 and f16 (round to nearest even); in full, or the
+//                    first n lanes (1 ≤ n ≤ size), touching no byte beyond them
+//   transpose        Vec<T>[size] as a square matrix
 //   exp, log, tanh   ≤ 2 ulp (tests/test_simd.py), algorithms of Cephes (Moshier, 1992)
 // max(a, b) and min(a, b) are a > b ? a : b and a < b ? a : b: where either is NaN they return b.
 #pragma once
@@ -95,8 +94,7 @@ inline S narrow(accumulate_t<S> value) {
 template <typename T>
 struct Vec;
 
-// ----------------------------------------------------------------------------------------------
-// AVX-512
+// ----------------------------------------------------------------------------------------- AVX-512
 #if DLK_AVX512
 
 template <>
@@ -187,7 +185,6 @@ inline F load(const float* p) { return _mm512_loadu_ps(p); }
 inline F load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 inline void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
 inline void store_first(float* p, F a, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
-inline void stream(float* p, F a) { _mm512_stream_ps(p, a.v); }
 
 inline D load(const double* p) { return _mm512_loadu_pd(p); }
 inline D load_first(const double* p, int64_t n) {
@@ -197,7 +194,6 @@ inline void store(double* p, D a) { _mm512_storeu_pd(p, a.v); }
 inline void store_first(double* p, D a, int64_t n) {
   _mm512_mask_storeu_pd(p, __mmask8(first_lanes(n)), a.v);
 }
-inline void stream(double* p, D a) { _mm512_stream_pd(p, a.v); }
 
 inline F widen(bf16, __m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -229,13 +225,8 @@ template <typename S, typename = std::enable_if_t<sizeof(S) == 2>>
 inline void store_first(S* p, F a, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(S{}, a));
 }
-template <typename S, typename = std::enable_if_t<sizeof(S) == 2>>
-inline void stream(S* p, F a) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(S{}, a));
-}
 
-// -------------------------------------------------------------------------------------------------
-// AVX2
+// -------------------------------------------------------------------------------------------- AVX2
 #elif DLK_AVX2
 
 template <>
@@ -348,7 +339,6 @@ inline F load(const float* p) { return _mm256_loadu_ps(p); }
 inline F load_first(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes32(n)); }
 inline void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
 inline void store_first(float* p, F a, int64_t n) { _mm256_maskstore_ps(p, first_lanes32(n), a.v); }
-inline void stream(float* p, F a) { _mm256_stream_ps(p, a.v); }
 
 inline D load(const double* p) { return _mm256_loadu_pd(p); }
 inline D load_first(const double* p, int64_t n) { return _mm256_maskload_pd(p, first_lanes64(n)); }
@@ -356,7 +346,6 @@ inline void store(double* p, D a) { _mm256_storeu_pd(p, a.v); }
 inline void store_first(double* p, D a, int64_t n) {
   _mm256_maskstore_pd(p, first_lanes64(n), a.v);
 }
-inline void stream(double* p, D a) { _mm256_stream_pd(p, a.v); }
 
 inline F widen(bf16, __m128i bits) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
@@ -392,32 +381,32 @@ inline void store_first(S* p, F a, int64_t n) {
   const __m128i bits = narrow(S{}, a);
   std::memcpy(p, &bits, size_t(n) * 2);
 }
-template <typename S, typename = std::enable_if_t<sizeof(S) == 2>>
-inline void stream(S* p, F a) {
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(S{}, a));
-}
 
-// ------------------------------------------------------------------------------------------------
-// plain
+// ------------------------------------------------------------------------------------------- plain
 #else
 
-// The compiler's vector type of 16 bytes; a comparison yields integers of the same width, 0 or -1.
-template <typename T, typename Integer>
+// The compiler's vectors of 16 bytes; a comparison yields integers of the same width, 0 or -1.
+typedef float Floats __attribute__((vector_size(16)));
+typedef double Doubles __attribute__((vector_size(16)));
+typedef int32_t Integers __attribute__((vector_size(16)));
+typedef int64_t Longs __attribute__((vector_size(16)));
+
+template <typename T, typename NativeVector, typename MaskVector>
 struct PlainVec {
+  using Native = NativeVector;
+  using Mask = MaskVector;
   static constexpr int64_t size = 16 / sizeof(T);
-  typedef T Native __attribute__((vector_size(16)));
-  typedef Integer Mask __attribute__((vector_size(16)));
   Native v;
   PlainVec() = default;
   PlainVec(Native value) : v(value) {}
   PlainVec(T value) : v(value - Native{}) {}
 };
 template <>
-struct Vec<float> : PlainVec<float, int32_t> {
+struct Vec<float> : PlainVec<float, Floats, Integers> {
   using PlainVec::PlainVec;
 };
 template <>
-struct Vec<double> : PlainVec<double, int64_t> {
+struct Vec<double> : PlainVec<double, Doubles, Longs> {
   using PlainVec::PlainVec;
 };
 using F = Vec<float>;
@@ -501,15 +490,10 @@ template <typename S>
 inline void store(S* p, Vec<accumulate_t<S>> a) {
   store_first(p, a, Vec<accumulate_t<S>>::size);
 }
-template <typename S>
-inline void stream(S* p, Vec<accumulate_t<S>> a) {
-  store(p, a);
-}
 
 #endif
 
-// -------------------------------------------------------------------------------- functions, for
-// every set
+// ------------------------------------------------------------------------ functions, for every set
 
 // Lanes of a (0 … n−1) and b (n … 2n−1) in the order of `lane`.
 #if defined(__has_builtin)
