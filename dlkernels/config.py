@@ -70,22 +70,24 @@ def is_recording() -> bool:
     return bool(_recorders) or logger.isEnabledFor(logging.DEBUG)
 
 
-@torch.compiler.assume_constant_result
+_state: dict[str, str] = {}
+
+
 def forced() -> str:
-    """``kernels``, for code that is traced: a property of a module is not."""
-    return _module._kernels
+    """``kernels``, for code that is traced: a graph guards on this dictionary, not on a property."""
+    return _state["kernels"]
 
 
 class _Config(types.ModuleType):
     @property
     def kernels(self) -> str:
-        return self._kernels
+        return _state["kernels"]
 
     @kernels.setter
     def kernels(self, value: str) -> None:
         if value not in KERNELS:
             raise ValueError(f"dlkernels.config.kernels must be one of {KERNELS}, got {value!r}")
-        self._kernels = value
+        _state["kernels"] = value
 
 
 _module = sys.modules[__name__]

@@ -1,5 +1,21 @@
-"""The public functions, under the names and signatures of ``torch.nn.functional``."""
+"""The public functions, under the names and signatures of ``torch.nn.functional``.
+
+Every other public name of ``torch.nn.functional`` is here too, so that this module can stand for it.
+"""
+
+import torch
 
 from dlkernels.ops.cross_entropy import cross_entropy
 
 __all__ = ["cross_entropy"]
+
+
+def __getattr__(name: str):
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(torch.nn.functional, name)
+
+
+def __dir__() -> list[str]:
+    stock = (name for name in dir(torch.nn.functional) if not name.startswith("_"))
+    return sorted({*globals(), *stock})

@@ -527,23 +527,25 @@ void accumulate_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t 
   for (int64_t i = 0; i < n; i += V::size) {
     const V m = load(b.max + i);
     const V shift = select(less(V(-std::numeric_limits<T>::infinity()), m), m, V(T(0)));
-    V total(T(0)), part(T(0)), total_mass(T(0)), moment(T(0));
-    for (int64_t c = 0; c < p.layout.classes; ++c) {
-      const V t = load(values + c * pitch + i) - shift;
-      const V e = exp(t);
-      if constexpr (keep) store(s.e + c * pitch + i, e);
-      part = part + e;
-      if (c % kFlush == kFlush - 1) {
-        total = total + part;
-        part = V(T(0));
+    V total(T(0)), total_mass(T(0)), moment(T(0));
+    for (int64_t c0 = 0; c0 < p.layout.classes; c0 += kFlush) {
+      V part(T(0)), part_mass(T(0)), part_moment(T(0));
+      for (int64_t c = c0; c < std::min(p.layout.classes, c0 + kFlush); ++c) {
+        const V t = load(values + c * pitch + i) - shift;
+        const V e = exp(t);
+        if constexpr (keep) store(s.e + c * pitch + i, e);
+        part = part + e;
+        if constexpr (kind != Kind::kIndex) {
+          const V q = mass_of_column<S, kind>(p, s, pitch, c, i);
+          part_mass = part_mass + q;
+          part_moment = fma(q, t, part_moment);
+        }
       }
-      if constexpr (kind != Kind::kIndex) {
-        const V q = mass_of_column<S, kind>(p, s, pitch, c, i);
-        total_mass = total_mass + q;
-        moment = fma(q, t, moment);
-      }
+      total = total + part;
+      total_mass = total_mass + part_mass;
+      moment = moment + part_moment;
     }
-    store(b.sum + i, total + part);
+    store(b.sum + i, total);
     store(b.mass + i, total_mass);
     store(b.moment + i, moment);
   }
@@ -637,9 +639,13 @@ void backward_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t ro
   for (int64_t i = 0; i < n; i += V::size) {
     const V lse = load(b.lse + i), low = load(b.lse_low + i);
     V total(0);
-    for (int64_t c = 0; c < p.layout.classes; ++c) {
-      store(s.e + c * pitch + i, exp((load(values + c * pitch + i) - lse) - low));
-      if constexpr (kind == Kind::kProbability) total = total + load(s.mass + c * pitch + i);
+    for (int64_t c0 = 0; c0 < p.layout.classes; c0 += kFlush) {
+      V part(0);
+      for (int64_t c = c0; c < std::min(p.layout.classes, c0 + kFlush); ++c) {
+        store(s.e + c * pitch + i, exp((load(values + c * pitch + i) - lse) - low));
+        if constexpr (kind == Kind::kProbability) part = part + load(s.mass + c * pitch + i);
+      }
+      total = total + part;
     }
     store(b.mass + i, total);
   }

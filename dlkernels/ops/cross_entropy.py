@@ -13,13 +13,15 @@ rows (probabilities). An ignored row has loss 0, z-loss included, and gradient 0
 Raw ops: ``cross_entropy_forward`` reads the logits once and returns what the backward needs;
 ``cross_entropy_forward_backward`` also writes the gradient for an upstream gradient of 1 while a row
 is in cache, which ``cross_entropy_scale_`` then multiplies by the true one; ``cross_entropy_backward``
-makes it from the logits and the log-sum-exp, for any upstream gradient.
+makes it from the logits and the log-sum-exp, for any upstream gradient. The log-sum-exp is saved in
+float64: rounded to float32 it would be the largest error of the gradient.
 """
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dlkernels import config
 
@@ -58,7 +60,11 @@ def _row_shape(input: Tensor) -> list:
 def _(input, target, weight, reduction, ignore_index, label_smoothing, softcap, z_loss):
     rows = _row_shape(input)
     loss = input.new_empty(rows if reduction == 0 else ())
-    return loss, input.new_empty(rows, dtype=torch.float64), input.new_empty((), dtype=torch.float64)
+    return (
+        loss,
+        input.new_empty(rows, dtype=torch.float64),
+        input.new_empty((), dtype=torch.float64),
+    )
 
 
 @torch.library.register_fake("dlkernels::cross_entropy_forward_backward")
@@ -84,6 +90,7 @@ def cross_entropy_reference(
 ):
     """The definition, in torch ops: (loss, lse), differentiable any number of times."""
     class_dim = 1 if input.dim() > 1 else 0
+    dtype, input, target, weight = input.dtype, *_computed(input, target, weight)
     x = softcap * torch.tanh(input / softcap) if softcap else input
     lse = torch.logsumexp(x, class_dim)
     mass, kept, denominator = _mass(x, target, weight, ignore_index, label_smoothing)
@@ -92,9 +99,15 @@ def cross_entropy_reference(
         loss = loss + z_loss * lse.square()
     if kept is not None:
         loss = loss.where(kept, 0)
-    if reduction == 0:
-        return loss, lse
-    return loss.sum() / denominator if reduction == 1 else loss.sum(), lse
+    if reduction != 0:
+        loss = loss.sum() / denominator if reduction == 1 else loss.sum()
+    return loss.to(dtype), lse
+
+
+def _computed(*tensors):
+    """Half types are computed in float32."""
+    half = (torch.bfloat16, torch.float16)
+    return [t if t is None or t.dtype not in half else t.float() for t in tensors]
 
 
 def _mass(x, target, weight, ignore_index, label_smoothing):
@@ -140,6 +153,8 @@ def _gradients(ctx, input, target, weight, grad_loss, grad_lse, want_target):
     """d loss / d x'_c = p_c·(Σ_k s_k + 2·z·lse) - s_c for the mass s of ``_mass``; torch ops."""
     reduction, ignore_index, label_smoothing, softcap, z_loss = ctx.options
     class_dim = 1 if input.dim() > 1 else 0
+    dtype = input.dtype
+    input, target, weight, grad_loss = _computed(input, target, weight, grad_loss)
     x = softcap * torch.tanh(input / softcap) if softcap else input
     lse = torch.logsumexp(x, class_dim, keepdim=True)
     p = torch.exp(x - lse)
@@ -154,19 +169,23 @@ def _gradients(ctx, input, target, weight, grad_loss, grad_lse, want_target):
             row = kept.unsqueeze(class_dim) * row
         total = mass.sum(class_dim, keepdim=True)
         if want_target:
-            w = 1 if weight is None else weight.view([-1 if d == class_dim else 1 for d in range(x.dim())])
-            grad_target = row * w * (1 - label_smoothing) * (lse - x)
+            w = (
+                1
+                if weight is None
+                else weight.view([-1 if d == class_dim else 1 for d in range(x.dim())])
+            )
+            grad_target = (row * w * (1 - label_smoothing) * (lse - x)).to(dtype)
         grad_x = row * (p * (total + 2 * z_loss * lse) - mass)
     if grad_lse is not None:
         grad_x = grad_x + grad_lse.unsqueeze(class_dim).to(x.dtype) * p
     if softcap:
         grad_x = grad_x * (1 - (x / softcap).square())
-    return grad_x, grad_target
+    return grad_x.to(dtype), grad_target
 
 
 class _CrossEntropy(torch.autograd.Function):
     """(loss, lse). With ``ahead`` the gradient for an upstream gradient of 1 is made in the forward
-    pass, and handed out by the first backward; a second one makes it anew from the logits."""
+    pass and handed out by the first backward; a second one repeats the forward, for the same bits."""
 
     @staticmethod
     def forward(ctx, input, target, weight, options, ahead):
@@ -179,17 +198,20 @@ class _CrossEntropy(torch.autograd.Function):
             else:
                 loss, lse, total = _ops.cross_entropy_forward(input, target, weight, *options)
         ctx.save_for_backward(input, target, weight, lse, total)
-        ctx.options = options
+        ctx.options, ctx.ahead = options, ahead
         return loss, lse
 
     @staticmethod
     def backward(ctx, grad_loss, grad_lse):
+        if not ctx.ahead or grad_loss is None or grad_lse is not None or torch.is_grad_enabled():
+            return *_backward(ctx, grad_loss, grad_lse), None, None, None
+        # saved_tensors raises if the graph was freed or an input was changed in place.
+        inputs = ctx.saved_tensors[:3]
         # One dictionary operation, so that of two threads only one gets it.
         gradient = vars(ctx).pop("gradient", None)
-        if gradient is None or grad_loss is None or grad_lse is not None or torch.is_grad_enabled():
-            return *_backward(ctx, grad_loss, grad_lse), None, None, None
-        ctx.saved_tensors  # noqa: B018  raises if the graph was freed or an input changed in place
         with torch._C._AutoDispatchBelowAutograd():
+            if gradient is None:
+                gradient = _ops.cross_entropy_forward_backward(*inputs, *ctx.options)[3]
             _ops.cross_entropy_scale_(gradient, grad_loss)
         return gradient, None, None, None, None
 
@@ -239,15 +261,9 @@ def _check_extras(softcap, z_loss):
 
 
 def _is_plain(tensor):
-    """A tensor whose memory a kernel can read, or a fake of one."""
-    if type(tensor) in (Tensor, torch.nn.Parameter):
-        return tensor.layout is torch.strided
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.layout is torch.strided
-        and not torch.overrides.has_torch_function_unary(tensor)
-        and not is_traceable_wrapper_subclass(tensor)
-    )
+    """A dense tensor whose memory a kernel can read, or the stand-in of one while tracing."""
+    plain = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+    return type(tensor) in plain and tensor.layout is torch.strided
 
 
 def _refusal(input, target, weight, reduction, ignore_index, label_smoothing):
@@ -300,6 +316,10 @@ def _choose(input, target, weight, reduction, ignore_index, label_smoothing, ext
     kernels = config.forced()
     if kernels == "stock":
         return torchs, "dlkernels.config.kernels is 'stock'"
+    compiling = torch.compiler.is_compiling()
+    if kernels == "auto" and not extras and not compiling:
+        if isinstance(input, Tensor) and input.numel() < _SMALL:
+            return "stock", "too small for our call overhead"
     refusal = _refusal(input, target, weight, reduction, ignore_index, label_smoothing)
     if refusal is not None:
         if kernels == "own":
@@ -307,10 +327,8 @@ def _choose(input, target, weight, reduction, ignore_index, label_smoothing, ext
             F.cross_entropy(*stock)  # bad input is torch's to refuse
             raise NotImplementedError(f"cross_entropy: no kernel of ours: {refusal}")
         return torchs, refusal
-    if torch.compiler.is_compiling():
+    if compiling:
         return "own", "covered"
-    if kernels == "auto" and not extras and input.numel() < _SMALL:
-        return "stock", f"{input.numel()} logits: too small for our call overhead"
     return f"{input.device.type}/{config.libraries[input.device.type]}", "covered"
 
 
@@ -365,10 +383,14 @@ def cross_entropy(
     if extras:
         _check_extras(softcap, z_loss)
 
-    kernel, reason = _choose(input, target, weight, reduction, ignore_index, label_smoothing, extras)
+    kernel, reason = _choose(
+        input, target, weight, reduction, ignore_index, label_smoothing, extras
+    )
     config.record(_OP, kernel, reason)
     if kernel == "stock":
         return F.cross_entropy(*stock)
+    if kernel == "reference":
+        F.cross_entropy(*stock)  # for its refusals
 
     device = input.device.type
     if torch.is_autocast_enabled(device):
@@ -382,7 +404,6 @@ def cross_entropy(
         float(z_loss),
     )
     if kernel == "reference":
-        F.cross_entropy(*stock)  # for its refusals
         outputs = cross_entropy_reference(input, target, weight, *options)
     elif torch.compiler.is_compiling():
         outputs = _ops.cross_entropy(input, target, weight, *options)
@@ -394,4 +415,6 @@ def cross_entropy(
     else:
         with torch._C._AutoDispatchBelowAutograd():
             outputs = _ops.cross_entropy_forward(input, target, weight, *options)
-    return (outputs[0], outputs[1]) if return_lse else outputs[0]
+    if not return_lse:
+        return outputs[0]
+    return outputs[0], outputs[1].to(torch.promote_types(input.dtype, torch.float32))

@@ -1,0 +1,222 @@
+"""Writes the README's table and draws its picture, from what benchmarks/run.py has measured.
+
+    python -m benchmarks.report [benchmarks/results/<machine>.jsonl ...]
+
+The table goes between the two comments of the README that hold its place; the picture (ratio bars,
+roofline) beside the results file. Of each row the newest record counts. Records whose gate was
+skipped count nowhere.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks import machine, records
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+class ReportError(ValueError):
+    """There is nothing to report, or no place for it; the message is one line."""
+
+
+def newest(objects: Sequence[dict]) -> dict[tuple[str, str], dict[str, dict]]:
+    """(op, row) -> provider -> the record of the newest run of that row, green gates only.
+
+    Whole rows: providers of two runs were never interleaved, so they are not compared.
+    """
+    rows: dict[tuple[str, str], dict[str, dict]] = {}
+    for one in objects:
+        if one["gate"] != "green":
+            continue
+        key = (one["op"], one["row"])
+        latest = rows.get(key)
+        date = next(iter(latest.values()))["date"] if latest else ""
+        if one["date"] > date:
+            rows[key] = {}
+        if one["date"] >= date:
+            rows[key][one["provider"]] = one
+    return rows
+
+
+def _best_stock(providers: dict[str, dict]) -> float:
+    return min(
+        one["median_ms"]
+        for name, one in providers.items()
+        if name.startswith("stock") and one["median_ms"]
+    )
+
+
+def table(rows: dict[tuple[str, str], dict[str, dict]]) -> str:
+    """The Markdown table: one line per row that has a time of ours."""
+    lines = [
+        "| op, row | stock ms | torch.compile ms | ours ms | × stock | × compile | own × stock"
+        " | of copy | peak memory |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+
+    def cell(one: dict | None, name: str, form: str) -> str:
+        return "–" if one is None or one.get(name) is None else format(one[name], form)
+
+    for (op, row), providers in rows.items():
+        auto = providers.get("auto")
+        if auto is None or not auto["median_ms"]:
+            continue
+        stock = providers["stock"]
+        memory = auto["peak_bytes"] / stock["peak_bytes"] if stock["peak_bytes"] else None
+        cells = [
+            f"{op} {row}" + ("" if auto["steady"] else " (unsteady)"),
+            format(_best_stock(providers), ".3g"),
+            cell(providers.get("torch.compile"), "median_ms", ".3g"),
+            cell(auto, "median_ms", ".3g"),
+            "**" + cell(auto, "ratio_to_best_stock", ".2f") + "**",
+            cell(auto, "ratio_to_compile", ".2f"),
+            cell(providers.get("own"), "ratio_to_best_stock", ".2f"),
+            cell(auto, "copy_fraction", ".0%"),
+            "–" if memory is None else f"{memory:.0%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    if len(lines) == 2:
+        raise ReportError("no row has a time of ours behind a green gate")
+    return "\n".join(lines)
+
+
+def section(path: Path, picture: Path, readme: Path) -> str:
+    """The table of one results file, with the machine and the commands that it comes from."""
+    rows = newest(records.read(path))
+    shown = table(rows)
+    ours = [providers["auto"] for providers in rows.values() if "auto" in providers]
+    runs = dict.fromkeys((one["command"], one["date"][:10], one["commit"]) for one in ours)
+    commands = [
+        f"`{command}` ({date}{f', commit {commit}' if commit else ''})"
+        for command, date, commit in runs
+    ]
+    return "\n\n".join(
+        [
+            shown,
+            f"Ours is what a user gets (`auto`); `own` never goes to stock. Stock in its best"
+            f" layout; medians; peak memory as a part of stock's. {'; '.join(commands)}. "
+            f"{machine.line(ours[-1]['machine'])}.",
+            f"![{path.stem}]({os.path.relpath(picture, readme.parent)})",
+        ]
+    )
+
+
+def draw(path: Path, picture: Path) -> None:
+    """Ratio bars beside a roofline, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = {
+        f"{op} {row}": providers
+        for (op, row), providers in newest(records.read(path)).items()
+        if providers.get("auto", {}).get("median_ms")
+    }
+    figure, (bars, roof) = plt.subplots(
+        1, 2, figsize=(13, 1.5 + 0.28 * len(rows)), width_ratios=(3, 2), layout="constrained"
+    )
+    at = range(len(rows))
+    series = (("auto", "tab:blue", "ours"), ("torch.compile", "tab:orange", "torch.compile"))
+    for offset, (name, colour, label) in enumerate(series):
+        ratios = [
+            providers.get(name, {}).get("ratio_to_best_stock") or 0 for providers in rows.values()
+        ]
+        drawn = bars.barh([y + 0.4 * offset for y in at], ratios, 0.4, color=colour, label=label)
+        bars.bar_label(drawn, [f"{ratio:.2f}" if ratio else "" for ratio in ratios], fontsize=7)
+    bars.set_yticks([y + 0.2 for y in at], rows, fontsize=8)
+    bars.invert_yaxis()
+    bars.axvline(1, color="black", linewidth=1)
+    bars.set_xlabel("times as fast as stock (best layout)")
+    bars.margins(x=0.1)
+
+    for name, colour, label in (("stock", "tab:grey", "stock"), ("auto", "tab:blue", "ours")):
+        points = [one[name] for one in rows.values() if one[name]["gflop_s"]]
+        intensity = [one["flops"] / one["bytes"] for one in points]
+        roof.loglog(intensity, [one["gflop_s"] for one in points], "o", color=colour, label=label)
+    ceilings = next(iter(rows.values()))["auto"]["machine"]
+    peak = ceilings.get("fma_gflops") or ceilings.get("gemm_gflops")
+    if ceilings["copy_gb_s"] and peak:
+        ridge = peak / ceilings["copy_gb_s"]
+        x = [0.1, ridge, max(100.0, 2 * ridge)]
+        roof.loglog(
+            x, [min(peak, ceilings["copy_gb_s"] * i) for i in x], color="black", label="machine"
+        )
+    roof.set_xlabel("flops per byte")
+    roof.set_ylabel("GFLOP/s")
+    for panel in (bars, roof):
+        panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    figure.suptitle(f"{ceilings.get('gpu') or ceilings['cpu']}, {ceilings['threads']} threads")
+    _replace(picture, lambda file: figure.savefig(file, format="png", dpi=120))
+    plt.close(figure)
+
+
+def write(readme: Path, text: str) -> None:
+    """Puts the text between the README's two comments; all else stays as it is.
+
+    Raises:
+        ReportError: the README has not each comment once, in order.
+    """
+    whole = readme.read_text()
+    if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
+        raise ReportError(f"{readme} must hold {BEGIN} and then {END}, each once")
+    before, rest = whole.split(BEGIN)
+    after = rest.split(END)[1]
+    new = f"{before}{BEGIN}\n{text}\n{END}{after}"
+    _replace(readme, lambda file: file.write(new.encode()))
+
+
+def _replace(path: Path, fill: Callable) -> None:
+    """Writes a file as a whole or not at all."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            fill(file)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; 0, or 1 when there is nothing to report, or 2 without matplotlib."""
+    command = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description="Writes the README's speed table and draws its picture.",
+    )
+    command.add_argument("files", nargs="*", type=Path, help="results (default: all there are)")
+    command.add_argument("--readme", type=Path, default=README, help="default: README.md")
+    options = command.parse_args(arguments)
+    files = options.files or sorted(records.RESULTS.glob("*.jsonl"))
+    try:
+        if not files:
+            raise ReportError(
+                f"no results in {records.RESULTS}: run python -m benchmarks.run first"
+            )
+        parts = []
+        for path in files:
+            picture = path.with_suffix(".png")
+            parts.append(section(path, picture, options.readme))
+            draw(path, picture)
+        write(options.readme, "\n\n".join(parts))
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        print("the picture needs matplotlib: pip install 'dlkernels[train]'", file=sys.stderr)
+        return 2
+    except (ReportError, FileNotFoundError, json.JSONDecodeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{options.readme}; " + "; ".join(str(path.with_suffix(".png")) for path in files))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

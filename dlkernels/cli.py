@@ -1,0 +1,359 @@
+"""The command ``dlkernels``: ``compare`` trains a network on both sides, ``bench`` times the ops.
+
+Results go to stdout, progress bars and errors to stderr. Exit status: 0; 1 if the training fails;
+2 for a request that cannot be met (one line says why, and nothing is written); 130 after Ctrl-C.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+import dlkernels
+from dlkernels import config, data, info
+from dlkernels.models import NETWORKS
+from dlkernels.train import Comparison, Measured, Side, Spread, compare
+
+EXTRA = "pip install 'dlkernels[train]'"
+
+
+class RequestError(Exception):
+    """A request that cannot be met; its text is the line that the user sees."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{self.prog}: {message}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line ``argv`` (default: ``sys.argv[1:]``); returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["bench"]:  # its options are those of benchmarks.run
+            return bench(argv[1:])
+        return run_compare(parser().parse_args(argv))
+    except (RequestError, NotImplementedError) as error:  # the latter where "own" was forced
+        print(error, file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"dlkernels compare: training diverged: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of every subcommand; its errors are ``RequestError``."""
+    top = Parser(prog="dlkernels", description="Faster kernels for PyTorch, beside stock's.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    c = commands.add_parser(
+        "compare",
+        help="train a documented network of torch.nn and of dlkernels.nn, and compare them",
+        description="Trains the network twice from the same weights on the same batches.",
+    )
+    c.add_argument("network", nargs="?", default="lenet", choices=sorted(NETWORKS))
+    c.add_argument("--epochs", type=whole, help="default: the network's recipe")
+    c.add_argument("--batch-size", type=whole, help="default: the network's recipe")
+    c.add_argument("--device", type=device, default=torch.device("cpu"), help="default: cpu")
+    c.add_argument("--seed", type=seed, default=0, help="weights and batches; default: 0")
+    c.add_argument("--threads", type=whole, help="default: torch's own choice")
+    c.add_argument("--data", type=Path, metavar="DIR", help="MNIST IDX files, gzipped or not")
+    c.add_argument("--out", type=Path, default=Path("compare.png"), help="default: compare.png")
+    c.add_argument("--json", action="store_true", help="one JSON document on stdout, no tables")
+    commands.add_parser("bench", help="time the ops: python -m benchmarks.run", add_help=False)
+    return top
+
+
+def whole(text: str) -> int:
+    """An option's whole number from 1, or ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"wanted a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """An option's whole number that torch takes as a seed, or ArgumentTypeError."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"wanted a whole number from 0 to 2**63 - 1, got {text!r}")
+    return int(text)
+
+
+def device(text: str) -> torch.device:
+    """A CPU or CUDA device that is there, or ArgumentTypeError."""
+    try:
+        wanted = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"no such device: {text!r}") from None
+    if wanted.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"wanted cpu or cuda, got {text!r}")
+    count = torch.cuda.device_count() if wanted.type == "cuda" else 1
+    if (wanted.index or 0) >= count:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not available: {count} {wanted.type} devices"
+        )
+    return wanted
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """``dlkernels compare``: loads, trains, prints, draws. Raises as ``main`` handles."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler chats on stderr
+    recipe = NETWORKS[args.network].recipe
+    try:
+        save_picture = picture_writer(args.out)
+        show_progress = progress_bars()
+        images = data.load(recipe.image_size, recipe.mean, recipe.std, args.data)
+    except ModuleNotFoundError as error:
+        package = (error.name or str(error)).partition(".")[0]
+        raise RequestError(f"dlkernels compare needs {package}: {EXTRA}") from error
+    except (OSError, ValueError) as error:
+        raise RequestError(f"dlkernels compare: {error}") from error
+    epochs = args.epochs or (recipe.digits_epochs if args.data is None else recipe.epochs)
+    batch_size = min(args.batch_size or recipe.batch_size, len(images.train_images))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads or threads)
+    try:
+        facts = {
+            "network": args.network,
+            "data": images.name,
+            "train_images": len(images.train_images),
+            "test_images": len(images.test_images),
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "seed": args.seed,
+            "machine": machine(args.device),
+        }
+        with show_progress(epochs * -(-len(images.train_images) // batch_size)) as on_step:
+            result = compare(
+                args.network,
+                images.to(args.device),
+                epochs=epochs,
+                batch_size=batch_size,
+                seed=args.seed,
+                on_step=on_step,
+            )
+    finally:
+        torch.set_num_threads(threads)
+    if args.json:
+        print(json.dumps(document(facts, result, args.out), indent=1, allow_nan=False))
+    else:
+        print_tables(facts, result)
+    try:
+        save_picture(args.network, result)
+    except OSError as error:
+        raise RequestError(f"dlkernels compare: --out: {error}") from error
+    if not args.json:
+        print(f"loss curves and step times: {args.out}")
+    return 0
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What the times depend on, in this process."""
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_library": info.cpu_library(),
+        "kernels": config.kernels,
+    }
+
+
+def progress_bars() -> Callable[[int], contextlib.AbstractContextManager]:
+    """``bars(steps)`` shows a progress bar for each side on stderr and gives ``on_step(side)``."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    @contextlib.contextmanager
+    def bars(steps: int) -> Iterator[Callable[[Side], None]]:
+        # Drawn between steps, by hand: rich's own thread would draw during the timed ones.
+        with Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            auto_refresh=False,
+        ) as progress:
+            tasks: dict[str, int] = {}
+            for name in ("torch.nn", "dlkernels.nn"):
+                tasks[name] = progress.add_task(name, total=steps, loss=float("nan"))
+            drawn = 0.0
+
+            def on_step(side: Side) -> None:
+                nonlocal drawn
+                progress.update(tasks[side.name], advance=1, loss=side.losses[-1])
+                if time.monotonic() - drawn > 0.2:
+                    progress.refresh()
+                    drawn = time.monotonic()
+
+            yield on_step
+
+    return bars
+
+
+def document(facts: dict, result: Comparison, out: Path) -> dict:
+    """The JSON document. Times in milliseconds; a ratio is torch.nn / dlkernels.nn."""
+
+    def side(measured: Measured) -> dict:
+        return {
+            "forward_ms": measured.forward_ms._asdict(),
+            "forward_backward_ms": measured.forward_backward_ms._asdict(),
+            "peak_memory_bytes": measured.peak_memory_bytes,
+            "test_correct": measured.correct,
+            "test_accuracy": measured.correct / measured.total,
+            "losses": measured.losses,
+        }
+
+    return {
+        **facts,
+        "steps": result.steps,
+        "timed_steps": result.timed_steps,
+        "torch.nn": side(result.stock),
+        "dlkernels.nn": side(result.ours),
+        "ratio": ratios(result),
+        "largest_loss_difference": result.loss_difference,
+        "layers": [layer._asdict() for layer in result.layers],
+        "picture": str(out),
+    }
+
+
+def ratios(result: Comparison) -> dict[str, float]:
+    """torch.nn / dlkernels.nn: above 1, ours is better. Of times, the median over steps."""
+    return {
+        "forward": result.forward_ratio,
+        "forward_backward": result.forward_backward_ratio,
+        "peak_memory": result.stock.peak_memory_bytes / result.ours.peak_memory_bytes,
+    }
+
+
+def print_tables(facts: dict, result: Comparison) -> None:
+    """The machine, the comparison, and which kernel computed which layer, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    def ms(spread: Spread) -> str:
+        median, lower, upper = (f"{value:.{decimals(value)}f}" for value in spread)
+        return f"{median} ({lower}-{upper})"
+
+    def decimals(value: float) -> int:  # three significant digits
+        return max(0, 2 - math.floor(math.log10(value)))
+
+    def accuracy(measured: Measured) -> Text:  # Text: a cell's own [ ] would be markup
+        percent = 100 * measured.correct / measured.total
+        return Text(f"{percent:.2f} % [{measured.correct}/{measured.total}]")
+
+    stock, ours, ratio, m = result.stock, result.ours, ratios(result), facts["machine"]
+    main_table = Table()
+    for heading in ("", "torch.nn", "dlkernels.nn", "ratio"):
+        main_table.add_column(heading, justify="right" if heading else "left")
+    for name, key in (("forward", "forward"), ("forward + backward", "forward_backward")):
+        cells = (ms(getattr(side, f"{key}_ms")) for side in (stock, ours))
+        main_table.add_row(f"{name}, ms", *cells, f"{ratio[key]:.2f}")
+    memory = (f"{side.peak_memory_bytes / 2**20:.3f}" for side in (stock, ours))
+    main_table.add_row("peak memory, MiB", *memory, f"{ratio['peak_memory']:.2f}")
+    main_table.add_row("last loss", f"{stock.losses[-1]:.6f}", f"{ours.losses[-1]:.6f}", "")
+    main_table.add_row("largest difference", "", f"{result.loss_difference:.2e}", "")
+    main_table.add_row("test accuracy", accuracy(stock), accuracy(ours), "")
+    layers = Table("layer", "class", "kernel", "why")
+    for layer in result.layers:
+        layers.add_row(*(Text(cell) for cell in layer))
+
+    console = Console(highlight=False)
+    console.print(
+        f"{facts['network']} on {facts['data']}: {facts['train_images']} training images, "
+        f"{facts['test_images']} test images, {facts['epochs']} epochs of batch size "
+        f"{facts['batch_size']}, seed {facts['seed']}",
+        markup=False,
+    )
+    console.print(
+        f"{m['device']}: {m['cores']} cores, {m['threads']} threads, CPU capability "
+        f"{m['cpu_capability']}, library {m['cpu_library']}, kernels {m['kernels']}, "
+        f"torch {m['torch']}, Python {m['python']}",
+        markup=False,
+    )
+    console.print(main_table)
+    console.print(
+        f"Times: median (quartiles) of {result.timed_steps} of {result.steps} steps, the two "
+        "sides' in turn. Ratio: torch.nn / dlkernels.nn, median over steps. Memory: of one "
+        "forward and backward pass. Largest difference: of the two loss curves."
+    )
+    console.print(layers)
+
+
+def picture_writer(out: Path) -> Callable[[str, Comparison], None]:
+    """``save(network, result)`` draws the loss curves and step times into the PNG file ``out``.
+
+    What can be refused is refused here, before any training: raises OSError.
+    """
+    from matplotlib.figure import Figure  # no pyplot: savefig then draws with Agg
+
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out: no folder {out.parent}")
+    if out.is_dir():
+        raise IsADirectoryError(f"--out: {out} is a folder")
+    if not os.access(out.parent, os.W_OK):
+        raise PermissionError(f"--out: {out.parent} is not writable")
+
+    def save(network: str, result: Comparison) -> None:
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        curves, times = figure.subplots(1, 2)
+        for side, name, style in (
+            (result.stock, "torch.nn", {"color": "tab:gray", "linewidth": 3, "alpha": 0.6}),
+            (result.ours, "dlkernels.nn", {"color": "tab:blue", "linewidth": 1}),
+        ):
+            curves.plot(side.losses, label=name, **style)
+            median = side.forward_backward_ms.median
+            times.plot(side.step_ms, ".", ms=3, color=style["color"], alpha=0.5)
+            times.axhline(median, label=f"{name}: median {median:.3f} ms", **style)
+        curves.set(title=f"{network}: training loss", xlabel="step", ylabel="loss", ylim=(0, None))
+        # A few steps that the machine interrupted would flatten all the others.
+        highest = max(side.forward_backward_ms.median for side in (result.stock, result.ours))
+        times.set(title="forward + backward", xlabel="step", ylabel="ms", ylim=(0, 2 * highest))
+        curves.legend()
+        times.legend(loc="upper right")
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=120)
+        write_atomically(out, image.getvalue())
+
+    return save
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes beside ``path``, then renames: ``path`` is the old file or the whole new one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def bench(argv: list[str]) -> int:
+    """Runs ``benchmarks.run`` of the source tree that this package lies in."""
+    root = Path(dlkernels.__file__).parents[1]
+    if not (root / "benchmarks" / "run.py").is_file():
+        raise RequestError("dlkernels bench: the benchmarks live in the source tree: run it there")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return importlib.import_module("benchmarks.run").main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""MnistCNN: two convolutions with pooling, one linear layer; 8,490 parameters."""
+
+from types import ModuleType
+
+import torch
+
+import dlkernels.nn
+from dlkernels.models.recipe import Recipe
+
+
+class MnistCNN(torch.nn.Module):
+    """Logits (N, 10) of images (N, 1, 28, 28); ``nn`` is the namespace of the layers."""
+
+    recipe = Recipe(image_size=28, epochs=10, digits_epochs=30)
+
+    def __init__(self, nn: ModuleType = dlkernels.nn) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 10, 5)
+        self.conv2 = nn.Conv2d(10, 20, 5)
+        self.fc = nn.Linear(320, 10)
+        self.relu = nn.ReLU()
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.pool(self.conv1(x)))  # (N, 10, 12, 12)
+        x = self.relu(self.pool(self.conv2(x)))  # (N, 20, 4, 4)
+        return self.fc(x.flatten(1))

@@ -1,0 +1,307 @@
+"""Trains a documented network twice, of ``torch.nn`` and of ``dlkernels.nn``, and compares them.
+
+The two start from the same weights and see the same batches in the same order. Their steps are
+interleaved in one process, and the one that goes first changes with every step: a machine that
+slows down half-way, or a cache that the first leaves cold, hits both.
+"""
+
+import copy
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+import dlkernels.nn
+from dlkernels import config
+from dlkernels.data import Images
+from dlkernels.models import NETWORKS
+
+WARM_UP_STEPS = 10
+
+
+@dataclass
+class Side:
+    """One of the two: its network, and what was measured of it, step by step."""
+
+    name: str
+    model: torch.nn.Module
+    loss: torch.nn.Module
+    optimiser: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    forward_ms: list[float] = field(default_factory=list)
+    forward_backward_ms: list[float] = field(default_factory=list)
+
+
+class Spread(NamedTuple):
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+
+
+class Layer(NamedTuple):
+    name: str  # "conv1"
+    module: str  # "Conv2d"
+    kernel: str  # "cpu/avx2", or "stock"
+    reason: str
+
+
+class Measured(NamedTuple):
+    forward_ms: Spread
+    forward_backward_ms: Spread
+    peak_memory_bytes: int
+    correct: int
+    total: int
+    losses: list[float]  # of every step
+    step_ms: list[float]  # forward + backward of every step
+
+
+class Comparison(NamedTuple):
+    steps: int
+    timed_steps: int
+    stock: Measured
+    ours: Measured
+    forward_ratio: float  # the median over steps of stock / ours in the same step
+    forward_backward_ratio: float
+    loss_difference: float  # the largest |stock - ours| of the loss curves
+    layers: list[Layer]
+
+
+def twins(network: str, seed: int, device: torch.device) -> tuple[Side, Side]:
+    """The documented network of ``torch.nn`` and of ``dlkernels.nn``, with the same weights."""
+    torch.manual_seed(seed)
+    stock = _side("torch.nn", network, torch.nn, device)
+    torch.manual_seed(seed)
+    ours = _side("dlkernels.nn", network, dlkernels.nn, device)
+    ours.model.load_state_dict(stock.model.state_dict())
+    for (key, a), b in zip(
+        stock.model.state_dict().items(), ours.model.state_dict().values(), strict=True
+    ):
+        if not torch.equal(a, b):
+            raise RuntimeError(f"{network}: {key} differs between the twins")
+    return stock, ours
+
+
+def _side(name: str, network: str, nn: ModuleType, device: torch.device) -> Side:
+    cls = NETWORKS[network]
+    recipe = cls.recipe
+    model = cls(nn=nn).to(device)
+    optimiser = getattr(torch.optim, recipe.optimiser)(
+        model.parameters(), lr=recipe.lr, momentum=recipe.momentum
+    )
+    return Side(name, model, getattr(nn, recipe.loss)(), optimiser)
+
+
+def step(side: Side, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """One training step. Times the forward pass with the loss, and that plus the backward pass.
+
+    The optimiser, which is torch's on both sides, is outside of both times. A kernel that makes
+    its gradient in the forward pass pays for it there: only the sum is comparable between sides.
+    """
+    side.optimiser.zero_grad()
+    start = _now(images.device)
+    loss = side.loss(side.model(images), labels)
+    middle = _now(images.device)
+    loss.backward()
+    end = _now(images.device)
+    side.optimiser.step()
+    side.forward_ms.append((middle - start) * 1e3)
+    side.forward_backward_ms.append((end - start) * 1e3)
+    side.losses.append(loss.item())
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def train(
+    sides: tuple[Side, Side],
+    data: Images,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    on_step: Callable[[Side], None],
+) -> list[int]:
+    """Trains both sides on the same shuffled batches; the last batch of an epoch may be smaller.
+
+    Returns each step's batch size. ``on_step`` is called after every step of either side, outside
+    of the timed region. Raises FloatingPointError when a loss is no longer finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes: list[int] = []
+    for side in sides:
+        side.model.train()
+    for _ in range(epochs):
+        order = torch.randperm(len(data.train_images), generator=generator)
+        for batch in order.to(data.train_images.device).split(batch_size):
+            images, labels = data.train_images[batch], data.train_labels[batch]
+            for side in sides if len(sizes) % 2 == 0 else sides[::-1]:
+                step(side, images, labels)
+                if not math.isfinite(side.losses[-1]):
+                    raise FloatingPointError(
+                        f"{side.name}: the loss of step {len(sizes) + 1} is {side.losses[-1]}"
+                    )
+                on_step(side)
+            sizes.append(len(batch))
+    return sizes
+
+
+def timed(sizes: list[int]) -> list[int]:
+    """The steps whose times count: full batches, without the warm-up.
+
+    Warm-up is the first tenth of them, 10 at most: first calls build primitives and touch pages.
+    """
+    full = [k for k, size in enumerate(sizes) if size == max(sizes)]
+    return full[min(WARM_UP_STEPS, len(full) // 10) :]
+
+
+def spread(values: list[float]) -> Spread:
+    """Median and quartiles; of one value, that value three times."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, lower, upper)
+
+
+def correct(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> int:
+    """How many of ``labels`` the network's largest logit gets right, in eval mode."""
+    model.eval()
+    total = 0
+    with torch.no_grad():
+        for x, y in zip(images.split(256), labels.split(256), strict=True):
+            total += int((model(x).argmax(1) == y).sum())
+    model.train()
+    return total
+
+
+def peak_memory(side: Side, images: torch.Tensor, labels: torch.Tensor) -> int:
+    """Peak bytes of a forward and backward pass, above what was allocated before it.
+
+    That is activations, what backward saves, gradients and workspace; weights, optimiser state and
+    the batch are not in it. CUDA: ``torch.cuda.max_memory_allocated``. CPU: torch.profiler's record
+    of every allocation and release by torch's CPU allocator, summed in order of time; memory that a
+    library takes by malloc itself is not seen. Runs on a copy of the network.
+    """
+    model = copy.deepcopy(side.model)
+
+    def run() -> None:
+        side.loss(model(images), labels).backward()
+
+    run()
+    model.zero_grad(set_to_none=True)
+    if images.device.type == "cuda":
+        torch.cuda.synchronize(images.device)
+        torch.cuda.reset_peak_memory_stats(images.device)
+        before = torch.cuda.memory_allocated(images.device)
+        run()
+        torch.cuda.synchronize(images.device)
+        return torch.cuda.max_memory_allocated(images.device) - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    return peak_of_trace(events)
+
+
+def peak_of_trace(events: list[dict]) -> int:
+    """The highest running sum of a profiler trace's CPU allocations (+) and releases (-)."""
+    memory = [e for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == 0]
+    allocated = peak = 0
+    for event in sorted(memory, key=lambda e: e["ts"]):
+        allocated += event["args"]["Bytes"]
+        peak = max(peak, allocated)
+    return peak
+
+
+def kernels_used(side: Side, images: torch.Tensor, labels: torch.Tensor) -> list[Layer]:
+    """Which kernel computed each layer without children, and the loss, in one training step.
+
+    What ``dlkernels.config.recording`` notes between a layer's entry and its return is that
+    layer's. A class of torch's own is stock. Runs on a copy of the network.
+    """
+    model, loss = copy.deepcopy(side.model).train(), copy.deepcopy(side.loss)
+    leaves = {name: m for name, m in model.named_modules() if not next(m.children(), None)}
+    leaves["loss"] = loss
+    used: dict[str, config.Choice | None] = {}  # in the order of the first calls
+    with config.recording() as choices:
+
+        def watch(name: str, module: torch.nn.Module) -> None:
+            def leave(*_: object) -> None:
+                used[name] = choices[-1] if choices else None
+
+            module.register_forward_pre_hook(lambda *_: choices.clear())
+            module.register_forward_hook(leave)
+
+        for name, module in leaves.items():
+            watch(name, module)
+        loss(model(images), labels).backward()
+    return [layer(name, leaves[name], choice) for name, choice in used.items()]
+
+
+def layer(name: str, module: torch.nn.Module, choice: config.Choice | None) -> Layer:
+    """The table row of a layer: by the choice it recorded, else by its class."""
+    if choice is not None:
+        return Layer(name, type(module).__name__, choice.kernel, choice.reason)
+    if type(module).__module__.startswith("torch."):
+        return Layer(name, type(module).__name__, "stock", "no kernel of ours")
+    return Layer(name, type(module).__name__, "unknown", "recorded no choice")
+
+
+def compare(
+    network: str,
+    data: Images,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int = 0,
+    on_step: Callable[[Side], None] = lambda side: None,
+) -> Comparison:
+    """Trains the twins of ``network`` on ``data``, on its device, and measures both."""
+    device = data.train_images.device
+    stock, ours = twins(network, seed, device)
+    sizes = train(
+        (stock, ours), data, epochs=epochs, batch_size=batch_size, seed=seed, on_step=on_step
+    )
+    counted = timed(sizes)
+    images, labels = data.train_images[:batch_size], data.train_labels[:batch_size]
+
+    def measured(side: Side) -> Measured:
+        return Measured(
+            spread([side.forward_ms[k] for k in counted]),
+            spread([side.forward_backward_ms[k] for k in counted]),
+            peak_memory(side, images, labels),
+            correct(side.model, data.test_images, data.test_labels),
+            len(data.test_labels),
+            side.losses,
+            side.forward_backward_ms,
+        )
+
+    def ratio(a: list[float], b: list[float]) -> float:
+        # Pair by pair: on a busy machine times have two modes, and the ratio of two medians can
+        # be that of the modes.
+        return statistics.median(a[k] / b[k] for k in counted)
+
+    return Comparison(
+        len(sizes),
+        len(counted),
+        measured(stock),
+        measured(ours),
+        ratio(stock.forward_ms, ours.forward_ms),
+        ratio(stock.forward_backward_ms, ours.forward_backward_ms),
+        max(abs(a - b) for a, b in zip(stock.losses, ours.losses, strict=True)),
+        kernels_used(ours, images, labels),
+    )

@@ -1,0 +1,474 @@
+"""The benchmark house itself: that a figure means what it says. No time is asserted here."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import cross_entropy, machine, measure, records, report, run
+
+FIELDS = {
+    "op": str,
+    "row": str,
+    "reason": str,
+    "work": str,
+    "dtype": str,
+    "shape": list,
+    "layout": str,
+    "calls": int,
+    "bytes": int,
+    "flops": int,
+    "batches": int,
+    "steady": bool,
+    "core_latency_ns": float | None,
+    "busy_elsewhere": float | None,
+    "provider": str,
+    "samples": int,
+    "median_ms": float | None,
+    "min_ms": float | None,
+    "p25_ms": float | None,
+    "p75_ms": float | None,
+    "ratio_to_best_stock": float | None,
+    "ratio_to_eager": float | None,
+    "ratio_to_compile": float | None,
+    "gb_s": float | None,
+    "gflop_s": float | None,
+    "copy_fraction": float | None,
+    "fma_fraction": float | None,
+    "peak_bytes": int | None,
+    "page_faults": int | None,
+    "kernel": str,
+    "difference": float | None,
+    "missing": str | None,
+    "gate": str,
+    "machine": dict,
+    "date": str,
+    "commit": str | None,
+    "command": str,
+}
+
+
+def provider(name, call=None, **more):
+    return measure.Provider(name, call or (lambda: (torch.ones(2),)), **more)
+
+
+def row_of(*providers, **more):
+    fields = {
+        "op": "cross_entropy",
+        "name": "a row",
+        "reason": "a reason",
+        "work": "forward",
+        "dtype": "float32",
+        "shape": (2,),
+        "layout": "contiguous",
+        "bytes": 8_000,
+        "flops": 4_000,
+        "providers": lambda: list(providers),
+    }
+    return measure.Row(**fields | more)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Two rounds a batch, and a machine that is not probed."""
+    monkeypatch.setattr(measure, "ROUNDS", (2, 2))
+    fields = {"device": "cpu", "cpu": "a cpu", "cores": 2, "threads": 2, "torch": "2.13"}
+    fields |= {"torch_capability": "AVX2", "load_1min": 0.0, "probes_missing": None}
+    fields |= {"copy_gb_s": 10.0, "fma_gflops": 100.0, "fma_lanes": 8, "library": "avx2"}
+    monkeypatch.setattr(machine, "describe", lambda device, threads: dict(fields))
+    monkeypatch.setattr(run, "library", lambda: "avx2")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+# --------------------------------------------------------------------------------------- red gate
+
+
+@pytest.mark.parametrize("body", ["assert False", "def test(): assert 1 == 2", None])
+def test_a_red_gate_reports_no_speed(quick, monkeypatch, tmp_path, capsys, body):
+    (tmp_path / "tests").mkdir()
+    if body is not None:
+        (tmp_path / "tests" / "test_cross_entropy.py").write_text(body)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("it measured"))
+    out = tmp_path / "out.jsonl"
+    assert run.main(["cross_entropy", "--out", str(out)]) == 1
+    assert not out.exists()
+    captured = capsys.readouterr()
+    assert "no speed is reported" in captured.err
+    assert " ms" not in captured.out
+
+
+def test_a_green_gate_passes(monkeypatch, tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_cross_entropy.py").write_text("def test(): pass")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    run.gate("cross_entropy")
+
+
+# ---------------------------------------------------------------------------------------- results
+
+
+def run_two(monkeypatch, tmp_path, *more):
+    row = row_of(
+        provider("stock", eager_stock=True),
+        provider("stock channels_last", eager_stock=True),
+        provider("own", kernels="own"),
+        provider("auto", kernels="auto"),
+    )
+    monkeypatch.setattr(cross_entropy, "rows", lambda device: [row])
+    out = tmp_path / "out.jsonl"
+    assert run.main(["--no-gate", "--out", str(out), *more]) == 0
+    return out
+
+
+def test_results_have_the_schema(quick, monkeypatch, tmp_path):
+    objects = records.read(run_two(monkeypatch, tmp_path))
+    assert [one["provider"] for one in objects] == ["stock", "stock channels_last", "own", "auto"]
+    for one in objects:
+        assert list(one.keys() - FIELDS.keys()) == [] and list(FIELDS.keys() - one.keys()) == []
+        for name, kind in FIELDS.items():
+            assert isinstance(one[name], kind), f"{name}: {one[name]!r} is no {kind}"
+        assert one["gate"] == "skipped"
+        assert one["samples"] == 2 and one["median_ms"] > 0
+        assert one["min_ms"] <= one["p25_ms"] <= one["median_ms"] <= one["p75_ms"]
+
+
+def test_ratios_and_rates(quick):
+    seen = [
+        measure.Measured("stock", True, [4.0, 4.0, 4.0]),
+        measure.Measured("stock channels_last", True, [3.0, 3.0, 3.0]),
+        measure.Measured("torch.compile", False, [6.0, 6.0, 6.0]),
+        measure.Measured("auto", False, [1.0, 2.0, 9.0]),
+        measure.Measured("own", missing="no kernel: of this shape"),
+    ]
+    measured = {"providers": seen, "batches": 1, "steady": True}
+    measured |= {"core_latency_ns": 40.0, "busy_elsewhere": 0.0}
+    about = {"machine": machine.describe("cpu", 2)}
+    stock, _, _, auto, own = records.of_row(row_of(), measured, about)
+    assert auto["median_ms"] == 2.0 and auto["min_ms"] == 1.0
+    assert (auto["p25_ms"], auto["p75_ms"]) == (1.5, 5.5)
+    assert auto["ratio_to_best_stock"] == 1.5
+    assert auto["ratio_to_eager"] == 2.0
+    assert auto["ratio_to_compile"] == 3.0
+    assert stock["ratio_to_best_stock"] == 0.75
+    assert auto["gb_s"] == 0.004 and auto["copy_fraction"] == 0.0004
+    assert auto["gflop_s"] == 0.002 and auto["fma_fraction"] == 0.0
+    assert own["median_ms"] is None and own["ratio_to_eager"] is None and own["gb_s"] is None
+    assert own["missing"] == "no kernel: of this shape"
+
+
+def test_results_are_appended(quick, monkeypatch, tmp_path):
+    first = run_two(monkeypatch, tmp_path).read_text()
+    second = run_two(monkeypatch, tmp_path).read_text()
+    assert second.startswith(first) and len(second.splitlines()) == 8
+
+
+def test_json_prints_the_same_objects(quick, monkeypatch, tmp_path, capsys):
+    out = run_two(monkeypatch, tmp_path, "--json")
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == records.read(out)
+
+
+def test_a_broken_results_file_is_named(tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"op": "x"}\n{"op"\n')
+    with pytest.raises(ValueError, match=r"broken\.jsonl:2: not JSON"):
+        records.read(path)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["conv9d"], "no benchmark of 'conv9d': there are cross_entropy"),
+        (["--threads", "0"], "--threads 0"),
+        (["--repeats", "0"], "--repeats 0"),
+        (["--rows", "no such row"], "no such row; there are 4096x1000"),
+        (["--out", "/no/such/folder/x.jsonl"], "there is no folder /no/such/folder"),
+    ],
+)
+def test_refusals(arguments, message, capsys):
+    with pytest.raises(SystemExit) as refused:
+        run.main([*arguments, "--no-gate"])
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ timing
+
+
+def test_providers_are_interleaved(monkeypatch):
+    monkeypatch.setattr(measure, "ROUNDS", (3, 3))
+    order = []
+
+    def take(one):
+        order.append(one.name)
+        return float(len(order))
+
+    batch = measure.interleaved([provider("a"), provider("b"), provider("c")], take)
+    assert order == ["a", "b", "c"] * 3
+    assert batch.samples == {"a": [1.0, 4.0, 7.0], "b": [2.0, 5.0, 8.0], "c": [3.0, 6.0, 9.0]}
+
+
+EVEN, UNEVEN, WILD = [10, 10, 10], [10, 12, 13], [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    "batches, kept, taken",
+    [
+        ([({"a": EVEN, "b": EVEN}, 0.0), None], 0, 1),
+        ([({"a": EVEN, "b": WILD}, 0.0), ({"a": EVEN, "b": EVEN}, 0.0), None], 1, 2),
+        ([({"a": WILD}, 0.0), ({"a": UNEVEN}, 0.0), ({"a": WILD}, 0.0)], 1, 3),
+        ([({"a": EVEN}, 0.9), ({"a": WILD}, 0.0), ({"a": EVEN}, 0.5)], 1, 3),
+        ([({"a": EVEN}, 0.9), ({"a": EVEN}, None), None], 1, 2),
+    ],
+    ids=["steady", "one_is_not", "cap", "busy_is_worse_than_uneven", "unknown_is_alone"],
+)
+def test_the_steadiest_batch_is_kept(batches, kept, taken):
+    made = [one and measure.Batch(*one) for one in batches]
+    assert measure.steadiest(iter(made).__next__, repeats=3) == (made[kept], taken)
+
+
+def test_a_busy_neighbour_is_seen():
+    before = measure._cpu_seconds_of_others()
+    if before is None:
+        pytest.skip("no /proc/stat here")
+    spin = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", spin], check=True)
+    assert measure._cpu_seconds_of_others() - before >= 0.4
+
+
+def test_every_sample_is_prepared(quick):
+    calls = []
+    one = provider("stock", lambda: calls.append("call") or (torch.ones(1),), eager_stock=True)
+    one.prepare = lambda: calls.append("prepare")
+    measure.sample(one, row_of(calls=3), "cpu")
+    assert calls == ["prepare", "call", "call", "call"]
+
+
+def test_other_work_is_not_timed(quick):
+    row = row_of(
+        provider("stock", eager_stock=True),
+        provider("close", lambda: (torch.ones(2) * 1.001,)),
+        provider("wrong", lambda: (torch.tensor([1.0, 2.0]),)),
+        provider("nan", lambda: (torch.tensor([1.0, math.nan]),)),
+    )
+    measured = measure.measure(row, "cpu", 1, lambda name: True)
+    stock, close, wrong, nan = measured["providers"]
+    assert len(stock.samples) == len(close.samples) == 2
+    assert close.difference == pytest.approx(0.001, rel=1e-3) and close.missing is None
+    assert wrong.samples == [] and "off by 1" in wrong.missing
+    assert nan.samples == [] and "off by inf" in nan.missing
+
+
+def test_no_kernel_and_a_broken_peer_are_shown(quick):
+    def refuses():
+        raise NotImplementedError("no kernel for complex64\nsecond line")
+
+    def breaks():
+        raise OSError("no compiler")
+
+    row = row_of(
+        provider("stock", eager_stock=True),
+        provider("own", refuses, kernels="own"),
+        provider("torch.compile", breaks),
+    )
+    own, compiled = measure.measure(row, "cpu", 1, lambda name: True)["providers"][1:]
+    assert own.missing == "no kernel: no kernel for complex64" and own.samples == []
+    assert compiled.missing == "OSError: no compiler" and compiled.samples == []
+
+
+def test_an_error_of_ours_is_not_swallowed(quick):
+    def breaks():
+        raise RuntimeError("a bug")
+
+    row = row_of(provider("stock", eager_stock=True), provider("auto", breaks, kernels="auto"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        measure.measure(row, "cpu", 1, lambda name: True)
+
+
+def test_kernels_are_chosen_and_given_back():
+    from dlkernels import config
+
+    before = config.kernels
+    with pytest.raises(KeyError), measure.kernels_chosen("own"):
+        assert config.kernels == "own"
+        raise KeyError
+    assert config.kernels == before
+
+
+def test_peak_bytes():
+    def call():
+        kept = torch.empty(250_000)
+        torch.empty(500_000)
+        del kept
+        return (torch.empty(125_000),)
+
+    assert measure.peak_bytes(provider("stock", call), row_of(), "cpu") == 3_000_000
+
+
+# ----------------------------------------------------------------------------- the rows of the ops
+
+
+def small(case):
+    shapes = {2: (6, 5), 4: (2, 3, 4, 5)}
+    return case._replace(shape=shapes[len(case.shape)], calls=1)
+
+
+def by_name(case):
+    return case.name.replace(" ", "_")
+
+
+@pytest.mark.parametrize("case", cross_entropy.CASES, ids=by_name)
+def test_bytes_are_those_of_the_tensors(case):
+    data = cross_entropy.Data(small(case), case.layout, "cpu")
+    data.prepare()
+    results = data.work(torch.nn.functional.cross_entropy)()
+    tensors = [data.logits, data.target, *results]
+    bytes_, flops = cross_entropy._counted(small(case))
+    assert bytes_ == sum(tensor.nbytes for tensor in tensors)
+    assert flops == data.logits.numel() * (4 if case.work == "forward" else 6)
+
+
+def test_bytes_of_a_known_row():
+    assert cross_entropy._counted(cross_entropy.CASES[0])[0] == 2 * 4096 * 1000 * 4 + 4096 * 8 + 4
+
+
+@pytest.mark.parametrize("case", cross_entropy.CASES, ids=by_name)
+def test_ours_does_the_same_work_as_stock(case):
+    data = cross_entropy.Data(small(case), case.layout, "cpu")
+    data.prepare()
+    wanted = [one.clone() for one in data.work(torch.nn.functional.cross_entropy)()]
+    data.prepare()
+    assert measure.difference(data.work(cross_entropy._ours)(), wanted) < measure.WRONG
+
+
+@pytest.mark.parametrize("case", cross_entropy.CASES, ids=by_name)
+def test_data_is_fresh_for_each_sample(case):
+    data = cross_entropy.Data(small(case), case.layout, "cpu")
+    data.prepare()
+    assert data.logits.is_leaf == (data.leaf or case.work == "forward")
+    assert data.logits.requires_grad == (case.work != "forward")
+    assert data.logits.dtype == case.dtype
+    assert data.logits.is_contiguous(memory_format=cross_entropy.LAYOUTS[case.layout])
+    assert data.logits.std() > 1  # never zeros
+    with torch.no_grad():
+        data.source.zero_()
+    if data.leaf:
+        data.source.grad = torch.ones_like(data.source)
+    data.prepare()
+    assert torch.equal(data.logits, data.master) and data.source.grad is None
+
+
+def test_rows_have_names_of_their_own_and_reasons():
+    rows = cross_entropy.rows("cpu")
+    assert len({row.name for row in rows}) == len(rows)
+    assert all(row.reason and row.bytes > 0 and row.flops > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["128x10", "128x10 forward"])
+def test_a_row_runs_from_end_to_end(quick, tmp_path, name):
+    out = tmp_path / "out.jsonl"
+    arguments = ["--no-gate", "--rows", f"^{name}$", "--providers", "^(own|auto)$", "--repeats=1"]
+    assert run.main([*arguments, "--out", str(out)]) == 0
+    objects = {one["provider"]: one for one in records.read(out)}
+    assert set(objects) == {"stock", "own", "auto"}
+    assert objects["stock"]["kernel"] == "stock"
+    assert objects["own"]["kernel"].startswith("cpu/")
+    assert all(one["missing"] is None and one["median_ms"] > 0 for one in objects.values())
+
+
+# ----------------------------------------------------------------------------------------- machine
+
+
+def test_the_machine_line():
+    fields = machine.describe("cpu", 2)
+    line = machine.line(fields | {"library": "avx2"})
+    assert "core to core" in line and f"load {fields['load_1min']}" in line
+    assert re.fullmatch(r"[a-z0-9-]+", machine.slug(fields))
+    if fields["probes_missing"]:
+        pytest.skip(fields["probes_missing"])
+    assert 0 < fields["core_latency_ns"] < math.inf
+    assert 0 < fields["copy_gb_s"] < 100_000
+    assert 0 < fields["fma_gflops"] < 1_000_000
+    assert fields["fma_lanes"] in (4, 8, 16)
+
+
+@pytest.mark.parametrize(
+    "compiler, why", [("/no/such/c++", "no compiler"), ("false", "could not build machine.cpp")]
+)
+def test_a_machine_without_a_compiler_says_so(monkeypatch, compiler, why):
+    monkeypatch.setenv("CXX", compiler)
+    machine._library.cache_clear()
+    try:
+        fields = machine.describe("cpu", 2)
+    finally:
+        machine._library.cache_clear()
+    assert why in fields["probes_missing"]
+    assert fields["core_latency_ns"] is fields["copy_gb_s"] is fields["fma_gflops"] is None
+    assert why in machine.line(fields)
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def measured_rows(quick_about, date="2026-01-01T00:00:00", gate="green", ms=2.0):
+    seen = [
+        measure.Measured("stock", True, [6.0, 6.0], peak_bytes=300),
+        measure.Measured("torch.compile", False, [4.0, 4.0]),
+        measure.Measured("own", False, [ms, ms]),
+        measure.Measured("auto", False, [ms, ms], peak_bytes=100),
+    ]
+    measured = {"providers": seen, "batches": 1, "steady": True}
+    measured |= {"core_latency_ns": 40.0, "busy_elsewhere": 0.0}
+    about = {"gate": gate, "machine": quick_about, "date": date, "commit": "abc"}
+    return records.of_row(row_of(), measured, about | {"command": "python -m benchmarks.run"})
+
+
+@pytest.fixture
+def results(quick, tmp_path):
+    """A results file with an older and a newer run of a row, and an ungated one that is newest."""
+    about = machine.describe("cpu", 2)
+    path = tmp_path / "a-machine.jsonl"
+    records.append(path, measured_rows(about, "2026-01-02T00:00:00"))
+    records.append(path, measured_rows(about, "2026-01-01T00:00:00", ms=1.0))
+    records.append(path, measured_rows(about, "2026-01-03T00:00:00", gate="skipped", ms=0.5))
+    return path
+
+
+def test_the_report_takes_the_newest_green_run(results):
+    lines = report.table(report.newest(records.read(results))).splitlines()
+    assert len(lines) == 3
+    assert lines[2] == "| cross_entropy a row | 6 | 4 | 2 | **3.00** | 2.00 | 3.00 | 0% | 33% |"
+
+
+def test_the_report_writes_between_its_comments(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.main([str(results), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n| op, row |")
+    assert text.endswith(f"{report.END}\nafter\n") and "old" not in text
+    assert "`python -m benchmarks.run` (2026-01-02, commit abc)" in text
+    assert "![a-machine](a-machine.png)" in text
+    assert (tmp_path / "a-machine.png").read_bytes().startswith(b"\x89PNG")
+    assert report.main([str(results), "--readme", str(readme)]) == 0
+    assert readme.read_text() == text
+
+
+def test_the_report_refuses(results, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    readme = tmp_path / "README.md"
+    readme.write_text("no place for it")
+    assert report.main([str(results), "--readme", str(readme)]) == 1
+    assert "must hold <!-- benchmarks:begin -->" in capsys.readouterr().err
+    assert readme.read_text() == "no place for it"
+    ungated = tmp_path / "ungated.jsonl"
+    records.append(ungated, measured_rows(machine.describe("cpu", 2), gate="skipped"))
+    assert report.main([str(ungated), "--readme", str(readme)]) == 1
+    assert "behind a green gate" in capsys.readouterr().err

@@ -1,0 +1,155 @@
+"""The embedded digits, the MNIST reader on files written here, and the resizing."""
+
+import gzip
+import struct
+
+import pytest
+import torch
+
+from dlkernels import data
+from dlkernels.data import digits, mnist
+
+SIZES = {"train": 7, "t10k": 5}
+
+
+def idx(array: torch.Tensor) -> bytes:
+    header = struct.pack(f">HBB{array.dim()}I", 0, 0x08, array.dim(), *array.shape)
+    return header + bytes(array.flatten().int().tolist())
+
+
+def write_mnist(folder, dot="-", pack=lambda content: content, gz=""):
+    """Four small files in ``folder``; returns what is in them, in the order of ``mnist.load``."""
+    written = []
+    for part, count in SIZES.items():
+        images = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8)
+        labels = torch.randint(0, 10, (count,), dtype=torch.uint8)
+        (folder / f"{part}-images{dot}idx3-ubyte{gz}").write_bytes(pack(idx(images)))
+        (folder / f"{part}-labels{dot}idx1-ubyte{gz}").write_bytes(pack(idx(labels)))
+        written += [images, labels]
+    return written
+
+
+def test_digits_are_split_once_and_for_all():
+    train_images, train_labels, test_images, test_labels = digits.load()
+    assert train_images.shape == (1437, 8, 8) and test_images.shape == (360, 8, 8)
+    assert train_labels.shape == (1437,) and test_labels.shape == (360,)
+    assert train_images.dtype == torch.float32 and train_labels.dtype == torch.int64
+    both = torch.cat([train_images, test_images])
+    assert both.min() == 0 and both.max() == 1
+    assert set(torch.cat([train_labels, test_labels]).tolist()) == set(range(10))
+    # Nothing is lost or in both sets: the multiset of images is scikit-learn's.
+    from sklearn.datasets import load_digits
+
+    original = torch.from_numpy(load_digits().images).float() / 16
+    assert sorted(map(tuple, both.flatten(1).tolist())) == sorted(
+        map(tuple, original.flatten(1).tolist())
+    )
+    torch.manual_seed(99)  # the split does not depend on the state of the generator
+    assert torch.equal(digits.load()[2], test_images)
+
+
+@pytest.mark.parametrize("size", [8, 28, 32])
+def test_load_resizes_and_normalises(size):
+    images = data.load(size, mean=0.25, std=0.5)
+    assert images.train_images.shape == (1437, 1, size, size)
+    assert images.test_images.shape == (360, 1, size, size)
+    raw = digits.load()[2]
+    if size == 8:
+        assert torch.equal(images.test_images[:, 0], (raw - 0.25) / 0.5)
+    else:  # bilinear: no value outside the image's own range
+        pixels = images.test_images * 0.5 + 0.25
+        slack = 4 * torch.finfo(torch.float32).eps
+        assert (pixels.amax((1, 2, 3)) <= raw.amax((1, 2)) + slack).all()
+        assert (pixels.amin((1, 2, 3)) >= raw.amin((1, 2)) - slack).all()
+
+
+def test_prepare_doubles_a_ramp_as_bilinear_does():
+    ramp = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])
+    out = data.prepare(ramp, 4, 0.0, 1.0)
+    assert out.shape == (1, 1, 4, 4)
+    assert torch.equal(out[0, 0], torch.tensor([0.0, 0.25, 0.75, 1.0]).expand(4, 4))
+
+
+@pytest.mark.parametrize("dot", ["-", "."])
+@pytest.mark.parametrize(
+    ("pack", "gz"),
+    [(bytes, ""), (gzip.compress, ".gz"), (gzip.compress, ""), (bytes, ".gz")],
+    ids=["plain", "gz", "gz-without-suffix", "plain-named-gz"],
+)
+def test_mnist_files_as_they_come(tmp_path, dot, pack, gz):
+    written = write_mnist(tmp_path, dot, pack, gz)
+    images, labels, test_images, test_labels = mnist.load(tmp_path)
+    assert images.dtype == torch.float32 and labels.dtype == torch.int64
+    assert torch.equal(images, written[0].float() / 255)
+    assert torch.equal(labels, written[1].long())
+    assert torch.equal(test_images, written[2].float() / 255)
+    assert torch.equal(test_labels, written[3].long())
+
+
+def test_load_of_a_folder_is_resized(tmp_path):
+    write_mnist(tmp_path)
+    images = data.load(32, 0.1307, 0.3081, tmp_path)
+    assert images.train_images.shape == (7, 1, 32, 32)
+    assert images.test_labels.shape == (5,)
+    assert str(tmp_path) in images.name
+
+
+def test_missing_folder_and_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+        mnist.load(tmp_path / "nowhere")
+    write_mnist(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match="has no t10k-labels-idx1-ubyte"):
+        mnist.load(tmp_path)
+
+
+def replaced(position: int, new: bytes):
+    return lambda old: old[:position] + new + old[position + len(new) :]
+
+
+DAMAGE = {  # id: file, what is done to its bytes, the message
+    "truncated": ("train-images-idx3-ubyte", lambda b: b[:-1], r"5487 bytes of values.*want 5488"),
+    "trailing bytes": ("t10k-images-idx3-ubyte", lambda b: b + b"\0", r"3921 bytes.*want 3920"),
+    "empty file": ("train-labels-idx1-ubyte", lambda b: b"", r"0 bytes, an IDX header has 8"),
+    "half a header": ("train-images-idx3-ubyte", lambda b: b[:9], r"9 bytes, an IDX header has 16"),
+    "wrong magic": ("train-labels-idx1-ubyte", replaced(0, b"PK"), r"not an IDX file.*0x504b0801"),
+    "dtype": ("train-images-idx3-ubyte", replaced(2, b"\x0d"), r"dtype code 0x0d, wanted 0x08"),
+    "dimensions": ("train-images-idx3-ubyte", replaced(3, b"\x01"), r"1 dimensions, wanted 3"),
+    "no images": (
+        "t10k-images-idx3-ubyte",
+        lambda b: idx(torch.zeros(0, 28, 28)),
+        r"no values: dimensions \(0, 28, 28\)",
+    ),
+    "label out of range": ("t10k-labels-idx1-ubyte", replaced(10, b"\x0a"), r"label 10, wanted"),
+    "huge dimension": (
+        "train-images-idx3-ubyte",
+        replaced(4, b"\xff\xff\xff\xff"),
+        r"5488 bytes of values, dimensions \(4294967295, 28, 28\)",
+    ),
+    "one label less": (
+        "train-labels-idx1-ubyte",
+        lambda b: idx(torch.zeros(6)),
+        r"has 7 images, .* has 6 labels",
+    ),
+    "gzip cut off": (
+        "train-images-idx3-ubyte",
+        lambda b: gzip.compress(b)[:-12],
+        r"broken gzip file",
+    ),
+    "gzip checksum": (
+        "train-images-idx3-ubyte",
+        lambda b: gzip.compress(b)[:-8] + bytes(8),
+        r"broken gzip file",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_file_is_named_with_what_is_wrong(tmp_path, name, damage, message):
+    write_mnist(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=message) as caught:
+        mnist.load(tmp_path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
