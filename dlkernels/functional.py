@@ -1,6 +1,6 @@
 """The public functions, under the names and signatures of ``torch.nn.functional``.
 
-Every other public name of ``torch.nn.functional`` is here too, so that this module can stand for it.
+Every other public name of ``torch.nn.functional`` is here too: this module can stand for it.
 """
 
 import torch

@@ -18,7 +18,7 @@ FLOAT64_ULPS = 2**10
 def assert_no_worse(name, ours, stock, exact, factor=2.0):
     """``ours`` and ``stock`` in one dtype, ``exact`` in float64.
 
-    Each may be a list, of the results of several draws: the errors are then of all of them together.
+    Each may be a list, of the results of several draws: the errors are then of all of them.
     NaN and inf must be where they are in ``exact``; where stock alone overflows, ours may or not.
     """
     ours, stock, exact = (t if isinstance(t, list) else [t] for t in (ours, stock, exact))

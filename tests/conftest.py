@@ -35,7 +35,7 @@ def own():
 
 @pytest.fixture
 def poisoned():
-    """Fresh memory holds NaN (or the largest integer), from C++ too: unwritten elements are seen."""
+    """Fresh memory holds NaN (the largest integer), from C++ too: unwritten elements are seen."""
     mode = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)

@@ -221,7 +221,7 @@ struct Prepared {
     }
     double total = 0;
     for (const T w : p.weight) total += double(w);
-    p.total_class_weight = T(total);
+    p.total_class_weight = total;
     total_weight = target.is_probability ? double(p.rows) : sum_target_weights(p);
     if (with_gradient) {
       p.gradient = static_cast<S*>(written->mutable_data_ptr());
@@ -248,11 +248,11 @@ void for_blocks(const Problem<S>& p, int64_t units, bool keep, const Body& body)
   const auto padded = [](int64_t n) { return (n + 15) / 16 * 16; };
   const int64_t whole = padded(classes * (rows ? block : columns_pitch(p)));
   const int64_t e = keep || !rows ? whole : kChunk;
-  const int64_t capped = p.cap() != 0 && (keep || !rows) ? whole : 0;
+  const int64_t squashed = p.cap() == 0 ? 0 : keep || !rows ? whole : kChunk;
   const int64_t mass = p.probability && !rows ? whole : 0;
   const int64_t buffer = rows ? kChunk : 0;
   const int64_t shift = rows ? padded(std::max(block, (classes + kChunk - 1) / kChunk)) : 0;
-  const int64_t per_thread = e + capped + mass + buffer + shift;
+  const int64_t per_thread = e + squashed + mass + buffer + shift;
   // Allocated here: an exception inside the region would lose its text. A region never has more
   // callers than this.
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
@@ -265,8 +265,8 @@ void for_blocks(const Problem<S>& p, int64_t units, bool keep, const Body& body)
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     Scratch<T> s;
     s.e = memory.get() + callers.fetch_add(1) * per_thread;
-    s.capped = s.e + e;
-    s.mass = s.capped + capped;
+    s.squashed = s.e + e;
+    s.mass = s.squashed + squashed;
     s.buffer = s.mass + mass;
     s.shift = s.buffer + buffer;
     Block<T> state{};
@@ -321,7 +321,7 @@ std::tuple<Tensor, Tensor, Tensor, Optional> forward(const Tensor& input, const 
     using T = accumulate_t<S>;
     Prepared<S> prepared(input, checked, weight, options, keep);
     Problem<S>& p = prepared.problem;
-    p.row_factor = options.reduction == kMean ? T(1 / prepared.total_weight) : T(1);
+    p.row_factor = options.reduction == kMean ? 1 / prepared.total_weight : 1;
     p.lse = static_cast<double*>(lse.mutable_data_ptr());
     p.loss = static_cast<S*>(loss.mutable_data_ptr());
     double sum = 0;
@@ -377,14 +377,13 @@ Tensor cross_entropy_backward(Tensor grad_loss, Optional grad_lse, Tensor input,
   Optional gradient;
   for_dtype(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
-    using T = accumulate_t<S>;
     Prepared<S> prepared(input, checked, weight, options, true);
     Problem<S>& p = prepared.problem;
     p.lse = static_cast<double*>(lse.data_ptr());
     p.grad_loss = static_cast<const S*>(grad_loss.const_data_ptr());
     if (grad_lse) p.grad_lse = static_cast<const double*>(grad_lse->const_data_ptr());
     if (reduction == kMean)
-      p.row_factor = T(1 / *static_cast<const double*>(total_weight.const_data_ptr()));
+      p.row_factor = 1 / *static_cast<const double*>(total_weight.const_data_ptr());
     for_kind(checked.is_probability, label_smoothing,
              [&](auto kind) { run_backward<S, kind.value>(p); });
     gradient = prepared.finished_gradient();

@@ -34,7 +34,7 @@ constexpr int64_t kBlockElements = 1024;    // rows: short rows share a block up
 constexpr int64_t kTransposedClasses = 64;  // contiguous classes up to this number are transposed
 constexpr int64_t kColumnBytes = 24 << 10;  // columns: scratch of a block, to stay in L1
 constexpr int64_t kAhead = 512;  // elements by which the gradient's lines are asked for early
-constexpr int64_t kFlush = 16;   // columns: classes whose sum joins the total at once
+constexpr int64_t kFlush = 16;   // vectors whose sum joins the total at once
 
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 enum class Kind { kIndex, kSmooth, kProbability };
@@ -77,8 +77,8 @@ struct Problem {
   const int64_t* target = nullptr;  // (rows), or
   const S* probability = nullptr;   // like the input
   std::vector<T> weight;            // (classes), ones where the caller gave none
-  T total_class_weight;             // Σ w_c
-  T row_factor = 1;                 // what the reduction multiplies each row's loss with
+  double total_class_weight;        // Σ w_c
+  double row_factor = 1;            // what the reduction multiplies each row's loss with
   S* loss = nullptr;                // (rows), for reduction "none"
   double* lse = nullptr;            // (rows)
   S* gradient = nullptr;
@@ -99,42 +99,47 @@ struct alignas(64) Block {
   T target_logit[kPadded];           // x'_y
   T mass[kPadded], moment[kPadded];  // Σ s_c, Σ s_c·(x'_c − m)
   T lse[kPadded], lse_low[kPadded];  // log-sum-exp, and what its rounding left
+  double log_sum[kPadded];           // in double: its error is the gradient's
   T loss[kPadded];
   T scale[kPadded], spread[kPadded], hit[kPadded];
   int64_t offset[kRows];
 };
 
-// Scratch of one thread: a block's e, x' and s_c (as rows × classes, or classes × pitch), a chunk,
-// and the m that the e of each chunk is relative to. `capped` and `mass` exist only where they
-// differ from the logits and weights.
+// Scratch of one thread: a block's e, u and s_c (as rows × classes, or classes × pitch), a chunk,
+// and the m that the e of each chunk is relative to. u exists only where there is a softcap, s_c
+// only for probabilities in columns.
 template <typename T>
 struct Scratch {
-  T *e, *capped, *mass, *buffer, *shift;
+  T *e, *squashed, *mass, *buffer, *shift;
 };
 
 // ------------------------------------------------------------------------------------- row algebra
 
+// In double: a few numbers per row, whose errors all of its gradient would share. `forward`: e is
+// exp(x' − m), to be divided by its sum.
 template <typename S, Kind kind>
-void set_coefficients(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, int64_t n) {
+void set_coefficients(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, int64_t n,
+                      bool forward) {
   using T = accumulate_t<S>;
-  const T z = T(2 * p.options.z_loss);
+  const double z = 2 * p.options.z_loss, smoothing = p.options.label_smoothing;
+  const double uniform = smoothing / double(p.layout.classes);
   for (int64_t i = 0; i < n; ++i) {
-    T factor = p.row_factor;
-    if (p.grad_loss) factor *= widen(p.grad_loss[p.options.reduction == kNone ? row + i : 0]);
+    double factor = p.row_factor, scale = 0, spread = 0, hit = 0;
+    if (p.grad_loss)
+      factor *= double(widen(p.grad_loss[p.options.reduction == kNone ? row + i : 0]));
     if constexpr (kind == Kind::kProbability) {
-      b.hit[i] = 0;
-      b.spread[i] = factor;
-      b.scale[i] = factor * (b.mass[i] + z * b.lse[i]);
-    } else if (p.is_ignored(row + i)) {
-      b.hit[i] = b.spread[i] = b.scale[i] = 0;
-    } else {
-      const T w = p.weight[p.target[row + i]], nll = (T(1) - p.smoothing()) * w;
-      const T uniform = kind == Kind::kSmooth ? p.uniform() : T(0);
-      b.hit[i] = factor * (nll + uniform * w);
-      b.spread[i] = factor * uniform;
-      b.scale[i] = factor * (nll + uniform * p.total_class_weight + z * b.lse[i]);
+      spread = factor;
+      scale = factor * (double(b.mass[i]) + z * p.lse[row + i]);
+    } else if (!p.is_ignored(row + i)) {
+      const double w = p.weight[p.target[row + i]], nll = (1 - smoothing) * w;
+      hit = factor * (nll + uniform * w);
+      spread = factor * uniform;
+      scale = factor * (nll + uniform * p.total_class_weight + z * p.lse[row + i]);
     }
-    if (p.grad_lse) b.scale[i] += T(p.grad_lse[row + i]);
+    if (p.grad_lse) scale += p.grad_lse[row + i];
+    b.scale[i] = T(forward ? scale / double(b.sum[i]) : scale);
+    b.spread[i] = T(spread);
+    b.hit[i] = T(hit);
   }
 }
 
@@ -153,14 +158,15 @@ void load_lse(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, int64
 template <typename S, Kind kind>
 double finish_rows(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, int64_t n) {
   using T = accumulate_t<S>;
-  using V = Vec<T>;
-  for (int64_t i = 0; i < n; i += V::size) store(b.lse + i, log(load(b.sum + i)));
+  using D = Vec<double>;
+  std::copy(b.sum, b.sum + n, b.log_sum);
+  for (int64_t i = 0; i < n; i += D::size) store(b.log_sum + i, log(load(b.log_sum + i)));
   double total = 0;
   for (int64_t i = 0; i < n; ++i) {
     // A row of −inf has log-sum-exp −inf, as torch.logsumexp, and a loss of NaN, as stock.
     const bool empty = b.max[i] == -std::numeric_limits<T>::infinity();
-    const T excess = b.lse[i];
-    p.lse[row + i] = empty ? double(b.max[i]) : double(b.max[i]) + double(excess);
+    const T excess = T(b.log_sum[i]);
+    p.lse[row + i] = empty ? double(b.max[i]) : double(b.max[i]) + b.log_sum[i];
     const T lse = b.lse[i] = T(p.lse[row + i]);
     T loss = 0;
     if constexpr (kind == Kind::kProbability) {
@@ -169,7 +175,7 @@ double finish_rows(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
       loss = (T(1) - p.smoothing()) * p.weight[p.target[row + i]] *
              (excess + (b.max[i] - b.target_logit[i]));
       if constexpr (kind == Kind::kSmooth)
-        loss += p.uniform() * (p.total_class_weight * excess - b.moment[i]);
+        loss += p.uniform() * (T(p.total_class_weight) * excess - b.moment[i]);
     }
     if (p.options.z_loss != 0 && !p.is_ignored(row + i)) loss += T(p.options.z_loss) * lse * lse;
     b.loss[i] = loss;
@@ -180,29 +186,29 @@ double finish_rows(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
   return total;
 }
 
+// x' = cap·u, u = tanh(x / cap). It is u that the gradient needs: 1 − u² of a rounded x' / cap is
+// off by more than that of u where u is near 1.
 template <typename T>
-Vec<T> softcap(Vec<T> x, T cap) {
-  return Vec<T>(cap) * tanh(x / Vec<T>(cap));
+Vec<T> squash(Vec<T> x, T cap) {
+  return tanh(x / Vec<T>(cap));
 }
 
 // The gradient at a row's target, overwriting what the vector loops left there.
 template <typename S>
-void write_target(const Problem<S>& p, S* gradient, accumulate_t<S> e, accumulate_t<S> capped,
+void write_target(const Problem<S>& p, S* gradient, accumulate_t<S> e, accumulate_t<S> u,
                   accumulate_t<S> scale, accumulate_t<S> hit) {
   using T = accumulate_t<S>;
   T v = e * scale - hit;
-  if (p.cap() != 0) {
-    const T u = capped / p.cap();
-    v *= T(1) - u * u;
-  }
+  if (p.cap() != 0) v *= T(1) - u * u;
   *gradient = narrow<S>(v);
 }
 
 // -------------------------------------------------------------------- rows: lanes run over classes
 
-// The values of n logits: where they lie, or converted and capped into `buffer`.
+// The values x' of n logits: where they lie, or in `buffer`, and their u in `squashed`.
 template <typename S>
-const accumulate_t<S>* stage(const S* x, int64_t n, accumulate_t<S> cap, accumulate_t<S>* buffer) {
+const accumulate_t<S>* stage(const S* x, int64_t n, accumulate_t<S> cap, accumulate_t<S>* buffer,
+                             accumulate_t<S>* squashed) {
   using T = accumulate_t<S>;
   using V = Vec<T>;
   if constexpr (std::is_same_v<S, T>)
@@ -210,7 +216,11 @@ const accumulate_t<S>* stage(const S* x, int64_t n, accumulate_t<S> cap, accumul
   for (int64_t c = 0; c < n; c += V::size) {
     const int64_t lanes = std::min(V::size, n - c);
     V v = load(x + c, lanes);
-    if (cap != 0) v = softcap(v, cap);
+    if (cap != 0) {
+      const V u = squash(v, cap);
+      store(squashed + c, u, lanes);
+      v = V(cap) * u;
+    }
     store(buffer + c, v, lanes);
   }
   return buffer;
@@ -242,7 +252,8 @@ T max_of(const T* x, int64_t n) {
   return max_element(max(max(m0, m1), max(m2, m3)));
 }
 
-// Σ e, Σ s, Σ s·(x − m) of a chunk; e is kept where `e` is given.
+// Σ e, Σ s, Σ s·(x − m) of a chunk; e is kept where `e` is given. Lanes are summed kFlush vectors
+// at a time, so that the error of a sum grows with the root of their number.
 template <typename S, Kind kind, bool keep>
 void accumulate_chunk(const Problem<S>& p, const accumulate_t<S>* x, const S* probability,
                       int64_t class0, int64_t n, accumulate_t<S> m, const S* ahead,
@@ -251,49 +262,56 @@ void accumulate_chunk(const Problem<S>& p, const accumulate_t<S>* x, const S* pr
   using T = accumulate_t<S>;
   using V = Vec<T>;
   const V shift(m);
-  V s0(T(0)), s1(T(0)), q0(T(0)), q1(T(0));
-  const auto step = [&](int64_t c, V t, V value, int64_t lanes, V& s) {
+  V sums[3] = {T(0), T(0), T(0)}, parts[3] = {T(0), T(0), T(0)};
+  const auto step = [&](int64_t c, V t, V value, int64_t lanes) {
     if constexpr (keep) store(e + c, value, lanes);
-    s = s + value;
+    parts[0] = parts[0] + value;
     if constexpr (kind != Kind::kIndex) {
       const V q = mass<S, kind>(p, probability, class0 + c, lanes);
-      q0 = q0 + q;
-      q1 = fma(q, t, q1);
+      parts[1] = parts[1] + q;
+      parts[2] = fma(q, t, parts[2]);
+    }
+  };
+  const auto flush = [&] {
+    for (int k = 0; k < (kind == Kind::kIndex ? 1 : 3); ++k) {
+      sums[k] = sums[k] + parts[k];
+      parts[k] = V(T(0));
     }
   };
   int64_t c = 0;
-  for (; c + 2 * V::size <= n; c += 2 * V::size) {
-    __builtin_prefetch(ahead + c);
-    const V t0 = load(x + c) - shift, t1 = load(x + c + V::size) - shift;
-    step(c, t0, exp(t0), V::size, s0);
-    step(c + V::size, t1, exp(t1), V::size, s1);
-  }
+  for (; c + kFlush * V::size <= n; flush())
+    for (int64_t k = 0; k < kFlush; ++k, c += V::size) {
+      __builtin_prefetch(ahead + c);
+      const V t = load(x + c) - shift;
+      step(c, t, exp(t), V::size);
+    }
   for (; c < n; c += V::size) {
     const int64_t lanes = std::min(V::size, n - c);
     const V t = first(lanes, load(x + c, lanes) - shift, V(T(0)));
-    step(c, t, first(lanes, exp(t), V(T(0))), lanes, s0);
+    step(c, t, first(lanes, exp(t), V(T(0))), lanes);
   }
-  total += sum(s0 + s1);
+  flush();
+  total += sum(sums[0]);
   if constexpr (kind != Kind::kIndex) {
-    total_mass += sum(q0);
-    moment += sum(q1);
+    total_mass += sum(sums[1]);
+    moment += sum(sums[2]);
   }
 }
 
 // gradient = (e·scale − spread·s_c)·(1 − (x'/cap)²) over n classes from class0 on.
 template <typename S, Kind kind>
 void write_chunk(const Problem<S>& p, S* gradient, const accumulate_t<S>* e,
-                 const accumulate_t<S>* capped, const S* probability, int64_t class0, int64_t n,
+                 const accumulate_t<S>* squashed, const S* probability, int64_t class0, int64_t n,
                  accumulate_t<S> scale, accumulate_t<S> spread) {
   using T = accumulate_t<S>;
   using V = Vec<T>;
-  const V a(scale), minus_spread(-spread), inverse_cap(capped ? T(1) / p.cap() : T(0));
+  const V a(scale), minus_spread(-spread);
   const auto value = [&](int64_t c, int64_t lanes) {
     V v = load(e + c, lanes) * a;
     if constexpr (kind != Kind::kIndex)
       v = fma(minus_spread, mass<S, kind>(p, probability, class0 + c, lanes), v);
-    if (capped) {
-      const V u = load(capped + c, lanes) * inverse_cap;
+    if (squashed) {
+      const V u = load(squashed + c, lanes);
       v = v * (V(T(1)) - u * u);
     }
     return v;
@@ -321,7 +339,7 @@ void read_row(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t i, int64_t
   T m = lowest, shift = 0, total = 0, total_mass = 0, moment = 0;
   for (int64_t c0 = 0; c0 < classes; c0 += kChunk) {
     const int64_t n = std::min(kChunk, classes - c0);
-    const T* values = stage(x + c0, n, cap, keep && cap != 0 ? s.capped + c0 : s.buffer);
+    const T* values = stage(x + c0, n, cap, s.buffer, s.squashed + (keep ? c0 : 0));
     const T chunk_max = max_of(values, n);
     if (chunk_max > m) {
       // While every logit so far is −inf, the shift is 0 and each e is 0.
@@ -356,10 +374,10 @@ void write_row(const Problem<S>& p, const Block<accumulate_t<S>>& b, int64_t i, 
     const int64_t n = std::min(kChunk, classes - c0);
     const T shift = s.shift[c0 / kChunk];
     const T scale = shift < last_shift ? b.scale[i] * std::exp(shift - last_shift) : b.scale[i];
-    write_chunk<S, kind>(p, gradient + c0, s.e + c0, has_cap ? s.capped + c0 : nullptr, probability,
-                         c0, n, scale, b.spread[i]);
+    write_chunk<S, kind>(p, gradient + c0, s.e + c0, has_cap ? s.squashed + c0 : nullptr,
+                         probability, c0, n, scale, b.spread[i]);
     if (y >= c0 && y < c0 + n)
-      write_target(p, gradient + y, s.e[y], has_cap ? s.capped[y] : T(0), scale, b.hit[i]);
+      write_target(p, gradient + y, s.e[y], has_cap ? s.squashed[y] : T(0), scale, b.hit[i]);
   }
 }
 
@@ -375,19 +393,18 @@ double forward_rows(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row,
   using T = accumulate_t<S>;
   const auto of_row = [&](int64_t i) {
     Scratch<T> s = scratch;
-    s.e += i * p.layout.classes;
-    s.capped += i * p.layout.classes;
-    s.shift += i;  // more than one row only where a row is one chunk
+    if constexpr (keep) {
+      s.e += i * p.layout.classes;
+      s.squashed += i * p.layout.classes;
+      s.shift += i;  // more than one row only where a row is one chunk
+    }
     return s;
   };
   for (int64_t i = 0; i < n; ++i) read_row<S, kind, keep>(p, b, i, row + i, of_row(i));
   const double total = finish_rows<S, kind>(p, b, row, n);
   if constexpr (keep) {
-    set_coefficients<S, kind>(p, b, row, n);
-    for (int64_t i = 0; i < n; ++i) {
-      b.scale[i] /= b.sum[i];
-      write_row<S, kind>(p, b, i, row + i, of_row(i));
-    }
+    set_coefficients<S, kind>(p, b, row, n, true);
+    for (int64_t i = 0; i < n; ++i) write_row<S, kind>(p, b, i, row + i, of_row(i));
   }
   return total;
 }
@@ -415,7 +432,7 @@ void backward_rows(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
       b.mass[i] = total;
     }
   }
-  set_coefficients<S, kind>(p, b, row, n);
+  set_coefficients<S, kind>(p, b, row, n, false);
   for (int64_t i = 0; i < n; ++i) {
     const S* x = p.input + p.layout.offset(row + i);
     S* gradient = p.gradient + p.gradient_layout.offset(row + i);
@@ -425,16 +442,16 @@ void backward_rows(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
     const V lse(b.lse[i]), low(b.lse_low[i]);
     for (int64_t c0 = 0; c0 < classes; c0 += kChunk) {
       const int64_t m = std::min(kChunk, classes - c0);
-      const T* values = stage(x + c0, m, cap, s.buffer);
+      const T* values = stage(x + c0, m, cap, s.buffer, s.squashed);
       for (int64_t c = 0; c < m; c += V::size) {
         const int64_t lanes = std::min(V::size, m - c);
         store(s.e + c, exp((load(values + c, lanes) - lse) - low), lanes);
       }
-      const T* capped = cap != 0 ? values : nullptr;
-      write_chunk<S, kind>(p, gradient + c0, s.e, capped, probability, c0, m, b.scale[i],
+      const T* squashed = cap != 0 ? s.squashed : nullptr;
+      write_chunk<S, kind>(p, gradient + c0, s.e, squashed, probability, c0, m, b.scale[i],
                            b.spread[i]);
       if (y >= c0 && y < c0 + m)
-        write_target(p, gradient + y, s.e[y - c0], capped ? capped[y - c0] : T(0), b.scale[i],
+        write_target(p, gradient + y, s.e[y - c0], squashed ? squashed[y - c0] : T(0), b.scale[i],
                      b.hit[i]);
     }
   }
@@ -490,10 +507,14 @@ void stage_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
   using V = Vec<T>;
   const int64_t pitch = columns_pitch(p);
   const T cap = p.cap();
-  T* const values = cap != 0 ? s.capped : s.e;
+  T* const values = s.e;
   std::fill(b.max, b.max + n + V::size, -std::numeric_limits<T>::infinity());
   read_columns(p, p.layout, p.input, row, n, b.offset, [&](int64_t c, int64_t i, V v) {
-    if (cap != 0) v = softcap(v, cap);
+    if (cap != 0) {
+      const V u = squash(v, cap);
+      store(s.squashed + c * pitch + i, u);
+      v = V(cap) * u;
+    }
     store(values + c * pitch + i, v);
     store(b.max + i, max(v, load(b.max + i)));
   });
@@ -523,7 +544,7 @@ void accumulate_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t 
   using T = accumulate_t<S>;
   using V = Vec<T>;
   const int64_t pitch = columns_pitch(p);
-  const T* const values = p.cap() != 0 ? s.capped : s.e;
+  const T* const values = s.e;
   for (int64_t i = 0; i < n; i += V::size) {
     const V m = load(b.max + i);
     const V shift = select(less(V(-std::numeric_limits<T>::infinity()), m), m, V(T(0)));
@@ -560,12 +581,11 @@ void write_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
   const int64_t classes = p.layout.classes, pitch = columns_pitch(p);
   const Layout& layout = p.gradient_layout;
   const bool has_cap = p.cap() != 0;
-  const V inverse_cap(has_cap ? T(1) / p.cap() : T(0));
   const auto value = [&](int64_t c, int64_t i, V scale, V spread) {
     V v = load(s.e + c * pitch + i) * scale;
     if constexpr (kind != Kind::kIndex) v = v - spread * mass_of_column<S, kind>(p, s, pitch, c, i);
     if (has_cap) {
-      const V u = load(s.capped + c * pitch + i) * inverse_cap;
+      const V u = load(s.squashed + c * pitch + i);
       v = v * (V(T(1)) - u * u);
     }
     return v;
@@ -597,7 +617,7 @@ void write_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
       if (p.is_ignored(row + i)) continue;
       const int64_t y = p.target[row + i], at = y * pitch + i;
       write_target(p, p.gradient + b.offset[i] + y * layout.class_stride, s.e[at],
-                   has_cap ? s.capped[at] : T(0), b.scale[i], b.hit[i]);
+                   has_cap ? s.squashed[at] : T(0), b.scale[i], b.hit[i]);
     }
 }
 
@@ -621,8 +641,7 @@ double forward_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t r
   accumulate_columns<S, kind, keep>(p, b, n, s);
   const double total = finish_rows<S, kind>(p, b, row, n);
   if constexpr (keep) {
-    set_coefficients<S, kind>(p, b, row, n);
-    for (int64_t i = 0; i < n; ++i) b.scale[i] /= b.sum[i];
+    set_coefficients<S, kind>(p, b, row, n, true);
     write_columns<S, kind>(p, b, row, n, s);
   }
   return total;
@@ -635,7 +654,7 @@ void backward_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t ro
   const int64_t pitch = columns_pitch(p);
   stage_columns<S, kind>(p, b, row, n, s);
   load_lse(p, b, row, n);
-  const accumulate_t<S>* const values = p.cap() != 0 ? s.capped : s.e;
+  const accumulate_t<S>* const values = s.e;
   for (int64_t i = 0; i < n; i += V::size) {
     const V lse = load(b.lse + i), low = load(b.lse_low + i);
     V total(0);
@@ -649,7 +668,7 @@ void backward_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t ro
     }
     store(b.mass + i, total);
   }
-  set_coefficients<S, kind>(p, b, row, n);
+  set_coefficients<S, kind>(p, b, row, n, false);
   write_columns<S, kind>(p, b, row, n, s);
 }
 

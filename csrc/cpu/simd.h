@@ -547,10 +547,10 @@ inline Vec<T> first(int64_t n, Vec<T> a, Vec<T> b) {
 }
 
 // exp(x) = 2^n · e^r, n = round(x / ln 2), |r| ≤ ln 2 / 2. Adding 1.5·2^23 + 127 (1.5·2^52 + 1023)
-// rounds n and leaves n + bias in the low bits, which a shift turns into 2^n. Results below 2^-126
-// are 0: results that are not normal cost some processors a hundred cycles; from n = 128 (1024) on
-// they are inf. exp(−inf) = 0, exp(NaN) = NaN. The float polynomial is a minimax one of 1 + r·p(r),
-// relative error 2e-9.
+// rounds n and leaves n + bias in the low bits, which a shift turns into 2^n. Results below
+// 2^-126.5 (2^-1022.5) are 0: results that are not normal cost some processors a hundred cycles;
+// from n = 128 (1024) on they are inf. exp(−inf) = 0, exp(NaN) = NaN. The float polynomial is a
+// minimax one of 1 + r·p(r), relative error 2e-9.
 inline F exp(F x) {
   x = min(F(89.0f), max(F(-88.0f), x));
   const F magic(0x1.8p23f + 127.0f);
@@ -634,7 +634,8 @@ inline D log(D x) {
   return fma(e, D(0.693359375), m + y) + (x - x);
 }
 
-// tanh: an odd polynomial below 0.625, 1 − 2 / (e^2|x| + 1) above.
+// tanh: an odd polynomial below 0.625, 1 − 2 / (e^2|x| + 1) above. The sign is set last: the
+// polynomial loses that of −0.
 inline F tanh(F x) {
   const F a = abs(x);
   const F z = x * x;
@@ -645,7 +646,7 @@ inline F tanh(F x) {
   p = fma(p, z, F(-3.33332819422e-1f));
   const F near = fma(p * z, x, x);
   const F far = F(1.0f) - F(2.0f) / (exp(a + a) + F(1.0f));
-  return select(less(a, F(0.625f)), near, copysign(far, x));
+  return copysign(select(less(a, F(0.625f)), near, far), x);
 }
 
 inline D tanh(D x) {
@@ -659,7 +660,7 @@ inline D tanh(D x) {
   q = fma(q, z, D(4.84406305325125486048e3));
   const D near = fma(p / q * z, x, x);
   const D far = D(1.0) - D(2.0) / (exp(a + a) + D(1.0));
-  return select(less(a, D(0.625)), near, copysign(far, x));
+  return copysign(select(less(a, D(0.625)), near, far), x);
 }
 
 }  // namespace dlkernels

@@ -11,10 +11,10 @@ Per row of logits x with target y (or probabilities t), class weights w and C cl
 rows (probabilities). An ignored row has loss 0, z-loss included, and gradient 0.
 
 Raw ops: ``cross_entropy_forward`` reads the logits once and returns what the backward needs;
-``cross_entropy_forward_backward`` also writes the gradient for an upstream gradient of 1 while a row
-is in cache, which ``cross_entropy_scale_`` then multiplies by the true one; ``cross_entropy_backward``
-makes it from the logits and the log-sum-exp, for any upstream gradient. The log-sum-exp is saved in
-float64: rounded to float32 it would be the largest error of the gradient.
+``cross_entropy_forward_backward`` also writes the gradient for an upstream gradient of 1 while a
+row is in cache, which ``cross_entropy_scale_`` then multiplies by the true one;
+``cross_entropy_backward`` makes it from the logits and the log-sum-exp, for any upstream gradient.
+The log-sum-exp is saved in float64: rounded to float32 it would be the gradient's largest error.
 """
 
 import torch
@@ -126,11 +126,11 @@ def _mass(x, target, weight, ignore_index, label_smoothing):
     return mass, kept, (w * hit).sum(class_dim).where(kept, 0).sum()
 
 
-# ------------------------------------------------------------------------------------------ backward
+# ----------------------------------------------------------------------------------------- backward
 
 
 def _backward(ctx, grad_loss, grad_lse):
-    """(grad_input, grad_target), by the kernel, or in torch ops where it is differentiated again."""
+    """(grad_input, grad_target) by the kernel; in torch ops where it is differentiated again."""
     input, target, weight, lse, total_weight = ctx.saved_tensors
     if grad_loss is None and grad_lse is None:
         return None, None
@@ -185,7 +185,7 @@ def _gradients(ctx, input, target, weight, grad_loss, grad_lse, want_target):
 
 class _CrossEntropy(torch.autograd.Function):
     """(loss, lse). With ``ahead`` the gradient for an upstream gradient of 1 is made in the forward
-    pass and handed out by the first backward; a second one repeats the forward, for the same bits."""
+    pass and handed out by the first backward; a second one repeats the forward: the same bits."""
 
     @staticmethod
     def forward(ctx, input, target, weight, options, ahead):
@@ -239,8 +239,8 @@ torch.library.register_autograd(
 def _not_differentiable(name):
     def backward(ctx, *grads):
         raise NotImplementedError(
-            f"dlkernels::{name} is a raw op without a derivative; use torch.ops.dlkernels.cross_entropy"
-            " or dlkernels.functional.cross_entropy"
+            f"dlkernels::{name} is a raw op without a derivative;"
+            " use dlkernels.functional.cross_entropy or torch.ops.dlkernels.cross_entropy"
         )
 
     torch.library.register_autograd(f"dlkernels::{name}", backward)
@@ -354,7 +354,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``torch.nn.functional.cross_entropy`` in one read of the logits and one write of the gradient.
+    """``torch.nn.functional.cross_entropy``, one read of the logits and one write of the gradient.
 
     Args:
         input: logits, (C), (N, C) or (N, C, d1, …, dk), in any strides; float32, float64, bfloat16

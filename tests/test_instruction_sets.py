@@ -1,0 +1,76 @@
+"""The CPU libraries that this machine does not choose by itself, under tests of cross_entropy.
+
+Each runs in a copy of the package that holds this one library, in a process of its own, with torch
+limited to the same instructions.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from instruction_sets import NAMES, ROOT, compile_library, skip_if_unable, torch_libraries, words
+
+import dlkernels
+
+# Every shape in every dtype, second derivatives, several threads.
+TESTS = "(test_index_targets and mean) or test_a_second_backward or same_bits or is_loaded"
+CAPABILITY = {"plain": "default", "avx2": "avx2"}  # ATEN_CPU_CAPABILITY
+IS_LOADED = """\
+import dlkernels
+
+
+def test_is_loaded():
+    assert dlkernels.__file__.startswith({folder!r})
+    with open("/proc/self/maps") as lines:
+        libraries = [line.split()[-1] for line in lines if "libdlkernels" in line]
+    assert set(libraries) == {{{library!r}}}
+"""
+
+
+def copy_package(folder: Path, name: str) -> Path:
+    """The package and the tests; returns where its one library, called plain, is to be written.
+
+    The loader takes a library of that name whatever ATEN_CPU_CAPABILITY says.
+    """
+    for part in ("dlkernels", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "lib")
+        shutil.copytree(ROOT / part, folder / part, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    library = folder / "dlkernels" / "lib" / "libdlkernels_cpu_plain.so"
+    library.parent.mkdir()
+    note = json.loads((ROOT / "dlkernels" / "lib" / "build.json").read_text())
+    note["cpu"] = {"plain": {"isa": words(name), "flags": ""}}
+    (library.parent / "build.json").write_text(json.dumps(note))
+    text = IS_LOADED.format(folder=str(folder), library=str(library))
+    (folder / "tests" / "test_is_loaded.py").write_text(text)
+    return library
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cross_entropy(name, tmp_path):
+    skip_if_unable(name)
+    if name == dlkernels.config.libraries["cpu"]:
+        pytest.skip(f"{name} is the library that all tests run on here")
+    library = copy_package(tmp_path, name)
+    if name == "avx512_emulated":
+        sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+        compile_library(name, sources, library, "-O1", *torch_libraries())
+    else:
+        shutil.copy(ROOT / "dlkernels" / "lib" / f"libdlkernels_cpu_{name}.so", library)
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    if name in CAPABILITY:
+        environment["ATEN_CPU_CAPABILITY"] = CAPABILITY[name]
+    files = ["tests/test_is_loaded.py", "tests/test_cross_entropy.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", TESTS, *files],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " failed" not in done.stdout and " skipped" not in done.stdout, done.stdout[-2000:]

@@ -1,0 +1,384 @@
+"""PyTorch's own test data for cross_entropy, OpInfo and ModuleInfo, through ours.
+
+The samples are a few rows of three classes. One of them says little of an error: stock is often
+exact by luck; the errors of all samples of a dtype, of several draws, are judged together.
+"""
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+from compare import assert_no_worse
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.nn import functional as F
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+
+import dlkernels
+from dlkernels.functional import cross_entropy
+
+(OP,) = (op for op in op_db if op.name == "nn.functional.cross_entropy")
+(MODULE,) = (info for info in module_db if info.module_cls is torch.nn.CrossEntropyLoss)
+DTYPES = sorted(OP.supported_dtypes("cpu"), key=str)
+MODULE_DTYPES = sorted({*MODULE.supported_dtypes("cpu"), torch.bfloat16}, key=str)
+DRAWS = 5
+
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+by_module_dtype = pytest.mark.parametrize("dtype", MODULE_DTYPES, ids=str)
+
+
+def samples(dtype, requires_grad=False):
+    """(input, target, keyword arguments) of each sample."""
+    drawn = [*OP.sample_inputs("cpu", dtype, requires_grad=requires_grad)]
+    assert len(drawn) >= 20
+    return [(s.input, *s.args, s.kwargs) for s in drawn]
+
+
+def differentiable(*tensors):
+    return [t for t in tensors if t.requires_grad]
+
+
+def to_float64(value):
+    if not torch.is_tensor(value) or not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)
+
+
+def loss_and_gradients(function, x, target, upstream, **arguments):
+    loss = function(x, target, **arguments)
+    inputs = differentiable(x, target)
+    upstream = upstream.to(loss.dtype).expand_as(loss)
+    return loss, *(torch.autograd.grad(loss, inputs, upstream) if inputs else ())
+
+
+class Pool:
+    """Results by name, of ours, of stock and of stock in float64, judged together at the end."""
+
+    def __init__(self):
+        self.results = {}
+
+    def add(self, ours, stock, x, target, **arguments):
+        upstream = torch.rand((), dtype=torch.float64) + 0.5
+        exact_inputs = [to_float64(t) for t in (x, target)]
+        exact_arguments = {name: to_float64(value) for name, value in arguments.items()}
+        triples = zip(
+            loss_and_gradients(ours, x, target, upstream, **arguments),
+            loss_and_gradients(stock, x, target, upstream, **arguments),
+            loss_and_gradients(F.cross_entropy, *exact_inputs, upstream, **exact_arguments),
+            strict=True,
+        )
+        for name, triple in zip(("loss", "grad input", "grad target"), triples, strict=False):
+            for results, result in zip(
+                self.results.setdefault(name, ([], [], [])), triple, strict=True
+            ):
+                results.append(result)
+
+    def check(self):
+        for name, results in self.results.items():
+            assert_no_worse(name, *results)
+
+
+# ------------------------------------------------------------------------------------------ OpInfo
+
+
+@by_dtype
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_and_gradients(dtype, requires_grad, own, poisoned):
+    """Our kernels take every sample: "own" refuses none."""
+    pool = Pool()
+    for _ in range(DRAWS):
+        for x, target, arguments in samples(dtype, requires_grad):
+            with dlkernels.config.recording() as choices:
+                pool.add(cross_entropy, F.cross_entropy, x, target, **arguments)
+            assert [choice.kernel for choice in choices] == [
+                f"cpu/{dlkernels.config.libraries['cpu']}"
+            ]
+    pool.check()
+    assert list(pool.results) == ["loss", "grad input", "grad target"][: 1 + 2 * requires_grad]
+
+
+@by_dtype
+def test_gradient_of_the_input_alone(dtype, own, poisoned):
+    """The gradient made ahead, in the forward pass, which a target with a gradient switches off."""
+    pool = Pool()
+    for _ in range(DRAWS):
+        for x, target, arguments in samples(dtype):
+            pool.add(cross_entropy, F.cross_entropy, x.requires_grad_(), target, **arguments)
+    pool.check()
+
+
+@by_dtype
+def test_references_of_the_op(dtype, own):
+    """The OpInfo has no reference of its own today: its reference inputs are its samples."""
+    pool = Pool()
+    for _ in range(DRAWS):
+        for sample in OP.reference_inputs("cpu", dtype):
+            pool.add(cross_entropy, F.cross_entropy, sample.input, *sample.args, **sample.kwargs)
+    pool.check()
+
+
+@by_dtype
+def test_noncontiguous(dtype, own, poisoned):
+    pool, strided = Pool(), 0
+    for _ in range(DRAWS):
+        for sample in OP.sample_inputs("cpu", dtype, requires_grad=True):
+            other = sample.noncontiguous()
+            strided += not other.input.is_contiguous()
+            torch.testing.assert_close(
+                cross_entropy(other.input, *other.args, **other.kwargs),
+                cross_entropy(sample.input, *sample.args, **sample.kwargs),
+            )
+            pool.add(cross_entropy, F.cross_entropy, other.input, *other.args, **other.kwargs)
+    assert strided >= 20 * DRAWS
+    pool.check()
+
+
+def test_a_weight_with_a_gradient_is_stocks():
+    """No sample has one; ours refuses it, and "auto" gives what stock gives."""
+    seen = 0
+    for x, target, arguments in samples(torch.float32, requires_grad=True):
+        if "weight" not in arguments:
+            continue
+        seen += 1
+        assert not arguments["weight"].requires_grad
+        arguments["weight"].requires_grad_()
+        dlkernels.config.kernels = "own"
+        with pytest.raises(NotImplementedError, match="weight.*requires_grad=True"):
+            cross_entropy(x, target, **arguments)
+        dlkernels.config.kernels = "auto"
+        inputs = differentiable(x, target, arguments["weight"])
+        losses = [f(x, target, **arguments).sum() for f in (cross_entropy, F.cross_entropy)]
+        assert torch.equal(*losses)
+        for pair in zip(*(torch.autograd.grad(loss, inputs) for loss in losses), strict=True):
+            assert torch.equal(*pair)
+    assert seen == 6
+
+
+def broken(x, target, arguments):
+    """(what is wrong, input, target, arguments), made from a good sample."""
+    classes = x.shape[1]
+    yield "weight", x, target, arguments | {"weight": torch.ones(classes + 1, dtype=x.dtype)}
+    yield "smoothing", x, target, arguments | {"label_smoothing": -0.5}
+    yield "reduction", x, target, arguments | {"reduction": "median"}
+    yield "batch", torch.cat([x, x]), target, arguments
+    if target.is_floating_point():
+        yield "ignored probability", x, target, arguments | {"ignore_index": 1}
+        yield "integer probability", x, target.long(), arguments
+        yield "classes", x, torch.cat([target, target], 1), arguments
+    else:
+        yield "too large", x, torch.full_like(target, classes), arguments
+        yield "negative", x, torch.full_like(target, -1), arguments
+        yield "dtype", x, target.int(), arguments
+        yield "rank", x, target.unsqueeze(0), arguments
+
+
+@by_dtype
+def test_refusals(dtype, own):
+    """The OpInfo has no error inputs (with its first ones, this test asks for them): good samples,
+    broken in one place, are refused with the type and the words of stock."""
+    assert OP.error_inputs_func is None
+    seen = set()
+    for sample in samples(dtype):
+        for what, x, target, arguments in broken(*sample):
+            with pytest.raises(Exception) as stock:  # noqa: B017  whatever it is, ours is the same
+                F.cross_entropy(x, target, **arguments)
+            with pytest.raises(stock.type) as ours:
+                cross_entropy(x, target, **arguments)
+            assert str(ours.value).splitlines()[0] == str(stock.value).splitlines()[0], what
+            seen.add(what)
+    assert len(seen) == 11
+
+
+def gradcheck_arguments(x, target, arguments):
+    inputs = (x, target) if target.requires_grad else (x,)
+    return lambda x, t=target: cross_entropy(x, t, **arguments), inputs
+
+
+def test_gradcheck(own):
+    for sample in samples(torch.float64, requires_grad=True):
+        assert gradcheck(
+            *gradcheck_arguments(*sample),
+            check_forward_ad=OP.supports_forward_ad,
+            check_batched_grad=OP.check_batched_grad,
+            check_batched_forward_grad=OP.check_batched_forward_grad,
+        )
+
+
+def test_gradgradcheck(own):
+    for sample in samples(torch.float64, requires_grad=True):
+        assert gradgradcheck(
+            *gradcheck_arguments(*sample),
+            gen_non_contig_grad_outputs=True,
+            check_batched_grad=OP.check_batched_gradgrad,
+            check_fwd_over_rev=OP.supports_fwgrad_bwgrad,
+        )
+
+
+@by_dtype
+def test_vmap(dtype, own):
+    """Over inputs, over targets, over both; and the gradient of each of a batch."""
+    for x, target, arguments in samples(dtype):
+        xs, targets = torch.stack([x, x.flip(0), -x]), torch.stack([target, target.flip(0), target])
+        for in_dims in ((0, 0), (0, None), (None, 0)):
+            inputs = xs if in_dims[0] == 0 else x, targets if in_dims[1] == 0 else target
+            for make in (lambda f: f, torch.func.grad):
+
+                def function(f, x, target, arguments=arguments):
+                    return f(x, target, **arguments).sum()
+
+                ours, stock = (
+                    torch.func.vmap(make(lambda x, t, f=f: function(f, x, t)), in_dims)  # noqa: B023
+                    for f in (cross_entropy, F.cross_entropy)
+                )
+                assert torch.equal(ours(*inputs), stock(*inputs))
+                one_by_one = torch.stack(
+                    [
+                        make(lambda x, t: function(cross_entropy, x, t))(  # noqa: B023
+                            inputs[0][i] if in_dims[0] == 0 else x,
+                            inputs[1][i] if in_dims[1] == 0 else target,
+                        )
+                        for i in range(3)
+                    ]
+                )
+                torch.testing.assert_close(ours(*inputs), one_by_one)
+
+
+@by_dtype
+def test_forward_mode(dtype, own):
+    """torch.func.jvp and dual numbers: stock's tangents, which are the gradients', not zeros."""
+    for x, target, arguments in samples(dtype):
+        tangent = torch.randn_like(x)
+
+        def pushed(f, x=x, target=target, arguments=arguments, tangent=tangent):
+            return torch.func.jvp(lambda x: f(x, target, **arguments), (x,), (tangent,))[1]
+
+        assert torch.equal(pushed(cross_entropy), pushed(F.cross_entropy))
+        with forward_ad.dual_level():
+            dual = cross_entropy(forward_ad.make_dual(x, tangent), target, **arguments)
+            assert torch.equal(forward_ad.unpack_dual(dual).tangent, pushed(F.cross_entropy))
+        if dtype == torch.float64:
+            leaf = x.clone().requires_grad_()
+            loss = cross_entropy(leaf, target, **arguments).sum()
+            gradient = torch.autograd.grad(loss, leaf)[0]
+            torch.testing.assert_close(pushed(cross_entropy).sum(), (gradient * tangent).sum())
+
+
+@by_dtype
+def test_compile(dtype, own):
+    pool = Pool()
+    for x, target, arguments in samples(dtype, requires_grad=True):
+        torch._dynamo.reset()
+        compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
+        for _ in range(3):  # the same graph
+            pool.add(compiled, F.cross_entropy, x, target, **arguments)
+            with torch.no_grad():
+                x.copy_(torch.randn_like(x))
+    pool.check()
+    torch._dynamo.reset()
+
+
+# -------------------------------------------------------------------------------------- ModuleInfo
+
+
+def module_cases(dtype, requires_grad=True, training=True):
+    """(description, ours, stock's, input, target): the modules with the same settings."""
+    cases = MODULE.module_inputs_func(
+        MODULE, "cpu", dtype, requires_grad=requires_grad, training=training
+    )
+    assert len(cases) >= 80
+    for case in cases:
+        made = case.constructor_input
+        modules = [
+            module(*made.args, **made.kwargs)
+            for module in (dlkernels.nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss)
+        ]
+        x, target = case.forward_input.args
+        # Softmax of an input with a gradient: no leaf.
+        yield case.desc, *modules, x.detach().requires_grad_(requires_grad), target.detach()
+
+
+def settings_of(module):
+    names = ("weight", "ignore_index", "reduction", "label_smoothing")
+    return {name: getattr(module, name) for name in names}
+
+
+def called(module):
+    """A module as a function: its settings, which float64 is given, it holds itself."""
+    return lambda x, target, **settings: module(x, target)
+
+
+def noncontiguous(x):
+    """The values of x, every second of memory."""
+    wide = x.detach().repeat_interleave(2, -1)[..., ::2]
+    return wide.requires_grad_(x.requires_grad)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "noncontiguous": noncontiguous,
+    "channels_last": lambda x: (
+        x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+        if x.dim() == 4
+        else x
+    ),
+}
+
+
+@by_module_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_modules(layout, dtype, own, poisoned):
+    """Forward and gradient, training and evaluating, of every case and layout."""
+    pool = Pool()
+    for _, training in itertools.product(range(3), (True, False)):
+        for _, ours, stock, x, target in module_cases(dtype, training=training):
+            ours.train(training), stock.train(training)
+            assert repr(ours) == repr(stock) and ours.training == stock.training
+            x = LAYOUTS[layout](x)
+            settings = settings_of(stock)
+
+            pool.add(called(ours), called(stock), x, target, **settings)
+    pool.check()
+    assert not MODULE.train_and_eval_differ and not MODULE.module_memformat_affects_out
+
+
+def test_modules_gradcheck(own):
+    for desc, ours, _, x, target in module_cases(torch.float64):
+        if x.numel() > 60:  # the same settings with more pixels
+            continue
+        assert gradcheck(lambda x: ours(x, target), x), desc  # noqa: B023
+        assert gradgradcheck(lambda x: ours(x, target), x), desc  # noqa: B023
+
+
+@by_module_dtype
+def test_modules_are_saved_and_copied(dtype, own):
+    """state_dict there and back, pickle and deepcopy: the same bits from every case."""
+    for desc, ours, stock, x, target in module_cases(dtype):
+        assert list(ours.state_dict()) == list(stock.state_dict()), desc
+        wanted = ours(x, target)
+        buffer = io.BytesIO()
+        torch.save(ours, buffer)
+        buffer.seek(0)
+        for again in (torch.load(buffer, weights_only=False), copy.deepcopy(ours)):
+            assert type(again) is type(ours) and vars(again).keys() == vars(ours).keys()
+            assert torch.equal(again(x, target), wanted), desc
+        if stock.weight is not None:
+            stock.weight = torch.zeros_like(stock.weight)
+        stock.load_state_dict(ours.state_dict())
+        ours.load_state_dict(stock.state_dict())
+        assert torch.equal(ours(x, target), wanted), desc
+
+
+@by_module_dtype
+def test_module_errors(dtype, own):
+    cases = MODULE.module_error_inputs_func(MODULE, "cpu", dtype, requires_grad=True, training=True)
+    assert len(cases) >= 7
+    for case in cases:
+        made, called = (
+            case.module_error_input.constructor_input,
+            case.module_error_input.forward_input,
+        )
+        ours = dlkernels.nn.CrossEntropyLoss(*made.args, **made.kwargs)
+        with pytest.raises(case.error_type, match=case.error_regex):
+            ours(*called.args, **called.kwargs)
