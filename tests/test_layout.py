@@ -184,14 +184,17 @@ def nothing_imports_tests_or_benchmarks(root):
 
 
 @rule
-def cpu_kernels_include_the_three_headers_only(root):
-    """Let csrc/cpu/<op>.cpp include check.h, simd.h, gemm.h, std and stable headers only."""
+def cpu_kernels_include_their_own_and_the_three_headers_only(root):
+    """Let csrc/cpu/<op>.{cpp,h} include <op>.h, check.h, simd.h, gemm.h, std and stable headers."""
     ours = ("../check.h", "simd.h", "gemm.h")
     found = []
-    for path in under(root, "csrc/cpu", suffixes=[".cpp"]):
+    for path in under(root, "csrc/cpu", suffixes=[".cpp", ".h"]):
         for kind, name in INCLUDE.findall(code(path)):
+            if path.name == "simd.h" and name == "immintrin.h":
+                continue
             std = "/" not in name.removeprefix("sys/") and name not in ("omp.h", "Python.h")
-            fine = name in ours if kind == '"' else std or name.startswith(STABLE)
+            own = name in (*ours, f"{path.stem}.h")
+            fine = own if kind == '"' else std or name.startswith(STABLE)
             if not fine:
                 found.append(f"{path.relative_to(root)} includes {name}")
     return found
@@ -387,9 +390,26 @@ PLANTED = [
     ),
     (nothing_imports_tests_or_benchmarks, "dlkernels/nn.py", "import_module('benchmarks.run')"),
     (nothing_imports_tests_or_benchmarks, "benchmarks/conv2d.py", "import tests.compare"),
-    (cpu_kernels_include_the_three_headers_only, "csrc/cpu/conv2d.cpp", '#include "lstm.h"'),
-    (cpu_kernels_include_the_three_headers_only, "csrc/cpu/conv2d.cpp", "# include <omp.h>"),
-    (cpu_kernels_include_the_three_headers_only, "csrc/cpu/conv2d.cpp", "#include <torch/all.h>"),
+    (
+        cpu_kernels_include_their_own_and_the_three_headers_only,
+        "csrc/cpu/conv2d.cpp",
+        '#include "lstm.h"',
+    ),
+    (
+        cpu_kernels_include_their_own_and_the_three_headers_only,
+        "csrc/cpu/conv2d.h",
+        '#include "lstm.h"',
+    ),
+    (
+        cpu_kernels_include_their_own_and_the_three_headers_only,
+        "csrc/cpu/conv2d.cpp",
+        "# include <omp.h>",
+    ),
+    (
+        cpu_kernels_include_their_own_and_the_three_headers_only,
+        "csrc/cpu/conv2d.cpp",
+        "#include <torch/all.h>",
+    ),
     (csrc_stands_on_the_stable_abi, "csrc/check.h", "#include <ATen/ATen.h>"),
     (csrc_stands_on_the_stable_abi, "csrc/cuda/common.cuh", "#include <c10/cuda/CUDAStream.h>"),
     (csrc_stands_on_the_stable_abi, "csrc/check.h", "#include <torch/library.h>"),

@@ -136,10 +136,11 @@ def test_noncontiguous(dtype, own, poisoned):
 
 
 def test_a_weight_with_a_gradient_is_stocks():
-    """No sample has one; ours refuses it, and "auto" gives what stock gives."""
+    """No sample has one; ours refuses it, and "auto" gives what stock gives. With indices stock
+    refuses it too."""
     seen = 0
     for x, target, arguments in samples(torch.float32, requires_grad=True):
-        if "weight" not in arguments:
+        if "weight" not in arguments or not target.is_floating_point():
             continue
         seen += 1
         assert not arguments["weight"].requires_grad
@@ -153,14 +154,14 @@ def test_a_weight_with_a_gradient_is_stocks():
         assert torch.equal(*losses)
         for pair in zip(*(torch.autograd.grad(loss, inputs) for loss in losses), strict=True):
             assert torch.equal(*pair)
-    assert seen == 6
+    assert seen == 3
 
 
 def broken(x, target, arguments):
     """(what is wrong, input, target, arguments), made from a good sample."""
     classes = x.shape[1]
     yield "weight", x, target, arguments | {"weight": torch.ones(classes + 1, dtype=x.dtype)}
-    yield "smoothing", x, target, arguments | {"label_smoothing": -0.5}
+    yield "smoothing", x, target, arguments | {"label_smoothing": 1.5}
     yield "reduction", x, target, arguments | {"reduction": "median"}
     yield "batch", torch.cat([x, x]), target, arguments
     if target.is_floating_point():
@@ -345,7 +346,8 @@ def test_modules(layout, dtype, own, poisoned):
 
 def test_modules_gradcheck(own):
     for desc, ours, _, x, target in module_cases(torch.float64):
-        if x.numel() > 60:  # the same settings with more pixels
+        # More pixels have the same settings; of ignored rows alone the mean is NaN.
+        if x.numel() > 60 or (target == ours.ignore_index).all():
             continue
         assert gradcheck(lambda x: ours(x, target), x), desc  # noqa: B023
         assert gradgradcheck(lambda x: ours(x, target), x), desc  # noqa: B023

@@ -100,7 +100,6 @@ struct alignas(64) Block {
   T mass[kPadded], moment[kPadded];  // Σ s_c, Σ s_c·(x'_c − m)
   T lse[kPadded], lse_low[kPadded];  // log-sum-exp, and what its rounding left
   double log_sum[kPadded];           // in double: its error is the gradient's
-  T loss[kPadded];
   T scale[kPadded], spread[kPadded], hit[kPadded];
   int64_t offset[kRows];
 };
@@ -165,24 +164,23 @@ double finish_rows(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
   for (int64_t i = 0; i < n; ++i) {
     // A row of −inf has log-sum-exp −inf, as torch.logsumexp, and a loss of NaN, as stock.
     const bool empty = b.max[i] == -std::numeric_limits<T>::infinity();
-    const T excess = T(b.log_sum[i]);
-    p.lse[row + i] = empty ? double(b.max[i]) : double(b.max[i]) + b.log_sum[i];
-    const T lse = b.lse[i] = T(p.lse[row + i]);
-    T loss = 0;
+    const double excess = b.log_sum[i];  // lse − m
+    const double lse = empty ? double(b.max[i]) : double(b.max[i]) + excess;
+    p.lse[row + i] = lse;
+    double loss = 0;
     if constexpr (kind == Kind::kProbability) {
-      loss = b.mass[i] * excess - b.moment[i];
+      loss = double(b.mass[i]) * excess - double(b.moment[i]);
     } else if (!p.is_ignored(row + i)) {
-      loss = (T(1) - p.smoothing()) * p.weight[p.target[row + i]] *
-             (excess + (b.max[i] - b.target_logit[i]));
+      loss = (1 - p.options.label_smoothing) * double(p.weight[p.target[row + i]]) *
+             (lse - double(b.target_logit[i]));
       if constexpr (kind == Kind::kSmooth)
-        loss += p.uniform() * (T(p.total_class_weight) * excess - b.moment[i]);
+        loss += p.options.label_smoothing / double(p.layout.classes) *
+                (p.total_class_weight * excess - double(b.moment[i]));
     }
-    if (p.options.z_loss != 0 && !p.is_ignored(row + i)) loss += T(p.options.z_loss) * lse * lse;
-    b.loss[i] = loss;
-    total += double(loss);
+    if (!p.is_ignored(row + i)) loss += p.options.z_loss * lse * lse;
+    if (p.options.reduction == kNone) p.loss[row + i] = narrow<S>(T(loss));
+    total += loss;
   }
-  if (p.options.reduction == kNone)
-    for (int64_t i = 0; i < n; ++i) p.loss[row + i] = narrow<S>(b.loss[i]);
   return total;
 }
 

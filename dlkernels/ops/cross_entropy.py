@@ -136,7 +136,7 @@ def _backward(ctx, grad_loss, grad_lse):
         return None, None
     probabilities = target.is_floating_point()
     want_target = probabilities and ctx.needs_input_grad[1]
-    if torch.is_grad_enabled() or want_target:
+    if torch.is_grad_enabled() or want_target or _is_batched(grad_loss) or _is_batched(grad_lse):
         return _gradients(ctx, input, target, weight, grad_loss, grad_lse, want_target)
     if grad_loss is None:
         shape = lse.shape if ctx.options[0] == 0 else ()
@@ -147,6 +147,15 @@ def _backward(ctx, grad_loss, grad_lse):
         return _ops.cross_entropy_backward(
             grad_loss.contiguous(), grad_lse, input, target, weight, lse, total_weight, *ctx.options
         ), None
+
+
+def _is_batched(gradient):
+    """By vmap over the backward alone, as ``is_grads_batched`` and ``jacobian(vectorize=True)`` do:
+    the raw ops, of which one writes in place, have no batching rule."""
+    functorch = torch._C._functorch
+    return gradient is not None and (
+        functorch.is_legacy_batchedtensor(gradient) or functorch.is_batchedtensor(gradient)
+    )
 
 
 def _gradients(ctx, input, target, weight, grad_loss, grad_lse, want_target):
@@ -203,7 +212,8 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, grad_lse):
-        if not ctx.ahead or grad_loss is None or grad_lse is not None or torch.is_grad_enabled():
+        again = torch.is_grad_enabled() or _is_batched(grad_loss)
+        if not ctx.ahead or grad_loss is None or grad_lse is not None or again:
             return *_backward(ctx, grad_loss, grad_lse), None, None, None
         # saved_tensors raises if the graph was freed or an input was changed in place.
         inputs = ctx.saved_tensors[:3]
