@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.testing._internal.common_modules import module_db
 
 import dlkernels
 import dlkernels.nn as nn
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = {"softcap": 30.0, "z_loss": 1e-4, "return_lse": True}
-MODULES = [module for module in module_db if module.name == "nn.CrossEntropyLoss"]
 
 
 def saved_and_loaded(value, **kwargs):
@@ -184,32 +182,3 @@ def test_refusals_are_stocks():
             torch.nn.CrossEntropyLoss(**settings)(*inputs)
         with pytest.raises(stock.type):
             nn.CrossEntropyLoss(**settings)(*inputs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("info", MODULES, ids=lambda info: info.name)
-def test_pytorchs_module_cases(info, dtype, monkeypatch):
-    """bfloat16 by the rule of verify; float32, where a case of one row makes stock exact by luck,
-    by the tolerance that PyTorch has for its own module tests."""
-    monkeypatch.setattr(dlkernels.config, "kernels", "own")
-    cases = [*info.module_inputs_func(info, "cpu", dtype, requires_grad=True, training=True)]
-    assert len(cases) >= 50
-    for case in cases:
-        made, called = case.constructor_input, case.forward_input
-        input, target = (tensor.detach() for tensor in called.args)
-        input.requires_grad_()
-        ours = nn.CrossEntropyLoss(*made.args, **made.kwargs)
-        stock = torch.nn.CrossEntropyLoss(*made.args, **made.kwargs)
-        assert repr(ours) == repr(stock)
-        if dtype is torch.bfloat16:
-            records = dlkernels.verify(ours, (input, target), strict=True)
-            assert [record.what for record in records] == ["output", "grad input"], case.desc
-            continue
-        losses = ours(input, target), stock(input, target)
-        torch.testing.assert_close(*losses, msg=lambda text: f"{case.desc}: {text}")  # noqa: B023
-        gradients = (torch.autograd.grad(loss.sum(), input)[0] for loss in losses)
-        torch.testing.assert_close(*gradients, msg=lambda text: f"{case.desc}: {text}")  # noqa: B023
-
-
-def test_pytorch_has_cases_for_the_module():
-    assert len(MODULES) == 1

@@ -28,12 +28,12 @@ WIDEST = dlkernels.config.libraries["cpu"]
 # Every walk, kind of target, dtype, and end of a row, with few of the combinations.
 WALKS = "rows_65 or rows_three_chunks or transposed_tail or columns or channels_last_rows or offset"
 PARTS = {
-    "test_index_targets": f"{WALKS} or unbatched or permuted",
-    "test_weights_ignored_rows_smoothing_probabilities": f"({WALKS}) and (mean or none) and 0.1",
+    "test_index_targets": f"({WALKS} or unbatched or permuted) and (none or mean)",
+    "test_weights_ignored_rows_smoothing_probabilities": f"({WALKS}) and none and 0.1",
     "test_softcap_and_z_loss": f"({WALKS}) and sum",
-    "test_lse": "float16 or float64",
+    "test_lse": "float16",
     "test_drawn_shapes": "",
-    "test_special": "inf",
+    "test_special": "-inf",
     "test_leading_classes": "",
     "test_all_rows_ignored": "",
     "test_weights_are_never_read": "",
@@ -156,7 +156,7 @@ def test_the_suite_has_nothing_to_report(isa, builds):
     output = done.stdout + done.stderr
     assert "Sanitizer" not in output and "runtime error" not in output, output[-6000:]
     assert done.returncode == 0, output[-6000:]
-    assert int(re.search(r"(\d+) passed", output)[1]) > 250
+    assert int(re.search(r"(\d+) passed", output)[1]) > 150
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -152,22 +152,34 @@ double sum_target_weights(const Problem<S>& p) {
   constexpr int64_t kUnit = 1 << 14;
   const int64_t units = (p.rows + kUnit - 1) / kUnit;
   std::vector<double> partial(units, 0.0);
-  std::vector<int64_t> outside(units, -1);
+  std::vector<int64_t> outside(units, 0);
+  const auto is_outside = [&](int64_t y) {
+    return y != p.options.ignore_index && uint64_t(y) >= uint64_t(p.layout.classes);
+  };
   torch::stable::parallel_for(0, units, 2, [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u)
-      for (int64_t r = u * kUnit; r < std::min(p.rows, (u + 1) * kUnit); ++r) {
-        if (p.is_ignored(r)) continue;
-        const int64_t y = p.target[r];
-        if (y < 0 || y >= p.layout.classes) {
-          outside[u] = r;
-          break;
-        }
-        partial[u] += double(p.weight[y]);
+    for (int64_t u = begin; u < end; ++u) {
+      const int64_t first = u * kUnit, last = std::min(p.rows, first + kUnit);
+      int64_t counted = 0, wrong = 0;
+      for (int64_t r = first; r < last; ++r) {
+        counted += p.target[r] != p.options.ignore_index;
+        wrong += is_outside(p.target[r]);
       }
+      double total = double(counted);
+      if (p.weighted && wrong == 0) {
+        total = 0;
+        for (int64_t r = first; r < last; ++r)
+          if (!p.is_ignored(r)) total += double(p.weight[p.target[r]]);
+      }
+      partial[u] = total;
+      outside[u] = wrong;
+    }
   });
   double total = 0;
   for (int64_t u = 0; u < units; ++u) {
-    DLK_CHECK_INDEX(outside[u] < 0, "Target ", p.target[outside[u]], " is out of bounds.");
+    if (outside[u] > 0) {
+      const int64_t* y = std::find_if(p.target + u * kUnit, p.target + p.rows, is_outside);
+      DLK_CHECK_INDEX(false, "Target ", *y, " is out of bounds.");
+    }
     total += partial[u];
   }
   return total;
@@ -212,6 +224,7 @@ struct Prepared {
       p.probability = static_cast<const S*>(target.tensor.const_data_ptr());
     else
       p.target = static_cast<const int64_t*>(target.tensor.const_data_ptr());
+    p.weighted = weight.has_value();
     p.weight.assign(x->classes, T(1));
     if (weight) {
       const Tensor w = torch::stable::contiguous(*weight);

@@ -76,7 +76,8 @@ struct Problem {
   const S* input;
   const int64_t* target = nullptr;  // (rows), or
   const S* probability = nullptr;   // like the input
-  std::vector<T> weight;            // (classes), ones where the caller gave none
+  bool weighted;                    // whether the caller gave weights
+  std::vector<T> weight;            // (classes), else ones
   double total_class_weight;        // Σ w_c
   double row_factor = 1;            // what the reduction multiplies each row's loss with
   S* loss = nullptr;                // (rows), for reduction "none"
@@ -99,7 +100,9 @@ struct alignas(64) Block {
   T target_logit[kPadded];           // x'_y
   T mass[kPadded], moment[kPadded];  // Σ s_c, Σ s_c·(x'_c − m)
   T lse[kPadded], lse_low[kPadded];  // log-sum-exp, and what its rounding left
-  double log_sum[kPadded];           // in double: its error is the gradient's
+  // In double, for what all of a row's gradient shares.
+  double log_sum[kPadded], loss[kPadded], factor[kPadded], total[kPadded];
+  double target_weight[kPadded], counts[kPadded];  // w_y, 1; where the row is ignored 0, 0
   T scale[kPadded], spread[kPadded], hit[kPadded];
   int64_t offset[kRows];
 };
@@ -114,6 +117,17 @@ struct Scratch {
 
 // ------------------------------------------------------------------------------------- row algebra
 
+// The class weight of each row's target; 0, and not counted, where it is ignored.
+template <typename S, Kind kind>
+void load_targets(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const bool counts = !p.is_ignored(row + i);
+    b.counts[i] = counts;
+    b.target_weight[i] =
+        kind != Kind::kProbability && counts ? double(p.weight[p.target[row + i]]) : 0;
+  }
+}
+
 // In double: a few numbers per row, whose errors all of its gradient would share. `forward`: e is
 // exp(x' − m), to be divided by its sum.
 template <typename S, Kind kind>
@@ -121,25 +135,31 @@ void set_coefficients(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t ro
                       bool forward) {
   using T = accumulate_t<S>;
   const double z = 2 * p.options.z_loss, smoothing = p.options.label_smoothing;
-  const double uniform = smoothing / double(p.layout.classes);
+  const double uniform = kind == Kind::kSmooth ? smoothing / double(p.layout.classes) : 0;
+  const double all = uniform * p.total_class_weight;
+  const bool per_row = p.grad_loss && p.options.reduction == kNone;
+  double factor = p.row_factor;
+  if (p.grad_loss && !per_row) factor *= double(widen(*p.grad_loss));
+  for (int64_t i = 0; i < n; ++i)
+    b.factor[i] = per_row ? factor * double(widen(p.grad_loss[row + i])) : factor;
+  const double* lse = p.lse + row;
   for (int64_t i = 0; i < n; ++i) {
-    double factor = p.row_factor, scale = 0, spread = 0, hit = 0;
-    if (p.grad_loss)
-      factor *= double(widen(p.grad_loss[p.options.reduction == kNone ? row + i : 0]));
+    const double f = b.factor[i], w = b.target_weight[i];
     if constexpr (kind == Kind::kProbability) {
-      spread = factor;
-      scale = factor * (double(b.mass[i]) + z * p.lse[row + i]);
-    } else if (!p.is_ignored(row + i)) {
-      const double w = p.weight[p.target[row + i]], nll = (1 - smoothing) * w;
-      hit = factor * (nll + uniform * w);
-      spread = factor * uniform;
-      scale = factor * (nll + uniform * p.total_class_weight + z * p.lse[row + i]);
+      b.total[i] = f * (double(b.mass[i]) + z * lse[i]);
+      b.spread[i] = T(f);
+      b.hit[i] = 0;
+    } else {
+      const double nll = (1 - smoothing) * w, total = f * (nll + all + z * lse[i]);
+      b.total[i] = b.counts[i] != 0 ? total : 0;
+      b.spread[i] = T(b.counts[i] != 0 ? f * uniform : 0);
+      b.hit[i] = T(f * (nll + uniform * w));
     }
-    if (p.grad_lse) scale += p.grad_lse[row + i];
-    b.scale[i] = T(forward ? scale / double(b.sum[i]) : scale);
-    b.spread[i] = T(spread);
-    b.hit[i] = T(hit);
   }
+  if (p.grad_lse)
+    for (int64_t i = 0; i < n; ++i) b.total[i] += p.grad_lse[row + i];
+  for (int64_t i = 0; i < n; ++i)
+    b.scale[i] = T(forward ? b.total[i] / double(b.sum[i]) : b.total[i]);
 }
 
 // The saved log-sum-exp as a T and the rest, so that p = exp((x' − lse) − rest) is as exact as
@@ -160,28 +180,30 @@ double finish_rows(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
   using D = Vec<double>;
   std::copy(b.sum, b.sum + n, b.log_sum);
   for (int64_t i = 0; i < n; i += D::size) store(b.log_sum + i, log(load(b.log_sum + i)));
-  double total = 0;
+  const double z = p.options.z_loss, smoothing = p.options.label_smoothing;
+  const double uniform = kind == Kind::kSmooth ? smoothing / double(p.layout.classes) : 0;
+  constexpr T lowest = -std::numeric_limits<T>::infinity();
+  double* lse = p.lse + row;
   for (int64_t i = 0; i < n; ++i) {
     // A row of −inf has log-sum-exp −inf, as torch.logsumexp, and a loss of NaN, as stock.
-    const bool empty = b.max[i] == -std::numeric_limits<T>::infinity();
-    const double excess = b.log_sum[i];  // lse − m
-    const double lse = empty ? double(b.max[i]) : double(b.max[i]) + excess;
-    p.lse[row + i] = lse;
-    double loss = 0;
+    const double excess = b.log_sum[i], m = double(b.max[i]);
+    lse[i] = b.max[i] == lowest ? m : m + excess;
+    double loss = z != 0 ? z * lse[i] * lse[i] : 0;
     if constexpr (kind == Kind::kProbability) {
-      loss = double(b.mass[i]) * excess - double(b.moment[i]);
-    } else if (!p.is_ignored(row + i)) {
-      loss = (1 - p.options.label_smoothing) * double(p.weight[p.target[row + i]]) *
-             (lse - double(b.target_logit[i]));
+      loss += double(b.mass[i]) * excess - double(b.moment[i]);
+    } else {
+      loss += (1 - smoothing) * b.target_weight[i] * (lse[i] - double(b.target_logit[i]));
       if constexpr (kind == Kind::kSmooth)
-        loss += p.options.label_smoothing / double(p.layout.classes) *
-                (p.total_class_weight * excess - double(b.moment[i]));
+        loss += uniform * (p.total_class_weight * excess - double(b.moment[i]));
     }
-    if (!p.is_ignored(row + i)) loss += p.options.z_loss * lse * lse;
-    if (p.options.reduction == kNone) p.loss[row + i] = narrow<S>(T(loss));
-    total += loss;
+    b.loss[i] = b.counts[i] != 0 ? loss : 0;
   }
-  return total;
+  if (p.options.reduction == kNone)
+    for (int64_t i = 0; i < n; ++i) p.loss[row + i] = narrow<S>(T(b.loss[i]));
+  D total(0.0);
+  for (int64_t i = 0; i < n; i += D::size)
+    total = total + load(b.loss + i, std::min(D::size, n - i));
+  return sum(total);
 }
 
 // x' = cap·u, u = tanh(x / cap). It is u that the gradient needs: 1 − u² of a rounded x' / cap is
@@ -335,6 +357,7 @@ void read_row(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t i, int64_t
       kind == Kind::kProbability ? p.probability + p.target_layout.offset(row) : nullptr;
   const int64_t y = kind == Kind::kProbability || p.is_ignored(row) ? -1 : p.target[row];
   T m = lowest, shift = 0, total = 0, total_mass = 0, moment = 0;
+  b.target_logit[i] = 0;
   for (int64_t c0 = 0; c0 < classes; c0 += kChunk) {
     const int64_t n = std::min(kChunk, classes - c0);
     const T* values = stage(x + c0, n, cap, s.buffer, s.squashed + (keep ? c0 : 0));
@@ -398,6 +421,7 @@ double forward_rows(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row,
     }
     return s;
   };
+  load_targets<S, kind>(p, b, row, n);
   for (int64_t i = 0; i < n; ++i) read_row<S, kind, keep>(p, b, i, row + i, of_row(i));
   const double total = finish_rows<S, kind>(p, b, row, n);
   if constexpr (keep) {
@@ -415,6 +439,7 @@ void backward_rows(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
   using V = Vec<T>;
   const int64_t classes = p.layout.classes;
   const T cap = p.cap();
+  load_targets<S, kind>(p, b, row, n);
   load_lse(p, b, row, n);
   for (int64_t i = 0; i < n; ++i) {
     if constexpr (kind == Kind::kProbability) {
@@ -480,9 +505,12 @@ void read_columns(const Problem<S>& p, const Layout& layout, const S* x, int64_t
   const int64_t classes = p.layout.classes;
   if (p.walk == Walk::kColumns) {
     x += layout.offset(row);
-    for (int64_t c = 0; c < classes; ++c)
-      for (int64_t i = 0; i < n; i += V::size)
-        sink(c, i, load(x + c * layout.class_stride + i, std::min(V::size, n - i)));
+    // Pieces are too short for the hardware to see a stream: the next block's are asked for here.
+    constexpr int64_t kLine = 64 / sizeof(S);
+    for (int64_t c = 0; c < classes; ++c, x += layout.class_stride) {
+      for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(x + n + i);
+      for (int64_t i = 0; i < n; i += V::size) sink(c, i, load(x + i, std::min(V::size, n - i)));
+    }
     return;
   }
   layout.offsets(row, n, offset);
@@ -497,7 +525,7 @@ void read_columns(const Problem<S>& p, const Layout& layout, const S* x, int64_t
     }
 }
 
-// Fills scratch with x' and s_c, and sets each row's maximum and its target's logit.
+// Fills scratch with x' and s_c, and sets what is known of each row's target.
 template <typename S, Kind kind>
 void stage_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, int64_t n,
                    const Scratch<accumulate_t<S>>& s) {
@@ -506,7 +534,13 @@ void stage_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
   const int64_t pitch = columns_pitch(p);
   const T cap = p.cap();
   T* const values = s.e;
-  std::fill(b.max, b.max + n + V::size, -std::numeric_limits<T>::infinity());
+  load_targets<S, kind>(p, b, row, n);
+  if (p.gradient && p.walk == Walk::kColumns)
+    for (int64_t c = 0; c < p.layout.classes; ++c) {
+      const S* line =
+          p.gradient + p.gradient_layout.offset(row) + c * p.gradient_layout.class_stride;
+      for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(S))) __builtin_prefetch(line + i, 1);
+    }
   read_columns(p, p.layout, p.input, row, n, b.offset, [&](int64_t c, int64_t i, V v) {
     if (cap != 0) {
       const V u = squash(v, cap);
@@ -514,7 +548,6 @@ void stage_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
       v = V(cap) * u;
     }
     store(values + c * pitch + i, v);
-    store(b.max + i, max(v, load(b.max + i)));
   });
   if constexpr (kind == Kind::kProbability) {
     const V kept(1 - p.smoothing()), uniform(p.uniform());
@@ -524,7 +557,7 @@ void stage_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
                  });
   } else {
     for (int64_t i = 0; i < n; ++i)
-      if (!p.is_ignored(row + i)) b.target_logit[i] = values[p.target[row + i] * pitch + i];
+      b.target_logit[i] = b.counts[i] != 0 ? values[p.target[row + i] * pitch + i] : T(0);
   }
 }
 
@@ -535,7 +568,7 @@ Vec<accumulate_t<S>> mass_of_column(const Problem<S>& p, const Scratch<accumulat
   return Vec<accumulate_t<S>>(p.weight[c]);
 }
 
-// e = exp(x' − m) with its sums.
+// m and e = exp(x' − m) with its sums.
 template <typename S, Kind kind, bool keep>
 void accumulate_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t n,
                         const Scratch<accumulate_t<S>>& s) {
@@ -544,7 +577,9 @@ void accumulate_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t 
   const int64_t pitch = columns_pitch(p);
   const T* const values = s.e;
   for (int64_t i = 0; i < n; i += V::size) {
-    const V m = load(b.max + i);
+    V m(-std::numeric_limits<T>::infinity());
+    for (int64_t c = 0; c < p.layout.classes; ++c) m = max(load(values + c * pitch + i), m);
+    store(b.max + i, m);
     const V shift = select(less(V(-std::numeric_limits<T>::infinity()), m), m, V(T(0)));
     V total(T(0)), total_mass(T(0)), moment(T(0));
     for (int64_t c0 = 0; c0 < p.layout.classes; c0 += kFlush) {
@@ -612,7 +647,7 @@ void write_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
   }
   if constexpr (kind != Kind::kProbability)
     for (int64_t i = 0; i < n; ++i) {
-      if (p.is_ignored(row + i)) continue;
+      if (b.counts[i] == 0) continue;
       const int64_t y = p.target[row + i], at = y * pitch + i;
       write_target(p, p.gradient + b.offset[i] + y * layout.class_stride, s.e[at],
                    has_cap ? s.squashed[at] : T(0), b.scale[i], b.hit[i]);

@@ -321,6 +321,50 @@ inline double max_element(D a) {
   return _mm_cvtsd_f64(_mm_max_sd(s, _mm_unpackhi_pd(s, s)));
 }
 
+// The first n of 8 numbers of 16 bits: AVX2 has no mask for these, and a memcpy of n bytes is a
+// call. From 4 on, two overlapping words of 8 bytes.
+inline __m128i load_first16(const void* from, int64_t n) {
+  const char* p = static_cast<const char*>(from);
+  uint64_t low = 0, high = 0;
+  if (n >= 4) {
+    std::memcpy(&low, p, 8);
+    if (n > 4) {
+      std::memcpy(&high, p + 2 * (n - 4), 8);
+      high >>= 16 * (8 - n);
+    }
+  } else {
+    if (n & 1) {
+      uint16_t last;
+      std::memcpy(&last, p + 2 * (n - 1), 2);
+      low = uint64_t(last) << (16 * (n - 1));
+    }
+    if (n & 2) {
+      uint32_t pair;
+      std::memcpy(&pair, p, 4);
+      low |= pair;
+    }
+  }
+  return _mm_set_epi64x(int64_t(high), int64_t(low));
+}
+inline void store_first16(void* to, __m128i bits, int64_t n) {
+  char* p = static_cast<char*>(to);
+  const uint64_t low = uint64_t(_mm_cvtsi128_si64(bits));
+  const uint64_t high = uint64_t(_mm_extract_epi64(bits, 1));
+  if (n >= 4) {
+    if (n > 4) {
+      const uint64_t last = low >> (16 * (n - 4)) | high << (16 * (8 - n));
+      std::memcpy(p + 2 * (n - 4), &last, 8);
+    }
+    std::memcpy(p, &low, 8);
+  } else {
+    if (n & 2) std::memcpy(p, &low, 4);
+    if (n & 1) {
+      const uint64_t last = low >> (16 * (n - 1));
+      std::memcpy(p + 2 * (n - 1), &last, 2);
+    }
+  }
+}
+
 // A window over ones followed by zeros is the mask of the first n lanes.
 alignas(64) inline constexpr int32_t kLanes32[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
                                                      0,  0,  0,  0,  0,  0,  0,  0};
@@ -368,9 +412,7 @@ inline F load(const S* p) {
 }
 template <typename S, typename = std::enable_if_t<sizeof(S) == 2>>
 inline F load_first(const S* p, int64_t n) {
-  __m128i bits = _mm_setzero_si128();
-  std::memcpy(&bits, p, size_t(n) * 2);
-  return widen(S{}, bits);
+  return widen(S{}, load_first16(p, n));
 }
 template <typename S, typename = std::enable_if_t<sizeof(S) == 2>>
 inline void store(S* p, F a) {
@@ -378,8 +420,7 @@ inline void store(S* p, F a) {
 }
 template <typename S, typename = std::enable_if_t<sizeof(S) == 2>>
 inline void store_first(S* p, F a, int64_t n) {
-  const __m128i bits = narrow(S{}, a);
-  std::memcpy(p, &bits, size_t(n) * 2);
+  store_first16(p, narrow(S{}, a), n);
 }
 
 // ------------------------------------------------------------------------------------------- plain
