@@ -1,6 +1,7 @@
 """cross_entropy against torch's own: forward, gradients, layouts, dtypes, refusals, threads."""
 
 import itertools
+import math
 import multiprocessing
 import threading
 
@@ -115,15 +116,17 @@ def evaluate(function, x, target, arguments, upstream=None, dtype=None):
     return loss, torch.autograd.grad(loss, x, upstream)[0]
 
 
-def check(draw, stock=F.cross_entropy, factor=2.0):
-    """Ours against ``stock``; ``draw()`` gives (input, target, arguments, upstream gradient)."""
-    results = []
-    numbers = 0  # of few, stock gets some exact by luck
-    while len(results) < 24 or (len(results) < 48 and numbers < 20000):
+def check(draw, stock=F.cross_entropy, factor=2.0, rows=300):
+    """Ours against ``stock``; ``draw()`` gives (input, target, arguments, upstream gradient).
+
+    Errors are pooled over so many rows (in at most 24 draws): of few, stock gets some by luck.
+    """
+    results, drawn = [], 0
+    while drawn < rows and len(results) < 3 * 24:
         x, target, arguments, upstream = draw()
         for function, dtype in ((cross_entropy, None), (stock, None), (stock, torch.float64)):
             results.append(evaluate(function, x, target, arguments, upstream, dtype))
-        numbers += x.numel()
+        drawn += x.numel() // x.shape[1 if x.dim() > 1 else 0]
     for i, name in enumerate(("loss", "grad input")):
         assert_no_worse(name, *([result[i] for result in results[j::3]] for j in range(3)), factor)
     return x, results[-3]
@@ -171,7 +174,7 @@ def test_weights_ignored_rows_smoothing_probabilities(
             x, target, arguments = problem(size, dtype, layout, kind, True, True, **arguments)
             return x, target, arguments, upstream_of(target, kind, reduction)
 
-        check(draw)
+        check(draw, rows=2000 if layout == "expanded" else 300)  # expanded: one row, repeated
 
 
 EXTRAS = [{"softcap": 4.0}, {"z_loss": 0.3}, {"softcap": 2.5, "z_loss": 0.1}]
@@ -179,7 +182,11 @@ EXTRAS = [{"softcap": 4.0}, {"z_loss": 0.3}, {"softcap": 2.5, "z_loss": 0.1}]
 
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("shape", MORE_THAN_ONE_CLASS)
+@pytest.mark.parametrize(
+    "shape",
+    ["two_classes", "transposed_tail", "rows_1000", "rows_chunk_and_one", "columns"]
+    + ["columns_many_classes", "channels_last", "matrix_transposed", "every_second_class"],
+)
 def test_softcap_and_z_loss(shape, reduction, kind, own, poisoned):
     size, layout = SHAPES[shape]
     for dtype, extras in itertools.product((torch.float32, torch.float16), EXTRAS):
@@ -225,10 +232,12 @@ def test_lse(shape, kind, dtype, own, poisoned):
         assert_no_worse(name, *triple)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     data=st.data(),
-    shape=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    shape=st.lists(st.integers(1, 24), min_size=1, max_size=5).filter(
+        lambda shape: math.prod(shape) < 20000
+    ),
     reduction=st.sampled_from(["none", "mean", "sum"]),
     kind=st.sampled_from(["index", "probability"]),
     smoothing=st.sampled_from([0.0, 0.2]),
@@ -250,7 +259,7 @@ def test_drawn_shapes_and_strides(data, shape, reduction, kind, smoothing, dtype
         x = x.repeat_interleave(step, dim)[every]
         return x, target, arguments, upstream_of(target, kind, reduction)
 
-    check(draw, factor=4.0)  # hypothesis looks for the worst luck
+    check(draw, factor=4.0, rows=1)  # hypothesis looks for the worst luck
 
 
 def test_more_than_two_to_the_31_elements(own):
@@ -285,7 +294,7 @@ def test_special_logits(shape, value, own, poisoned):
         spread = (torch.rand_like(x) < 0.1).scatter(1, target.unsqueeze(1), False)
         return x.masked_fill(spread, value), target, arguments, torch.rand(target.shape)
 
-    x, (_, gradient) = check(draw)
+    x, (_, gradient) = check(draw, factor=4.0)  # few rows are left to compare
     if value == float("-inf"):
         assert (gradient[x == value] == 0).all()
 

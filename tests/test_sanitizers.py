@@ -26,13 +26,12 @@ CXX = os.environ.get("CXX", "g++")
 WIDEST = dlkernels.config.libraries["cpu"]
 
 # Every walk, kind of target, dtype, and end of a row, with few of the combinations.
-WALKS = "rows_65 or rows_three_chunks or transposed_tail or columns or channels_last_rows or offset"
+WALKS = "rows_65 or rows_three_chunks or transposed_tail or columns_many_blocks or offset"
 PARTS = {
-    "test_index_targets": f"({WALKS} or unbatched or permuted) and (none or mean)",
+    "test_index_targets": f"({WALKS} or unbatched or permuted) and mean",
     "test_weights_ignored_rows_smoothing_probabilities": f"({WALKS}) and none and 0.1",
-    "test_softcap_and_z_loss": f"({WALKS}) and sum",
+    "test_softcap_and_z_loss": "(rows_65 or transposed_tail or columns_many_blocks) and sum",
     "test_lse": "float16",
-    "test_drawn_shapes": "",
     "test_special": "-inf",
     "test_leading_classes": "",
     "test_all_rows_ignored": "",
@@ -60,7 +59,7 @@ FAULTS = {
         "for (int64_t r = 0; r < V::size; ++r)\n        tile[r] =",
         "for (int64_t r = 0; r <= V::size; ++r)\n        tile[r] =",
         "test_index_targets and transposed_tail and float32 and mean",
-        "runtime error: index 4 out of bounds for type",
+        r"cross_entropy\.h:\d+:\d+: runtime error: (store to address|index)",
     ),
 }
 
@@ -156,7 +155,7 @@ def test_the_suite_has_nothing_to_report(isa, builds):
     output = done.stdout + done.stderr
     assert "Sanitizer" not in output and "runtime error" not in output, output[-6000:]
     assert done.returncode == 0, output[-6000:]
-    assert int(re.search(r"(\d+) passed", output)[1]) > 150
+    assert int(re.search(r"(\d+) passed", output)[1]) > 100
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -164,5 +163,5 @@ def test_a_planted_fault_is_reported(fault, builds):
     *_, selection, report = FAULTS[fault]
     done = run_suite(builds["faulty"], selection)
     assert done.returncode not in (0, 5), done.stdout + done.stderr  # 5: nothing was selected
-    assert report in done.stderr, done.stdout[-3000:] + done.stderr[-3000:]
+    assert re.search(report, done.stderr), done.stdout[-3000:] + done.stderr[:3000]
     assert "cross_entropy.h" in done.stderr

