@@ -74,7 +74,7 @@ _state: dict[str, str] = {}
 
 
 def forced() -> str:
-    """``kernels``, for code that is traced: a graph guards on this dictionary, not on a property."""
+    """``kernels``, for code that is traced: a graph guards on a dictionary, not on a property."""
     return _state["kernels"]
 
 

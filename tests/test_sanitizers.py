@@ -142,6 +142,7 @@ def run_suite(folder: Path, selection: str) -> subprocess.CompletedProcess:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(folder),
         "PYTEST_ADDOPTS": "",
+        "OMP_WAIT_POLICY": "passive",  # threads that wait leave the cores to others
     }
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
     command += ["tests/test_cross_entropy.py", "-k", selection]

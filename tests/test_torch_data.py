@@ -23,10 +23,16 @@ from dlkernels.functional import cross_entropy
 (MODULE,) = (info for info in module_db if info.module_cls is torch.nn.CrossEntropyLoss)
 DTYPES = sorted(OP.supported_dtypes("cpu"), key=str)
 MODULE_DTYPES = sorted({*MODULE.supported_dtypes("cpu"), torch.bfloat16}, key=str)
-DRAWS = 5
+DRAWS = 3
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 by_module_dtype = pytest.mark.parametrize("dtype", MODULE_DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A second thread only waits here: for milliseconds, on a machine that is busy."""
+    torch.set_num_threads(1)
 
 
 def samples(dtype, requires_grad=False):
@@ -335,7 +341,7 @@ LAYOUTS = {
 def test_modules(layout, dtype, own, poisoned):
     """Forward and gradient, training and evaluating, of every case and layout."""
     pool = Pool()
-    for _, training in itertools.product(range(3), (True, False)):
+    for _, training in itertools.product(range(2), (True, False)):
         for _, ours, stock, x, target in module_cases(dtype, training=training):
             ours.train(training), stock.train(training)
             assert repr(ours) == repr(stock) and ours.training == stock.training
