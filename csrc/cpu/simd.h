@@ -352,7 +352,7 @@ inline void store_first16(void* to, __m128i bits, int64_t n) {
   const uint64_t high = uint64_t(_mm_extract_epi64(bits, 1));
   if (n >= 4) {
     if (n > 4) {
-      const uint64_t last = low >> (16 * (n - 4)) | high << (16 * (8 - n));
+      const uint64_t last = (n == 8 ? 0 : low >> (16 * (n - 4))) | high << (16 * (8 - n));
       std::memcpy(p + 2 * (n - 4), &last, 8);
     }
     std::memcpy(p, &low, 8);
