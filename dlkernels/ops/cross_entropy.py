@@ -316,6 +316,13 @@ def _refusal(input, target, weight, reduction, ignore_index, label_smoothing):
     return None
 
 
+def _is_small(input):
+    """Whether stock would be done before our way through Python. A traced size is not asked."""
+    if torch.compiler.is_compiling() or config.forced() != "auto":
+        return False
+    return isinstance(input, Tensor) and input.numel() < _SMALL
+
+
 def _choose(input, target, weight, reduction, ignore_index, label_smoothing, extras):
     """(kernel, reason). "reference" is the definition in torch ops, for what stock lacks."""
     torchs = "reference" if extras else "stock"
@@ -326,10 +333,6 @@ def _choose(input, target, weight, reduction, ignore_index, label_smoothing, ext
     kernels = config.forced()
     if kernels == "stock":
         return torchs, "dlkernels.config.kernels is 'stock'"
-    compiling = torch.compiler.is_compiling()
-    if kernels == "auto" and not extras and not compiling:
-        if isinstance(input, Tensor) and input.numel() < _SMALL:
-            return "stock", "too small for our call overhead"
     refusal = _refusal(input, target, weight, reduction, ignore_index, label_smoothing)
     if refusal is not None:
         if kernels == "own":
@@ -337,7 +340,7 @@ def _choose(input, target, weight, reduction, ignore_index, label_smoothing, ext
             F.cross_entropy(*stock)  # bad input is torch's to refuse
             raise NotImplementedError(f"cross_entropy: no kernel of ours: {refusal}")
         return torchs, refusal
-    if compiling:
+    if torch.compiler.is_compiling():
         return "own", "covered"
     return f"{input.device.type}/{config.libraries[input.device.type]}", "covered"
 
@@ -386,10 +389,16 @@ def cross_entropy(
         batch that does not match, RuntimeError for shapes and dtypes, TypeError for no tensor.
         ValueError for softcap ≤ 0 or z_loss < 0.
     """
+    plain = softcap is None and z_loss == 0.0 and not return_lse
+    if plain and _is_small(input):
+        config.record(_OP, "stock", "too small for our call overhead")
+        return F.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     stock = (input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-    extras = softcap is not None or z_loss != 0.0 or return_lse
+    extras = not plain
     if extras:
         _check_extras(softcap, z_loss)
 
