@@ -110,12 +110,18 @@ def _computed(*tensors):
     return [t if t is None or t.dtype not in half else t.float() for t in tensors]
 
 
+def _along_classes(x, weight):
+    """The class weights, ones without any, in a shape that broadcasts against x."""
+    if weight is None:
+        return torch.ones([1] * x.dim(), dtype=x.dtype, device=x.device)
+    return weight.view([-1 if d == (1 if x.dim() > 1 else 0) else 1 for d in range(x.dim())])
+
+
 def _mass(x, target, weight, ignore_index, label_smoothing):
     """What each class weighs in a row's loss, which rows count, and the divisor of the mean."""
     class_dim = 1 if x.dim() > 1 else 0
     classes = x.shape[class_dim]
-    w = torch.ones(classes, dtype=x.dtype, device=x.device) if weight is None else weight
-    w = w.view([-1 if d == class_dim else 1 for d in range(x.dim())])
+    w = _along_classes(x, weight)
     if target.is_floating_point():
         mass = w * (target * (1 - label_smoothing) + label_smoothing / classes)
         return mass, None, x.numel() // classes
@@ -178,11 +184,7 @@ def _gradients(ctx, input, target, weight, grad_loss, grad_lse, want_target):
             row = kept.unsqueeze(class_dim) * row
         total = mass.sum(class_dim, keepdim=True)
         if want_target:
-            w = (
-                1
-                if weight is None
-                else weight.view([-1 if d == class_dim else 1 for d in range(x.dim())])
-            )
+            w = _along_classes(x, weight)
             grad_target = (row * w * (1 - label_smoothing) * (lse - x)).to(dtype)
         grad_x = row * (p * (total + 2 * z_loss * lse) - mass)
     if grad_lse is not None:
@@ -389,8 +391,8 @@ def cross_entropy(
         batch that does not match, RuntimeError for shapes and dtypes, TypeError for no tensor.
         ValueError for softcap ≤ 0 or z_loss < 0.
     """
-    plain = softcap is None and z_loss == 0.0 and not return_lse
-    if plain and _is_small(input):
+    extras = softcap is not None or z_loss != 0.0 or return_lse
+    if not extras and _is_small(input):
         config.record(_OP, "stock", "too small for our call overhead")
         return F.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
@@ -398,7 +400,6 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     stock = (input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-    extras = not plain
     if extras:
         _check_extras(softcap, z_loss)
 
