@@ -20,6 +20,10 @@
 #undef _mm512_cmp_pd_mask
 #undef _mm512_cmp_ps_mask
 #undef _mm512_cvtps_ph
+#undef _mm512_extractf32x4_ps
+#undef _mm512_extractf64x2_pd
+#undef _mm512_insertf32x4
+#undef _mm512_insertf64x2
 #undef _mm512_slli_epi32
 #undef _mm512_slli_epi64
 #undef _mm512_srli_epi32
@@ -129,6 +133,39 @@ DLK_1(__m512, _mm512_cvtph_ps, __m256i, __m128i, _mm256_cvtph_ps)
 #undef DLK_2
 #undef DLK_3
 #undef DLK_SHIFT
+
+#define DLK_CAST(To, name, From)        \
+  inline To name(From a) {              \
+    To to{};                            \
+    std::memcpy(&to, &a, sizeof(From)); \
+    return to;                          \
+  }
+#define DLK_PIECE(Vector, Piece, insert, extract)                         \
+  inline Vector insert(Vector a, Piece piece, int at) {                   \
+    std::memcpy(reinterpret_cast<char*>(&a) + 16 * at, &piece, 16);       \
+    return a;                                                             \
+  }                                                                       \
+  inline Piece extract(Vector a, int at) {                                \
+    Piece piece;                                                          \
+    std::memcpy(&piece, reinterpret_cast<const char*>(&a) + 16 * at, 16); \
+    return piece;                                                         \
+  }
+DLK_CAST(__m512, _mm512_castps128_ps512, __m128)
+DLK_CAST(__m512d, _mm512_castpd128_pd512, __m128d)
+DLK_PIECE(__m512, __m128, _mm512_insertf32x4, _mm512_extractf32x4_ps)
+DLK_PIECE(__m512d, __m128d, _mm512_insertf64x2, _mm512_extractf64x2_pd)
+#undef DLK_CAST
+#undef DLK_PIECE
+inline __m128 _mm512_castps512_ps128(__m512 a) { return _mm512_extractf32x4_ps(a, 0); }
+inline __m128d _mm512_castpd512_pd128(__m512d a) { return _mm512_extractf64x2_pd(a, 0); }
+inline __m512d _mm512_cvtps_pd(__m256 a) {
+  return avx512::join<__m512d>(_mm256_cvtps_pd(_mm256_castps256_ps128(a)),
+                               _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));
+}
+inline __m256 _mm512_cvtpd_ps(__m512d a) {
+  return avx512::join<__m256>(_mm256_cvtpd_ps(avx512::half<__m256d>(a, 0)),
+                              _mm256_cvtpd_ps(avx512::half<__m256d>(a, 1)));
+}
 
 // a - 0, not a + 0: that loses the sign of -0.
 inline __m512 _mm512_set1_ps(float a) { return a - __m512{}; }

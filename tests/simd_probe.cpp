@@ -13,12 +13,22 @@ void map(Function function, T* out, int64_t n, const P*... in) {
   }
 }
 
+// A matrix of Vec::size rows of kPiece columns, `stride` apart, to its columns; and back.
 template <typename T>
-void transpose_square(const T* in, T* out) {
-  Vec<T> v[Vec<T>::size];
-  for (int64_t i = 0; i < Vec<T>::size; ++i) v[i] = load(in + i * Vec<T>::size);
-  transpose<T>(v);
-  for (int64_t i = 0; i < Vec<T>::size; ++i) store(out + i * Vec<T>::size, v[i]);
+void transpose_rows(const T* in, int64_t stride, T* out) {
+  constexpr int64_t n = kPiece<T>;
+  Vec<T> v[n];
+  for (int64_t q = 0; q < n; ++q) v[q] = load_pieces(in + q * stride, n * stride);
+  transpose_pieces(v);
+  for (int64_t k = 0; k < n; ++k) store(out + k * Vec<T>::size, v[k]);
+}
+template <typename T>
+void transpose_columns(const T* in, T* out, int64_t stride) {
+  constexpr int64_t n = kPiece<T>;
+  Vec<T> v[n];
+  for (int64_t k = 0; k < n; ++k) v[k] = load(in + k * Vec<T>::size);
+  transpose_pieces(v);
+  for (int64_t q = 0; q < n; ++q) store_pieces(out + q * stride, n * stride, v[q]);
 }
 
 }  // namespace
@@ -63,7 +73,14 @@ using namespace dlkernels;
   EXPORT void first_##T(T* out, int64_t n, const T* a, const T* b) {                             \
     store(out, first(n, load(a), load(b)));                                                      \
   }                                                                                              \
-  EXPORT void transpose_##T(const T* in, T* out) { transpose_square<T>(in, out); }
+  EXPORT void transpose_rows_##T(const T* in, int64_t stride, T* out) {                          \
+    transpose_rows<T>(in, stride, out);                                                          \
+  }                                                                                              \
+  EXPORT void transpose_columns_##T(const T* in, T* out, int64_t stride) {                       \
+    transpose_columns<T>(in, out, stride);                                                       \
+  }                                                                                              \
+  EXPORT void load_double_##T(const T* in, double* out) { store(out, load_double(in)); }         \
+  EXPORT void store_rounded_##T(const double* in, T* out) { store_rounded(out, load(in)); }
 
 // load: the lanes of load(p, n), or of load(p) where n is 0, as they arrive; store likewise.
 #define MEMORY(S)                                                              \

@@ -185,15 +185,20 @@ def nothing_imports_tests_or_benchmarks(root):
 
 @rule
 def cpu_kernels_include_their_own_and_the_three_headers_only(root):
-    """Let csrc/cpu/<op>.{cpp,h} include <op>.h, check.h, simd.h, gemm.h, std and stable headers."""
+    """Let <op>.cpp, <op>.h and <op>_<part>.h include each other, check.h, simd.h and gemm.h."""
     ours = ("../check.h", "simd.h", "gemm.h")
+    ops = [path.stem for path in under(root, "csrc/cpu", suffixes=[".cpp"])]
+
+    def op_of(stem):
+        return max((op for op in ops if f"{stem}_".startswith(f"{op}_")), key=len, default=stem)
+
     found = []
     for path in under(root, "csrc/cpu", suffixes=[".cpp", ".h"]):
         for kind, name in INCLUDE.findall(code(path)):
             if path.name == "simd.h" and name == "immintrin.h":
                 continue
             std = "/" not in name.removeprefix("sys/") and name not in ("omp.h", "Python.h")
-            own = name in (*ours, f"{path.stem}.h")
+            own = name in ours or op_of(name.removesuffix(".h")) == op_of(path.stem)
             fine = own if kind == '"' else std or name.startswith(STABLE)
             if not fine:
                 found.append(f"{path.relative_to(root)} includes {name}")

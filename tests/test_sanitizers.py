@@ -45,21 +45,24 @@ PARTS = {
     "test_four_threads": "",
 }
 
-# Loop bounds that are wrong by one, each in a walk of its own: the line as it stands, the line with
-# the fault, the test that meets it, and what is to be reported. The first writes one element beyond
-# the last row where the classes lack one to whole vectors, the second beyond an array.
+# Loop bounds that are wrong by one, each in a walk of its own: the header, the line as it stands,
+# the line with the fault, the test that meets it, and what is to be reported. The first writes one
+# element beyond the last row where the classes lack one to whole vectors, the second beyond an
+# array.
 FAULTS = {
     "row_written_too_far": (
+        "cross_entropy_rows.h",
         "  for (; c + V::size <= n; c += V::size) {\n    __builtin_prefetch(gradient",
         "  for (; c + V::size <= n + 1; c += V::size) {\n    __builtin_prefetch(gradient",
         "test_index_targets and rows_three_chunks and float32 and mean",
         "ERROR: AddressSanitizer: heap-buffer-overflow",
     ),
     "tile_filled_too_far": (
-        "for (int64_t r = 0; r < V::size; ++r)\n        tile[r] =",
-        "for (int64_t r = 0; r <= V::size; ++r)\n        tile[r] =",
+        "cross_entropy_columns.h",
+        "for (int64_t k = 0; k < kPiece<T>; ++k)\n          piece[k] =",
+        "for (int64_t k = 0; k <= kPiece<T>; ++k)\n          piece[k] =",
         "test_index_targets and transposed_tail and float32 and mean",
-        r"cross_entropy\.h:\d+:\d+: runtime error: (store to address|index)",
+        r"cross_entropy_columns\.h:\d+:\d+: runtime error: (store to address|index)",
     ),
 }
 
@@ -117,12 +120,11 @@ def builds(tmp_path_factory):
         pytest.skip("dlkernels is installed from a wheel")
     faulty = tmp_path_factory.mktemp("faulty_source") / "csrc"
     shutil.copytree(ROOT / "csrc", faulty)
-    header = faulty / "cpu" / "cross_entropy.h"
-    text = header.read_text()
-    for right, wrong, *_ in FAULTS.values():
-        assert text.count(right) == 1, f"not once in cross_entropy.h: {right}"
-        text = text.replace(right, wrong)
-    header.write_text(text)
+    for name, right, wrong, *_ in FAULTS.values():
+        header = faulty / "cpu" / name
+        text = header.read_text()
+        assert text.count(right) == 1, f"not once in {name}: {right}"
+        header.write_text(text.replace(right, wrong))
     jobs = {isa: (isa, ROOT / "csrc") for isa in ("plain", WIDEST)}
     jobs["faulty"] = "plain", faulty
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
@@ -161,8 +163,8 @@ def test_the_suite_has_nothing_to_report(isa, builds):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_reported(fault, builds):
-    *_, selection, report = FAULTS[fault]
+    header, *_, selection, report = FAULTS[fault]
     done = run_suite(builds["faulty"], selection)
     assert done.returncode not in (0, 5), done.stdout + done.stderr  # 5: nothing was selected
     assert re.search(report, done.stderr), done.stdout[-3000:] + done.stderr[:3000]
-    assert "cross_entropy.h" in done.stderr
+    assert header in done.stderr

@@ -288,12 +288,30 @@ def test_first(probe, kind):
 
 
 @by_type
-def test_transpose(probe, kind):
-    size = probe.size(kind)
-    square = np.arange(size * size, dtype=TYPES[kind]).reshape(size, size)
-    out = np.empty_like(square)
-    probe.call(f"transpose_{kind}", square, out)
-    np.testing.assert_array_equal(out, square.T)
+def test_transpose_pieces(probe, kind):
+    """Rows of 16 bytes, apart from each other, to columns, and back."""
+    size, dtype = probe.size(kind), TYPES[kind]
+    columns, stride = 16 // dtype().itemsize, 16 // dtype().itemsize + 3
+    rows = np.random.standard_normal((size, stride)).astype(dtype)
+    out = np.empty((columns, size), dtype)
+    probe.call(f"transpose_rows_{kind}", rows, stride, out)
+    np.testing.assert_array_equal(out, rows[:, :columns].T)
+    back = rows.copy()
+    back[:, :columns] = np.nan
+    probe.call(f"transpose_columns_{kind}", out, back, stride)
+    np.testing.assert_array_equal(back, rows)
+
+
+@by_type
+def test_conversion_to_double(probe, kind):
+    size, dtype = probe.size("double"), TYPES[kind]
+    narrow = np.random.standard_normal(size).astype(dtype)
+    wide, back = np.empty(size), np.empty(size, dtype)
+    probe.call(f"load_double_{kind}", narrow, wide)
+    np.testing.assert_array_equal(wide, narrow.astype(np.float64))
+    wide = np.random.standard_normal(size)
+    probe.call(f"store_rounded_{kind}", wide, back)
+    np.testing.assert_array_equal(back, wide.astype(dtype))
 
 
 # --- memory -------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@
 #include <tuple>
 
 #include "../check.h"
+#include "cross_entropy_columns.h"
+#include "cross_entropy_rows.h"
 
 namespace dlkernels {
 namespace {
@@ -250,20 +252,40 @@ struct Prepared {
 
 // ----------------------------------------------------------------------------------------- threads
 
-// Calls body(unit, row, n, scratch, block) for every block of rows.
+// The units of work: blocks of rows, of one outer index where the walk is over columns.
+template <typename S>
+struct Units {
+  int64_t rows, inner, block, per_outer, count;
+
+  explicit Units(const Problem<S>& p)
+      : rows(p.rows),
+        inner(p.layout.inner),
+        block(p.walk == Walk::kRows ? rows_per_block(p.layout.classes) : columns_per_block(p)),
+        per_outer(p.walk == Walk::kColumns ? (inner + block - 1) / block : 0),
+        count(rows == 0   ? 0
+              : per_outer ? p.layout.outer * per_outer
+                          : (rows + block - 1) / block) {}
+  int64_t row(int64_t unit) const {
+    return per_outer ? unit / per_outer * inner + unit % per_outer * block : unit * block;
+  }
+  int64_t size(int64_t unit) const {
+    return std::min(block, per_outer ? inner - unit % per_outer * block : rows - unit * block);
+  }
+};
+
+// Calls body(begin, end, scratch) for ranges of units.
 template <typename S, typename Body>
-void for_blocks(const Problem<S>& p, int64_t units, bool keep, const Body& body) {
+void for_ranges(const Problem<S>& p, const Units<S>& units, bool keep, const Body& body) {
   using T = accumulate_t<S>;
-  if (units == 0) return;
+  if (units.count == 0) return;
   const bool rows = p.walk == Walk::kRows;
-  const int64_t classes = p.layout.classes, inner = p.layout.inner, block = rows_of_unit(p);
-  const int64_t per_outer = p.walk == Walk::kColumns ? (inner + block - 1) / block : 0;
+  const int64_t classes = p.layout.classes, block = units.block;
   const auto padded = [](int64_t n) { return (n + 15) / 16 * 16; };
-  const int64_t whole = padded(classes * (rows ? block : columns_pitch(p)));
+  const int64_t whole = padded(classes * (rows ? 2 * block : columns_pitch(p)));
   const int64_t e = keep || !rows ? whole : kChunk;
   const int64_t squashed = p.cap() == 0 ? 0 : keep || !rows ? whole : kChunk;
   const int64_t mass = p.probability && !rows ? whole : 0;
-  const int64_t buffer = rows ? kChunk : 0;
+  const int64_t buffer = p.walk == Walk::kColumns ? 0 : kChunk;
   const int64_t shift = rows ? padded(std::max(block, (classes + kChunk - 1) / kChunk)) : 0;
   const int64_t per_thread = e + squashed + mass + buffer + shift;
   // Allocated here: an exception inside the region would lose its text. A region never has more
@@ -275,32 +297,31 @@ void for_blocks(const Problem<S>& p, int64_t units, bool keep, const Body& body)
                                                        release);
   std::atomic<int64_t> callers{0};
   const int64_t grain = std::max<int64_t>(1, kGrain / (block * classes));
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, units.count, grain, [&](int64_t begin, int64_t end) {
     Scratch<T> s;
     s.e = memory.get() + callers.fetch_add(1) * per_thread;
     s.squashed = s.e + e;
     s.mass = s.squashed + squashed;
     s.buffer = s.mass + mass;
     s.shift = s.buffer + buffer;
-    Block<T> state{};
-    for (int64_t u = begin; u < end; ++u) {
-      const int64_t row = per_outer ? u / per_outer * inner + u % per_outer * block : u * block;
-      const int64_t n = std::min(block, per_outer ? inner - u % per_outer * block : p.rows - row);
-      body(u, row, n, s, state);
-    }
+    body(begin, end, s);
   });
 }
 
 template <typename S, Kind kind, bool keep>
 double run_forward(const Problem<S>& p) {
   using T = accumulate_t<S>;
-  const int64_t units = number_of_units(p);
-  std::vector<double> partial(units, 0.0);
-  for_blocks(
-      p, units, keep, [&](int64_t unit, int64_t row, int64_t n, const Scratch<T>& s, Block<T>& b) {
-        partial[unit] = p.walk == Walk::kRows ? forward_rows<S, kind, keep>(p, b, row, n, s)
-                                              : forward_columns<S, kind, keep>(p, b, row, n, s);
-      });
+  const Units<S> units(p);
+  std::vector<double> partial(units.count, 0.0);
+  for_ranges(p, units, keep, [&](int64_t begin, int64_t end, const Scratch<T>& s) {
+    if (p.walk == Walk::kRows && is_pipelined(p.layout.classes, p.options.softcap))
+      return forward_pipelined<S, kind, keep>(p, begin, end, s, partial.data());
+    Block<T> b;
+    for (int64_t u = begin; u < end; ++u)
+      partial[u] = p.walk == Walk::kRows
+                       ? forward_rows<S, kind, keep>(p, b, units.row(u), units.size(u), s)
+                       : forward_columns<S, kind, keep>(p, b, units.row(u), units.size(u), s);
+  });
   double total = 0;
   for (const double value : partial) total += value;
   return total;
@@ -309,13 +330,15 @@ double run_forward(const Problem<S>& p) {
 template <typename S, Kind kind>
 void run_backward(const Problem<S>& p) {
   using T = accumulate_t<S>;
-  for_blocks(p, number_of_units(p), false,
-             [&](int64_t, int64_t row, int64_t n, const Scratch<T>& s, Block<T>& b) {
-               if (p.walk == Walk::kRows)
-                 backward_rows<S, kind>(p, b, row, n, s);
-               else
-                 backward_columns<S, kind>(p, b, row, n, s);
-             });
+  const Units<S> units(p);
+  for_ranges(p, units, false, [&](int64_t begin, int64_t end, const Scratch<T>& s) {
+    Block<T> b;
+    for (int64_t u = begin; u < end; ++u)
+      if (p.walk == Walk::kRows)
+        backward_rows<S, kind>(p, b, units.row(u), units.size(u), s);
+      else
+        backward_columns<S, kind>(p, b, units.row(u), units.size(u), s);
+  });
 }
 
 // ------------------------------------------------------------------------------------ host entries

@@ -5,7 +5,9 @@
 //   Vec<T>           T = float, double: arithmetic, fma, max, min, select, horizontal sums
 //   load, store      T, and float from and to bf16 and f16 (round to nearest even); in full, or the
 //                    first n lanes (1 ≤ n ≤ size), touching no byte beyond them
-//   transpose        Vec<T>[size] as a square matrix
+//   load_double      D::size numbers of float or double as Vec<double>; store_rounded is its
+//   inverse load_pieces      16 bytes from each of the places p, p + stride, …; store_pieces is its
+//   inverse transpose_pieces the small square matrices that the same piece of several vectors makes
 //   exp, log, tanh   ≤ 2 ulp (tests/test_simd.py), algorithms of Cephes (Moshier, 1992)
 // max(a, b) and min(a, b) are a > b ? a : b and a < b ? a : b: where either is NaN they return b.
 #pragma once
@@ -195,6 +197,34 @@ inline void store_first(double* p, D a, int64_t n) {
   _mm512_mask_storeu_pd(p, __mmask8(first_lanes(n)), a.v);
 }
 
+inline F load_pieces(const float* p, int64_t stride) {
+  F a = _mm512_castps128_ps512(_mm_loadu_ps(p));
+  a = _mm512_insertf32x4(a.v, _mm_loadu_ps(p + stride), 1);
+  a = _mm512_insertf32x4(a.v, _mm_loadu_ps(p + 2 * stride), 2);
+  return _mm512_insertf32x4(a.v, _mm_loadu_ps(p + 3 * stride), 3);
+}
+inline void store_pieces(float* p, int64_t stride, F a) {
+  _mm_storeu_ps(p, _mm512_castps512_ps128(a.v));
+  _mm_storeu_ps(p + stride, _mm512_extractf32x4_ps(a.v, 1));
+  _mm_storeu_ps(p + 2 * stride, _mm512_extractf32x4_ps(a.v, 2));
+  _mm_storeu_ps(p + 3 * stride, _mm512_extractf32x4_ps(a.v, 3));
+}
+inline D load_pieces(const double* p, int64_t stride) {
+  D a = _mm512_castpd128_pd512(_mm_loadu_pd(p));
+  a = _mm512_insertf64x2(a.v, _mm_loadu_pd(p + stride), 1);
+  a = _mm512_insertf64x2(a.v, _mm_loadu_pd(p + 2 * stride), 2);
+  return _mm512_insertf64x2(a.v, _mm_loadu_pd(p + 3 * stride), 3);
+}
+inline void store_pieces(double* p, int64_t stride, D a) {
+  _mm_storeu_pd(p, _mm512_castpd512_pd128(a.v));
+  _mm_storeu_pd(p + stride, _mm512_extractf64x2_pd(a.v, 1));
+  _mm_storeu_pd(p + 2 * stride, _mm512_extractf64x2_pd(a.v, 2));
+  _mm_storeu_pd(p + 3 * stride, _mm512_extractf64x2_pd(a.v, 3));
+}
+
+inline D load_double(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+inline void store_rounded(float* p, D a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a.v)); }
+
 inline F widen(bf16, __m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
@@ -320,6 +350,24 @@ inline double max_element(D a) {
   const __m128d s = _mm_max_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
   return _mm_cvtsd_f64(_mm_max_sd(s, _mm_unpackhi_pd(s, s)));
 }
+
+inline F load_pieces(const float* p, int64_t stride) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+}
+inline void store_pieces(float* p, int64_t stride, F a) {
+  _mm_storeu_ps(p, _mm256_castps256_ps128(a.v));
+  _mm_storeu_ps(p + stride, _mm256_extractf128_ps(a.v, 1));
+}
+inline D load_pieces(const double* p, int64_t stride) {
+  return _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(p)), _mm_loadu_pd(p + stride), 1);
+}
+inline void store_pieces(double* p, int64_t stride, D a) {
+  _mm_storeu_pd(p, _mm256_castpd256_pd128(a.v));
+  _mm_storeu_pd(p + stride, _mm256_extractf128_pd(a.v, 1));
+}
+
+inline D load_double(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+inline void store_rounded(float* p, D a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a.v)); }
 
 // The first n of 8 numbers of 16 bits: AVX2 has no mask for these, and a memcpy of n bytes is a
 // call. From 4 on, two overlapping words of 8 bytes.
@@ -532,7 +580,29 @@ inline void store(S* p, Vec<accumulate_t<S>> a) {
   store_first(p, a, Vec<accumulate_t<S>>::size);
 }
 
+// A vector of 16 bytes is one piece.
+template <typename T>
+inline Vec<T> load_pieces(const T* p, int64_t) {
+  return load(p);
+}
+template <typename T>
+inline void store_pieces(T* p, int64_t, Vec<T> a) {
+  store(p, a);
+}
+
+inline D load_double(const float* p) {
+  D::Native v{};
+  for (int64_t i = 0; i < D::size; ++i) v[i] = double(p[i]);
+  return v;
+}
+inline void store_rounded(float* p, D a) {
+  for (int64_t i = 0; i < D::size; ++i) p[i] = float(a.v[i]);
+}
+
 #endif
+
+inline D load_double(const double* p) { return load(p); }
+inline void store_rounded(double* p, D a) { store(p, a); }
 
 // ------------------------------------------------------------------------ functions, for every set
 
@@ -552,23 +622,41 @@ inline N pick_lanes(N a, N b, std::integer_sequence<I, lane...>) {
 #endif
 }
 
-// One step of Eklundh's transposition: rows h apart exchange the off-diagonal halves of each 2h
-// lanes.
-template <typename T, int h, int... l>
-inline void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, l...>) {
-  using I = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  constexpr int n = int(Vec<T>::size);
-  const auto upper = pick_lanes(a.v, b.v, std::integer_sequence<I, (l & h ? n + l - h : l)...>());
-  const auto lower = pick_lanes(a.v, b.v, std::integer_sequence<I, (l & h ? n + l : l + h)...>());
-  a.v = upper;
-  b.v = lower;
+// kPiece numbers are 16 bytes, and a vector is so many pieces.
+template <typename T>
+constexpr int64_t kPiece = 16 / sizeof(T);
+
+// In each piece, element q of v[k] and element k of v[q] change places.
+template <int... l>
+inline void transpose_pieces(F (&v)[4], std::integer_sequence<int, l...>) {
+  constexpr int n = int(F::size);
+  using Interleave = std::integer_sequence<int32_t, (l / 4 * 4 + l % 4 / 2 + (l % 2 ? n : 0))...>;
+  using InterleaveHigh =
+      std::integer_sequence<int32_t, (l / 4 * 4 + 2 + l % 4 / 2 + (l % 2 ? n : 0))...>;
+  using Halves = std::integer_sequence<int32_t, (l % 4 < 2 ? l : l - 2 + n)...>;
+  using HighHalves = std::integer_sequence<int32_t, (l % 4 < 2 ? l + 2 : l + n)...>;
+  const auto ab = pick_lanes(v[0].v, v[1].v, Interleave()),
+             ab_high = pick_lanes(v[0].v, v[1].v, InterleaveHigh()),
+             cd = pick_lanes(v[2].v, v[3].v, Interleave()),
+             cd_high = pick_lanes(v[2].v, v[3].v, InterleaveHigh());
+  v[0].v = pick_lanes(ab, cd, Halves());
+  v[1].v = pick_lanes(ab, cd, HighHalves());
+  v[2].v = pick_lanes(ab_high, cd_high, Halves());
+  v[3].v = pick_lanes(ab_high, cd_high, HighHalves());
 }
-template <typename T, int h = 1>
-inline void transpose(Vec<T> (&v)[Vec<T>::size]) {
-  constexpr int n = int(Vec<T>::size);
-  for (int i = 0; i < n; ++i)
-    if (!(i & h)) exchange<T, h>(v[i], v[i + h], std::make_integer_sequence<int, n>());
-  if constexpr (2 * h < n) transpose<T, 2 * h>(v);
+template <int... l>
+inline void transpose_pieces(D (&v)[2], std::integer_sequence<int, l...>) {
+  constexpr int n = int(D::size);
+  const auto low =
+      pick_lanes(v[0].v, v[1].v, std::integer_sequence<int64_t, (l % 2 ? l - 1 + n : l)...>());
+  const auto high =
+      pick_lanes(v[0].v, v[1].v, std::integer_sequence<int64_t, (l % 2 ? l + n : l + 1)...>());
+  v[0].v = low;
+  v[1].v = high;
+}
+template <typename T>
+inline void transpose_pieces(Vec<T> (&v)[kPiece<T>]) {
+  transpose_pieces(v, std::make_integer_sequence<int, int(Vec<T>::size)>());
 }
 
 // n lanes, 1 ≤ n ≤ size; the others load as 0 and are not stored. No byte beyond them is touched.
@@ -579,6 +667,13 @@ inline Vec<accumulate_t<S>> load(const S* p, int64_t n) {
 template <typename S>
 inline void store(S* p, Vec<accumulate_t<S>> a, int64_t n) {
   n == Vec<accumulate_t<S>>::size ? store(p, a) : store_first(p, a, n);
+}
+
+template <typename T>
+inline T first_element(Vec<T> a) {
+  T element;
+  store_first(&element, a, 1);
+  return element;
 }
 
 // The first n lanes of a, the other lanes of b.
