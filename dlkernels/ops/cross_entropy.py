@@ -29,6 +29,8 @@ _OP = "cross_entropy"
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+_TORCH_BACKWARD = "covered; the backward in torch ops, for the gradient of the probabilities"
+
 # Below this many logits stock is faster than our way through Python (benchmarks: "dispatch cost").
 _SMALL = 2048
 
@@ -320,9 +322,9 @@ def _refusal(input, target, weight, reduction, ignore_index, label_smoothing):
 
 def _is_small(input):
     """Whether stock would be done before our way through Python. A traced size is not asked."""
-    if torch.compiler.is_compiling() or config.forced() != "auto":
+    if config.forced() != "auto" or torch.compiler.is_compiling():
         return False
-    return isinstance(input, Tensor) and input.numel() < _SMALL
+    return isinstance(input, Tensor) and input.is_cpu and input.numel() < _SMALL
 
 
 def _choose(input, target, weight, reduction, ignore_index, label_smoothing, extras):
@@ -344,6 +346,8 @@ def _choose(input, target, weight, reduction, ignore_index, label_smoothing, ext
         return torchs, refusal
     if torch.compiler.is_compiling():
         return "own", "covered"
+    if target.requires_grad and torch.is_grad_enabled():
+        return f"{input.device.type}/{config.libraries[input.device.type]}", _TORCH_BACKWARD
     return f"{input.device.type}/{config.libraries[input.device.type]}", "covered"
 
 
@@ -393,7 +397,18 @@ def cross_entropy(
     """
     extras = softcap is not None or z_loss != 0.0 or return_lse
     if not extras and _is_small(input):
-        config.record(_OP, "stock", "too small for our call overhead")
+        if config.is_recording():
+            config.record(_OP, "stock", "too small for our call overhead")
+        if (
+            type(input) is Tensor
+            and type(target) is Tensor
+            and weight is size_average is reduce is None
+            and reduction in _REDUCTIONS
+            and not torch._C._is_torch_function_mode_enabled()
+        ):  # where F.cross_entropy would end up, so that its price is not paid on top of ours
+            return torch._C._nn.cross_entropy_loss(
+                input, target, None, _REDUCTIONS[reduction], ignore_index, label_smoothing
+            )
         return F.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
