@@ -29,7 +29,8 @@ _OP = "cross_entropy"
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Below this many logits stock is faster than our way through Python (benchmarks: "dispatch cost").
+# Below this many logits stock is faster than our way through Python, on a CPU (benchmarks: "dispatch
+# cost"). On a GPU its many launches cost more.
 _SMALL = 2048
 
 # ------------------------------------------------------------------------------------------ schemas
@@ -285,6 +286,8 @@ def _refusal(input, target, weight, reduction, ignore_index, label_smoothing):
     device = input.device.type
     if device not in config.libraries:
         return f"no kernel for device {device}"
+    if device == "cuda" and config.is_gpu_too_old(input.device.index):
+        return "no kernel for a GPU older than sm_80"
     if target.device != input.device or (weight is not None and weight.device != input.device):
         return "tensors on different devices"
     if reduction not in _REDUCTIONS or type(ignore_index) is bool:
@@ -322,7 +325,7 @@ def _is_small(input):
     """Whether stock would be done before our way through Python. A traced size is not asked."""
     if torch.compiler.is_compiling() or config.forced() != "auto":
         return False
-    return isinstance(input, Tensor) and input.numel() < _SMALL
+    return isinstance(input, Tensor) and input.numel() < _SMALL and input.device.type == "cpu"
 
 
 def _choose(input, target, weight, reduction, ignore_index, label_smoothing, extras):
@@ -344,7 +347,7 @@ def _choose(input, target, weight, reduction, ignore_index, label_smoothing, ext
         return torchs, refusal
     if torch.compiler.is_compiling():
         return "own", "covered"
-    return f"{input.device.type}/{config.libraries[input.device.type]}", "covered"
+    return config.owner(input.device.type), "covered"
 
 
 def _upcast(tensor):
