@@ -36,7 +36,8 @@ def _read_build() -> dict:
     build = json.loads(note.read_text())
     if (_ROOT / "csrc").is_dir():  # not so in an installed wheel
         names = {path.relative_to(_ROOT).as_posix() for path in (_ROOT / "csrc").rglob("*.*")}
-        names = {name for name in names if name.endswith((".h", ".cpp", ".cuh", ".cu"))} | set(build["sources"])
+        names = {name for name in names if name.endswith((".h", ".cpp", ".cuh", ".cu"))}
+        names |= set(build["sources"])
         changed = [name for name in sorted(names) if _digest(name) != build["sources"].get(name)]
         if changed:
             warnings.warn(

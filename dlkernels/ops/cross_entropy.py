@@ -29,7 +29,7 @@ _OP = "cross_entropy"
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Below this many logits stock is faster than our way through Python, on a CPU (benchmarks: "dispatch
+# Below this many logits on a CPU stock is faster than our way through Python (benchmarks: "dispatch
 # cost"). On a GPU its many launches cost more.
 _SMALL = 2048
 
