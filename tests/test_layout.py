@@ -185,7 +185,7 @@ def nothing_imports_tests_or_benchmarks(root):
 
 @rule
 def cpu_kernels_include_their_own_and_the_three_headers_only(root):
-    """Let csrc/cpu/<op>.{cpp,h} include <op>.h, check.h, simd.h, gemm.h, std and stable headers."""
+    """Let csrc/cpu/<op>.{cpp,h} include <op>.h, csrc/<op>.h, check.h, simd.h, gemm.h, std, stable."""
     ours = ("../check.h", "simd.h", "gemm.h")
     found = []
     for path in under(root, "csrc/cpu", suffixes=[".cpp", ".h"]):
@@ -193,7 +193,7 @@ def cpu_kernels_include_their_own_and_the_three_headers_only(root):
             if path.name == "simd.h" and name == "immintrin.h":
                 continue
             std = "/" not in name.removeprefix("sys/") and name not in ("omp.h", "Python.h")
-            own = name in (*ours, f"{path.stem}.h")
+            own = name in (*ours, f"{path.stem}.h", f"../{path.stem}.h")
             fine = own if kind == '"' else std or name.startswith(STABLE)
             if not fine:
                 found.append(f"{path.relative_to(root)} includes {name}")
@@ -340,7 +340,7 @@ HOUSE = {
     ".ci/run": "pip install -e .\n",
     "csrc/check.h": "#include <string>\n#include <torch/csrc/stable/tensor.h>\n",
     "csrc/cpu/simd.h": "#include <immintrin.h>\n__m256 load(const float*);\n",
-    "csrc/cpu/conv2d.cpp": '#include "../check.h"\n#include "simd.h"\n#include <vector>\n'
+    "csrc/cpu/conv2d.cpp": '#include "../check.h"\n#include "../conv2d.h"\n#include "simd.h"\n'
     "#include <sys/mman.h>\n#include <torch/headeronly/util/Half.h>\n// not _mm256_add_ps\n",
     "csrc/cuda/arch.h": 'asm volatile("bar.sync 0;");\n',
     "csrc/cuda/common.cuh": "kernel<<<1, 2>>>();\n",
@@ -398,7 +398,7 @@ PLANTED = [
     (
         cpu_kernels_include_their_own_and_the_three_headers_only,
         "csrc/cpu/conv2d.h",
-        '#include "lstm.h"',
+        '#include "../lstm.h"',
     ),
     (
         cpu_kernels_include_their_own_and_the_three_headers_only,

@@ -24,6 +24,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../cross_entropy.h"
 #include "simd.h"
 
 namespace dlkernels::cross_entropy {
@@ -36,35 +37,20 @@ constexpr int64_t kColumnBytes = 24 << 10;  // columns: scratch of a block, to s
 constexpr int64_t kAhead = 512;  // elements by which the gradient's lines are asked for early
 constexpr int64_t kFlush = 16;   // vectors whose sum joins the total at once
 
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
-enum class Kind { kIndex, kSmooth, kProbability };
 enum class Walk { kRows, kColumns, kTransposed };
 
-// A tensor of logits as outer × classes × inner, each with its stride; row = outer index · inner +
-// inner index.
-struct Layout {
-  int64_t outer = 1, classes = 1, inner = 1;
-  int64_t outer_stride = 0, class_stride = 1, inner_stride = 0;
+inline int64_t offset_of(const Layout& l, int64_t row) {
+  return row / l.inner * l.outer_stride + row % l.inner * l.inner_stride;
+}
 
-  bool is_rows() const { return class_stride == 1 || classes == 1; }
-  bool is_columns() const { return inner_stride == 1 && inner > 1; }
-  int64_t offset(int64_t row) const {
-    return row / inner * outer_stride + row % inner * inner_stride;
+// The offsets of n rows from `row` on.
+inline void offsets_of(const Layout& l, int64_t row, int64_t n, int64_t* result) {
+  int64_t o = row / l.inner, i = row % l.inner;
+  for (int64_t r = 0; r < n; ++r) {
+    result[r] = o * l.outer_stride + i * l.inner_stride;
+    if (++i == l.inner) i = 0, ++o;
   }
-  // The offsets of n rows from `row` on.
-  void offsets(int64_t row, int64_t n, int64_t* result) const {
-    int64_t o = row / inner, i = row % inner;
-    for (int64_t r = 0; r < n; ++r) {
-      result[r] = o * outer_stride + i * inner_stride;
-      if (++i == inner) i = 0, ++o;
-    }
-  }
-};
-
-struct Options {
-  int64_t reduction, ignore_index;
-  double label_smoothing, softcap, z_loss;
-};
+}
 
 template <typename S>
 struct Problem {
@@ -365,9 +351,9 @@ void read_row(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t i, int64_t
   constexpr T lowest = -std::numeric_limits<T>::infinity();
   const int64_t classes = p.layout.classes;
   const T cap = p.cap();
-  const S* x = p.input + p.layout.offset(row);
+  const S* x = p.input + offset_of(p.layout, row);
   const S* probability =
-      kind == Kind::kProbability ? p.probability + p.target_layout.offset(row) : nullptr;
+      kind == Kind::kProbability ? p.probability + offset_of(p.target_layout, row) : nullptr;
   const int64_t y = kind == Kind::kProbability || p.is_ignored(row) ? -1 : p.target[row];
   T m = lowest, shift = 0, total = 0, total_mass = 0, moment = 0;
   b.target_logit[i] = 0;
@@ -399,9 +385,9 @@ void write_row(const Problem<S>& p, const Block<accumulate_t<S>>& b, int64_t i, 
   using T = accumulate_t<S>;
   const int64_t classes = p.layout.classes;
   const bool has_cap = p.cap() != 0;
-  S* gradient = p.gradient + p.gradient_layout.offset(row);
+  S* gradient = p.gradient + offset_of(p.gradient_layout, row);
   const S* probability =
-      kind == Kind::kProbability ? p.probability + p.target_layout.offset(row) : nullptr;
+      kind == Kind::kProbability ? p.probability + offset_of(p.target_layout, row) : nullptr;
   const T last_shift = s.shift[(classes - 1) / kChunk];
   const int64_t y = kind == Kind::kProbability || p.is_ignored(row) ? -1 : p.target[row];
   for (int64_t c0 = 0; c0 < classes; c0 += kChunk) {
@@ -456,7 +442,7 @@ void backward_rows(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
   load_lse(p, b, row, n);
   for (int64_t i = 0; i < n; ++i) {
     if constexpr (kind == Kind::kProbability) {
-      const S* probability = p.probability + p.target_layout.offset(row + i);
+      const S* probability = p.probability + offset_of(p.target_layout, row + i);
       double total = 0;
       for (int64_t c0 = 0; c0 < classes; c0 += kFlush * V::size) {
         const int64_t end = std::min(classes, c0 + kFlush * V::size);
@@ -470,10 +456,10 @@ void backward_rows(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
   }
   set_coefficients<S, kind>(p, b, row, n, false);
   for (int64_t i = 0; i < n; ++i) {
-    const S* x = p.input + p.layout.offset(row + i);
-    S* gradient = p.gradient + p.gradient_layout.offset(row + i);
+    const S* x = p.input + offset_of(p.layout, row + i);
+    S* gradient = p.gradient + offset_of(p.gradient_layout, row + i);
     const S* probability =
-        kind == Kind::kProbability ? p.probability + p.target_layout.offset(row + i) : nullptr;
+        kind == Kind::kProbability ? p.probability + offset_of(p.target_layout, row + i) : nullptr;
     const int64_t y = kind == Kind::kProbability || p.is_ignored(row + i) ? -1 : p.target[row + i];
     const V lse(b.lse[i]), low(b.lse_low[i]);
     for (int64_t c0 = 0; c0 < classes; c0 += kChunk) {
@@ -517,7 +503,7 @@ void read_columns(const Problem<S>& p, const Layout& layout, const S* x, int64_t
   using V = Vec<accumulate_t<S>>;
   const int64_t classes = p.layout.classes;
   if (p.walk == Walk::kColumns) {
-    x += layout.offset(row);
+    x += offset_of(layout, row);
     // Pieces are too short for the hardware to see a stream: the next block's are asked for here.
     constexpr int64_t kLine = 64 / sizeof(S);
     for (int64_t c = 0; c < classes; ++c, x += layout.class_stride) {
@@ -526,7 +512,7 @@ void read_columns(const Problem<S>& p, const Layout& layout, const S* x, int64_t
     }
     return;
   }
-  layout.offsets(row, n, offset);
+  offsets_of(layout, row, n, offset);
   for (int64_t i = 0; i < n; i += V::size)
     for (int64_t c = 0; c < classes; c += V::size) {
       V tile[V::size];
@@ -551,7 +537,7 @@ void stage_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
   if (p.gradient && p.walk == Walk::kColumns)
     for (int64_t c = 0; c < p.layout.classes; ++c) {
       const S* line =
-          p.gradient + p.gradient_layout.offset(row) + c * p.gradient_layout.class_stride;
+          p.gradient + offset_of(p.gradient_layout, row) + c * p.gradient_layout.class_stride;
       for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(S))) __builtin_prefetch(line + i, 1);
     }
   read_columns(p, p.layout, p.input, row, n, b.offset, [&](int64_t c, int64_t i, V v) {
@@ -639,14 +625,14 @@ void write_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
     return v;
   };
   if (p.walk == Walk::kColumns) {
-    S* gradient = p.gradient + layout.offset(row);
+    S* gradient = p.gradient + offset_of(layout, row);
     for (int64_t c = 0; c < classes; ++c)
       for (int64_t i = 0; i < n; i += V::size)
         store(gradient + c * layout.class_stride + i,
               value(c, i, load(b.scale + i), load(b.spread + i)), std::min(V::size, n - i));
     for (int64_t i = 0; i < n; ++i) b.offset[i] = gradient - p.gradient + i;
   } else {
-    layout.offsets(row, n, b.offset);
+    offsets_of(layout, row, n, b.offset);
     for (int64_t i = 0; i < n; i += V::size) {
       const V scale = load(b.scale + i), spread = load(b.spread + i);
       for (int64_t c = 0; c < classes; c += V::size) {
