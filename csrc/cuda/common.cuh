@@ -78,7 +78,8 @@ inline cudaStream_t current_stream() {
   void* stream = nullptr;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   DLK_CHECK(aoti_torch_get_current_cuda_stream, "this build of torch has no CUDA");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  DLK_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+            "no current stream of device ", device);
   return static_cast<cudaStream_t>(stream);
 }
 #endif
