@@ -171,6 +171,12 @@ def sass():
 # ------------------------------------------------------------------------------------- resources
 
 
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_kernels_have_limits(source):
+    found = limits(source.read_text())
+    assert found and not [name for name in found if not found[name]]
+
+
 @needs_library
 @needs_source
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)

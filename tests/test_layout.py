@@ -24,6 +24,12 @@ INTRINSIC = re.compile(
     r"\b_mm\d*_\w+|\b__m(?:128|256|512)\w*|\b__mmask\d+|\b__builtin_ia32_\w+|\bfloat32x\d\w*"
     r"|[<\"](?:immintrin|x86intrin|arm_neon|arm_sve)\.h"
 )
+CUDA = re.compile(r"(?:cuda|cooperative_groups|mma\.h|sm_\d|crt/|cub/|thrust/|nv/)")
+DEVICE = re.compile(
+    r"\b(?:__global__|__device__|__host__|__shared__|__forceinline__)\b"
+    r"|\b(?:__syncthreads|__syncwarp|__threadfence|__shfl|__ballot|__any|__all|__ld|__st)\w*\("
+    r"|\batomic[A-Z]\w*\("
+)
 FLAGS = ("-march=" + "native", "-mtune=" + "native", "-f" + "openmp")
 MACHINE = re.compile(
     r"/(?:work|root)/|/(?:home|Users)/\w+/"  # somebody's folders
@@ -53,7 +59,7 @@ def everything(root: Path) -> Iterator[Path]:
             and not (here / name / "pyvenv.cfg").exists()
             and (here / name) != root / "dlkernels" / "lib"
         ]
-        yield from (here / name for name in sorted(names))
+        yield from (here / name for name in sorted(names) if name != ".git")  # of a worktree
 
 
 def under(root: Path, *folders: str, suffixes: Iterable[str] = (".py",)) -> list[Path]:
@@ -185,7 +191,7 @@ def nothing_imports_tests_or_benchmarks(root):
 
 @rule
 def cpu_kernels_include_their_own_and_the_three_headers_only(root):
-    """Let csrc/cpu/<op>.{cpp,h} include <op>.h, csrc/<op>.h, check.h, simd.h, gemm.h, std, stable."""
+    """Let csrc/cpu/<op>.{cpp,h} include <op>.h, ../<op>.h, check.h, simd.h, gemm.h, std, stable."""
     ours = ("../check.h", "simd.h", "gemm.h")
     found = []
     for path in under(root, "csrc/cpu", suffixes=[".cpp", ".h"]):
@@ -198,6 +204,31 @@ def cpu_kernels_include_their_own_and_the_three_headers_only(root):
             if not fine:
                 found.append(f"{path.relative_to(root)} includes {name}")
     return found
+
+
+@rule
+def cuda_kernels_include_their_own_and_common_cuh_only(root):
+    """Let csrc/cuda/<op>.cu include common.cuh, ../<op>.h, std, stable; CUDA's headers are arch.h's."""
+    found = []
+    for path in under(root, "csrc/cuda", suffixes=[".h", ".cu", ".cuh"]):
+        op = path.stem.removesuffix("_backward")
+        ours = ("common.cuh", "arch.h", "../check.h", f"{op}.cuh", f"../{op}.h")
+        for kind, name in INCLUDE.findall(code(path)):
+            if path == root / "csrc/cuda/arch.h" and (name == "cuda_on_cpu.h" or CUDA.match(name)):
+                continue
+            std = "/" not in name and not CUDA.match(name) and name != "Python.h"
+            fine = name in ours if kind == '"' else std or name.startswith(STABLE)
+            if not fine:
+                found.append(f"{path.relative_to(root)} includes {name}")
+    return found
+
+
+@rule
+def cuda_kernels_speak_through_arch_h(root):
+    """Use the macros and functions of csrc/cuda/arch.h: the emulator knows no other names."""
+    paths = under(root, "csrc/cuda", suffixes=[".h", ".cu", ".cuh"])
+    paths = [path for path in paths if path != root / "csrc/cuda/arch.h"]
+    return matches(root, paths, DEVICE, code)
 
 
 @rule
@@ -342,9 +373,11 @@ HOUSE = {
     "csrc/cpu/simd.h": "#include <immintrin.h>\n__m256 load(const float*);\n",
     "csrc/cpu/conv2d.cpp": '#include "../check.h"\n#include "../conv2d.h"\n#include "simd.h"\n'
     "#include <sys/mman.h>\n#include <torch/headeronly/util/Half.h>\n// not _mm256_add_ps\n",
-    "csrc/cuda/arch.h": 'asm volatile("bar.sync 0;");\n',
+    "csrc/cuda/arch.h": '#include "cuda_on_cpu.h"\n#include <cuda_runtime.h>\n'
+    'asm volatile("bar.sync 0;");\n#define DLK_KERNEL __global__\n',
     "csrc/cuda/common.cuh": "kernel<<<1, 2>>>();\n",
-    "csrc/cuda/conv2d_backward.cu": '#include "common.cuh"\n#include <cuda_runtime.h>\n',
+    "csrc/cuda/conv2d_backward.cu": '#include "../conv2d.h"\n#include "common.cuh"\n'
+    "#include <torch/csrc/stable/library.h>\n#include <tuple>\n// not __syncthreads()\n",
     "dlkernels/config.py": "",
     "dlkernels/functional.py": "from dlkernels.ops.conv2d import conv2d\n",
     "dlkernels/nn.py": "import torch\nfrom dlkernels import functional\n",
@@ -410,6 +443,26 @@ PLANTED = [
         "csrc/cpu/conv2d.cpp",
         "#include <torch/all.h>",
     ),
+    *(
+        (
+            cuda_kernels_include_their_own_and_common_cuh_only,
+            f"csrc/cuda/{name}",
+            f"#include {what}",
+        )
+        for name, what in (
+            ("conv2d_backward.cu", "<cuda_fp16.h>"),
+            ("conv2d_backward.cu", "<cooperative_groups/reduce.h>"),
+            ("conv2d_backward.cu", '"../lstm.h"'),
+            ("common.cuh", "<cuda_runtime.h>"),
+            ("common.cuh", "<ATen/cuda/CUDAContext.h>"),
+            ("arch.h", '"lstm.cuh"'),
+        )
+    ),
+    (cuda_kernels_speak_through_arch_h, "csrc/cuda/conv2d_backward.cu", "__syncthreads();"),
+    (cuda_kernels_speak_through_arch_h, "csrc/cuda/conv2d_backward.cu", "__shared__ int x[32];"),
+    (cuda_kernels_speak_through_arch_h, "csrc/cuda/common.cuh", "__device__ int f();"),
+    (cuda_kernels_speak_through_arch_h, "csrc/cuda/common.cuh", "__shfl_xor_sync(m, x, 1);"),
+    (cuda_kernels_speak_through_arch_h, "csrc/cuda/common.cuh", "atomicAdd(x, 1);"),
     (csrc_stands_on_the_stable_abi, "csrc/check.h", "#include <ATen/ATen.h>"),
     (csrc_stands_on_the_stable_abi, "csrc/cuda/common.cuh", "#include <c10/cuda/CUDAStream.h>"),
     (csrc_stands_on_the_stable_abi, "csrc/check.h", "#include <torch/library.h>"),
