@@ -312,7 +312,7 @@ DLK_DEVICE T group_sum(T value, int lanes = kWarp) {
 
 template <typename T>
 DLK_DEVICE T group_max(T value, int lanes = kWarp) {
-  for (int d = lanes / 2; d > 0; d /= 2) value = fmax(value, shuffle_xor(kAllLanes, value, d));
+  for (int d = lanes / 2; d > 0; d /= 2) value = std::fmax(value, shuffle_xor(kAllLanes, value, d));
   return value;
 }
 

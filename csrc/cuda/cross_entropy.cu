@@ -153,7 +153,7 @@ struct Exponential {
   // exp(x' − m) / Σe.
   static DLK_DEVICE void split(double lse, T& shift, T& low) {
     shift = T(is_half<S> ? lse * double(kLog2e) : lse);
-    low = !is_half<S> && isfinite(shift) ? T(lse - double(shift)) : T(0);
+    low = !is_half<S> && std::isfinite(shift) ? T(lse - double(shift)) : T(0);
   }
 };
 
@@ -223,7 +223,7 @@ DLK_DEVICE void add_lanes(Sums<accumulate_t<S>>& a, int lanes) {
 template <bool kGeneral, typename S>
 DLK_DEVICE void add_row(Sums<accumulate_t<S>>& a, int lanes, unsigned blocks) {
   using Part = Sums<accumulate_t<S>>;
-  add_lanes<kGeneral, S>(a, min(lanes, kWarp));
+  add_lanes<kGeneral, S>(a, lanes < kWarp ? lanes : kWarp);
   if (lanes > kWarp) {
     Part* warps = reinterpret_cast<Part*>(shared_memory());
     if (lane() == 0) warps[warp_index()] = a;
@@ -245,18 +245,18 @@ DLK_DEVICE void add_row(Sums<accumulate_t<S>>& a, int lanes, unsigned blocks) {
 
 // y; −1 where there is none: at an ignored row, and of probabilities.
 template <typename S>
-DLK_DEVICE int64_t read_target(const Problem<S>& p, int64_t row) {
+DLK_DEVICE int read_target(const Problem<S>& p, int64_t row) {
   if (!p.target) return -1;
   const int64_t y = p.target[row];
   if (y == p.ignore_index) return -1;
   DLK_DEVICE_CHECK_INDEX(uint64_t(y) < uint64_t(p.classes), "Target %lld is out of bounds.",
                          static_cast<long long>(y));
-  return y;
+  return int(y);
 }
 
 // w_y; what a row with target y adds to the divisor of the mean.
 template <typename S>
-DLK_DEVICE double weight_of(const Problem<S>& p, int64_t y) {
+DLK_DEVICE double weight_of(const Problem<S>& p, int y) {
   if (y < 0) return p.target ? 0 : 1;
   return p.weight ? double(widen(p.weight[y])) : 1;
 }
@@ -286,7 +286,7 @@ DLK_DEVICE double common_factor(const Problem<S>& p) {
 // In double: a few numbers per row, whose errors all of its gradient would share. e is exp(x' − m),
 // to be divided by its sum, in the forward pass, and softmax exp(x' − lse) in the backward.
 template <typename S>
-DLK_DEVICE Coefficients<accumulate_t<S>> coefficients(const Problem<S>& p, int64_t row, int64_t y,
+DLK_DEVICE Coefficients<accumulate_t<S>> coefficients(const Problem<S>& p, int64_t row, int y,
                                                       double factor,
                                                       const Sums<accumulate_t<S>>& a) {
   using T = accumulate_t<S>;
@@ -324,7 +324,7 @@ DLK_DEVICE Coefficients<accumulate_t<S>> coefficients(const Problem<S>& p, int64
 
 // Writes log-sum-exp, and the loss for "none"; returns the loss.
 template <typename S>
-DLK_DEVICE double finish_row(const Problem<S>& p, int64_t row, int64_t y,
+DLK_DEVICE double finish_row(const Problem<S>& p, int64_t row, int y,
                              const Sums<accumulate_t<S>>& a, const S* target_logit) {
   using T = accumulate_t<S>;
   using E = Exponential<S>;
@@ -454,7 +454,7 @@ DLK_DEVICE Sums<accumulate_t<S>> read_row(const Problem<S>& p, const RowView<S>&
       if (kGeneral && j0 + u * part.step >= r.vectors) continue;  // −inf is −cap
       unpack<S>(v[u], x);
 #pragma unroll
-      for (int i = 0; i < N; ++i) max = fmax(max, squash<kGeneral>(p, x[i]));
+      for (int i = 0; i < N; ++i) max = std::fmax(max, squash<kGeneral>(p, x[i]));
     }
     raise_max<kGeneral, S>(a, max);
     const T shift = E::shift_of(a.max), finite = a.max == -kInfinity<T> ? T(0) : a.max;
@@ -489,7 +489,7 @@ DLK_DEVICE Sums<accumulate_t<S>> read_row(const Problem<S>& p, const RowView<S>&
   for (int i = part.member; i < r.edges; i += part.step) {
     const int64_t c = r.edge(i);
     const T x = squash<kGeneral>(p, widen(r.x[c]));
-    raise_max<kGeneral, S>(a, fmax(a.max, x));
+    raise_max<kGeneral, S>(a, std::fmax(a.max, x));
     a.sum += E::of(x, E::shift_of(a.max));
     if (!kGeneral || p.kind == Kind::kIndex) continue;
     const T s = mass(p, c, r.t ? widen(r.t[c]) : T(0));
@@ -519,7 +519,7 @@ DLK_DEVICE accumulate_t<S> read_mass(const Problem<S>& p, const RowView<S>& r, c
 
 template <bool kGeneral, typename S>
 DLK_DEVICE void write_row(const Problem<S>& p, const RowView<S>& r, const Part& part, bool staged,
-                          int64_t y, const Coefficients<accumulate_t<S>>& k) {
+                          int y, const Coefficients<accumulate_t<S>>& k) {
   using T = accumulate_t<S>;
   constexpr int N = kVector<S>, U = kAhead<kGeneral>;
   const Bits16* stage = part.stage;
@@ -572,7 +572,7 @@ DLK_KERNEL void __launch_bounds__(kPass == Pass::kBoth ? kStagingThreads : kThre
       lanes};
   const RowView<S> r(p, row, active);
   const bool staged = kPass == Pass::kBoth && shape.slots > 0;
-  const int64_t y = active ? read_target(p, row) : -1;
+  const int y = active ? read_target(p, row) : -1;
 
   Sums<T> a;
   if constexpr (kPass != Pass::kBackward)
@@ -622,7 +622,8 @@ DLK_KERNEL void __launch_bounds__(kOneBlock, 1) few_kernel(const Problem<S> p) {
   using T = accumulate_t<S>;
   const int thread = int(threadIdx.x), classes = int(p.classes);
   const int64_t row0 = int64_t(blockIdx.x) * blockDim.x, row = row0 + thread;
-  const int rows = int(min(int64_t(blockDim.x), p.rows - row0));
+  const int64_t left = p.rows - row0;
+  const int rows = int(left < blockDim.x ? left : blockDim.x);
   // Rows a multiple of 32 bytes apart would meet in the same banks: each row begins elsewhere.
   const int first = classes * sizeof(S) % 32 == 0 ? thread % classes : 0;
   S* tile = reinterpret_cast<S*>(shared_memory() + kHeader);
@@ -630,7 +631,7 @@ DLK_KERNEL void __launch_bounds__(kOneBlock, 1) few_kernel(const Problem<S> p) {
   copy_in(tile, p.input + row0 * classes, rows * classes);
   if (kGeneral && p.probability) copy_in(t_tile, p.probability + row0 * classes, rows * classes);
   copy_async_commit();
-  const int64_t y = thread < rows ? read_target(p, row) : -1;
+  const int y = thread < rows ? read_target(p, row) : -1;
   const double factor = p.gradient ? common_factor(p) : 1;
   copy_async_wait<0>();
   sync_block();
@@ -643,7 +644,8 @@ DLK_KERNEL void __launch_bounds__(kOneBlock, 1) few_kernel(const Problem<S> p) {
     const int end = first + classes;
     const auto at = [&](int i) { return i < classes ? i : i - classes; };
     if (!p.saved_lse)
-      for (int c = 0; c < classes; ++c) a.max = fmax(a.max, squash<kGeneral>(p, widen(x[at(c)])));
+      for (int c = 0; c < classes; ++c)
+        a.max = std::fmax(a.max, squash<kGeneral>(p, widen(x[at(c)])));
     const T shift = Exponential<S>::shift_of(a.max);
     const T max = a.max == -kInfinity<T> ? T(0) : a.max;
     if (!p.saved_lse || (kGeneral && t))
@@ -749,7 +751,7 @@ DLK_DEVICE void read_columns(const Problem<S>& p, const S* x, const S* t, int sl
       T value[N];
       P::unpack(v[u], value);
 #pragma unroll
-      for (int i = 0; i < N; ++i) max[i] = fmax(max[i], squash<kGeneral>(p, value[i]));
+      for (int i = 0; i < N; ++i) max[i] = std::fmax(max[i], squash<kGeneral>(p, value[i]));
     }
     if (stage) stage += U * threads;
 #pragma unroll
@@ -824,14 +826,14 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
 
   double loss = 0, weight = 0;
   for (int i = thread; i < positions && row0 + i < p.rows; i += threads) {
-    const int64_t y = read_target(p, row0 + i);
+    const int y = read_target(p, row0 + i);
     Sums<T> a;
     if (!p.saved_lse || t)
       for (int s = 0; s < shape.slices; ++s) {
         const T* slot = slots + s * kFields * positions + i;
         Sums<T> b{slot[0], slot[positions]};
         if (kGeneral) b.mass = slot[2 * positions], b.moment = slot[3 * positions];
-        const T max = fmax(a.max, b.max);
+        const T max = std::fmax(a.max, b.max);
         raise_max<kGeneral, S>(a, max);
         raise_max<kGeneral, S>(b, max);
         a.sum += b.sum;
@@ -839,8 +841,8 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
         a.moment += b.moment;
       }
     if (!p.saved_lse) {
-      const S* logit =
-          p.input + row_offset(p.layout, row0 + i) + (y < 0 ? 0 : y * p.layout.class_stride);
+      const S* logit = p.input + row_offset(p.layout, row0 + i) +
+                       (y < 0 ? 0 : int64_t(y) * p.layout.class_stride);
       loss += finish_row(p, row0 + i, y, a, logit);
       weight += weight_of(p, y);
     }
@@ -895,7 +897,8 @@ DLK_KERNEL void __launch_bounds__(kOneBlock, 1)
     weights_kernel(const Problem<S> p, int64_t part, double* sums) {
   const bool classes = int(blockIdx.x) == p.number_of_pieces;
   const int64_t begin = classes ? 0 : int64_t(blockIdx.x) * part;
-  const int64_t end = classes ? p.classes : min(p.rows, begin + part);
+  const int64_t all = classes ? p.classes : p.rows;
+  const int64_t end = classes || all - begin < part ? all : begin + part;
   double total = 0, unused = 0;
   for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x)
     total += classes ? double(widen(p.weight[i])) : weight_of(p, read_target(p, i));
