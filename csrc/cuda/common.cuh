@@ -27,8 +27,7 @@ namespace dlkernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// ----------------------------------------------------------------------------------- device,
-// stream
+// ---------------------------------------------------------------------------------- device, stream
 
 #ifdef DLKERNELS_EMULATED
 class DeviceScope {
@@ -95,8 +94,7 @@ inline void check_on_gpu(const char* op, const char* argument, const Tensor& ten
             " on device ", first.get_device_index(), ", got ", tensor.get_device_index());
 }
 
-// -----------------------------------------------------------------------------------------
-// launches
+// ---------------------------------------------------------------------------------------- launches
 
 struct LaunchShape {
   dim3 grid, block;
@@ -150,8 +148,7 @@ void launch(void (*kernel)(Params...), const char* name, const LaunchShape& shap
 #endif
 }
 
-// -----------------------------------------------------------------------------------------
-// pointers
+// ---------------------------------------------------------------------------------------- pointers
 
 // The four say what the kernels of this entry may do with a tensor's memory; the emulator holds
 // them to it.
@@ -192,8 +189,7 @@ T* scratch_pointer(const char* name, const Tensor& tensor) {
 }
 #undef DLK_TRACK
 
-// -------------------------------------------------------------------------------------------
-// dtypes
+// ------------------------------------------------------------------------------------------ dtypes
 
 template <typename S>
 constexpr bool is_half = sizeof(S) == 2;
@@ -274,11 +270,24 @@ DLK_DEVICE Bits16 load_vector(const S* global, bool aligned) {
   return bit_cast<Bits16>(elements);
 }
 
+// The least number, as the bits of a vector of it.
+template <typename S>
+DLK_DEVICE Bits16 lowest_vector() {
+  if constexpr (is_half<S>) {
+    const uint32_t two = std::is_same_v<S, bf16> ? 0xff80ff80 : 0xfc00fc00;
+    return {{two, two, two, two}};
+  } else {
+    accumulate_t<S> v[kVector<S>];
+    for (auto& x : v) x = -kInfinity<S>;
+    return pack<S>(v);
+  }
+}
+
 // n neighbouring elements as: head elements up to the first 16-byte border, whole vectors, tail.
 // Head and tail together are the edges, fewer than two vectors.
 template <typename S>
 struct Span {
-  int head, tail;
+  int head, edges;
   int64_t vectors;
 
   DLK_DEVICE Span(const S* p, int64_t n) {
@@ -286,15 +295,13 @@ struct Span {
     head = before == 0 ? 0 : kVector<S> - before;
     if (head > n) head = int(n);
     vectors = (n - head) / kVector<S>;
-    tail = int((n - head) % kVector<S>);
+    edges = head + int((n - head) % kVector<S>);
   }
-  DLK_DEVICE int edges() const { return head + tail; }
   DLK_DEVICE int64_t edge(int i) const { return i < head ? i : i + vectors * kVector<S>; }
   DLK_DEVICE int64_t vector(int64_t j) const { return head + j * kVector<S>; }
 };
 
-// ---------------------------------------------------------------------------------------
-// reductions
+// -------------------------------------------------------------------------------------- reductions
 
 // Over groups of `lanes` neighbouring lanes, a power of two; every lane of the warp calls, and gets
 // its group's result.
@@ -306,7 +313,7 @@ DLK_DEVICE T group_sum(T value, int lanes = kWarp) {
 
 template <typename T>
 DLK_DEVICE T group_max(T value, int lanes = kWarp) {
-  for (int d = lanes / 2; d > 0; d /= 2) value = fmax(value, shuffle_xor(kAllLanes, value, d));
+  for (int d = lanes / 2; d > 0; d /= 2) value = std::fmax(value, shuffle_xor(kAllLanes, value, d));
   return value;
 }
 

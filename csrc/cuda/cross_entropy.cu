@@ -47,10 +47,11 @@ using namespace cross_entropy;
 
 constexpr int kFewClasses = 64;  // contiguous classes up to this number are a thread's
 constexpr int kInlineTargets =
-    1024;                        // Σ w_y of so many targets is made by every warp that needs it
-constexpr int kPieces = 256;     // most pieces of a larger Σ w_y
-constexpr int kThreads = 512;    // most threads of a block of the walks
-constexpr int kOneBlock = 1024;  // of `few` where one block has all rows, and of sums
+    1024;                      // Σ w_y of so many targets is made by every warp that needs it
+constexpr int kPieces = 256;   // most pieces of a larger Σ w_y
+constexpr int kThreads = 512;  // most threads of a block of the walks
+constexpr int kStagingThreads = 256;         // of a block of rows with a gradient
+constexpr int kOneBlock = 1024;              // of `few` where one block has all rows, and of sums
 constexpr int64_t kWantedThreads = 1 << 16;  // fewer leave a GPU idle
 constexpr int64_t kStageBytes = 64 << 10;    // of a block
 constexpr int64_t kCached = 32 << 20;        // gradients up to this many bytes may stay in L2
@@ -60,10 +61,11 @@ constexpr int kHeader = 2048;
 constexpr int kSums = 32;  // bytes of the largest Sums
 
 // kAhead: vectors that a thread has under way.
-template <typename S, bool kGeneral>
+template <bool kGeneral>
 constexpr int kAhead = kGeneral ? 2 : 4;
 
 enum class Walk { kRows, kFew, kColumns };
+enum class Pass { kForward, kBoth, kBackward };
 
 template <typename S>
 struct Problem {
@@ -102,12 +104,6 @@ struct Sums {
   T mass = 0, moment = 0;  // Σ s_c, Σ s_c·(x'_c − m)
 };
 static_assert(sizeof(Sums<double>) <= kSums && kHeader >= (kWarp + 16) * kSums + kWarp * 16);
-
-struct RowTarget {
-  int64_t index = -1;  // −1 where there is none: ignored, or probabilities
-  bool counts = true;
-  double weight = 1;  // w_y, 0 where ignored
-};
 
 template <typename T>
 struct Coefficients {
@@ -157,7 +153,7 @@ struct Exponential {
   // exp(x' − m) / Σe.
   static DLK_DEVICE void split(double lse, T& shift, T& low) {
     shift = T(is_half<S> ? lse * double(kLog2e) : lse);
-    low = !is_half<S> && isfinite(shift) ? T(lse - double(shift)) : T(0);
+    low = !is_half<S> && std::isfinite(shift) ? T(lse - double(shift)) : T(0);
   }
 };
 
@@ -227,7 +223,7 @@ DLK_DEVICE void add_lanes(Sums<accumulate_t<S>>& a, int lanes) {
 template <bool kGeneral, typename S>
 DLK_DEVICE void add_row(Sums<accumulate_t<S>>& a, int lanes, unsigned blocks) {
   using Part = Sums<accumulate_t<S>>;
-  add_lanes<kGeneral, S>(a, min(lanes, kWarp));
+  add_lanes<kGeneral, S>(a, lanes < kWarp ? lanes : kWarp);
   if (lanes > kWarp) {
     Part* warps = reinterpret_cast<Part*>(shared_memory());
     if (lane() == 0) warps[warp_index()] = a;
@@ -247,15 +243,22 @@ DLK_DEVICE void add_row(Sums<accumulate_t<S>>& a, int lanes, unsigned blocks) {
 
 // ------------------------------------------------------------------------------------- row algebra
 
+// y; −1 where there is none: at an ignored row, and of probabilities.
 template <typename S>
-DLK_DEVICE RowTarget read_target(const Problem<S>& p, int64_t row) {
-  RowTarget t;
-  if (!p.target) return t;
+DLK_DEVICE int read_target(const Problem<S>& p, int64_t row) {
+  if (!p.target) return -1;
   const int64_t y = p.target[row];
-  if (y == p.ignore_index) return {-1, false, 0};
+  if (y == p.ignore_index) return -1;
   DLK_DEVICE_CHECK_INDEX(uint64_t(y) < uint64_t(p.classes), "Target %lld is out of bounds.",
                          static_cast<long long>(y));
-  return {y, true, p.weight ? double(widen(p.weight[y])) : 1};
+  return int(y);
+}
+
+// w_y; what a row with target y adds to the divisor of the mean.
+template <typename S>
+DLK_DEVICE double weight_of(const Problem<S>& p, int y) {
+  if (y < 0) return p.target ? 0 : 1;
+  return p.weight ? double(widen(p.weight[y])) : 1;
 }
 
 // Σ w_y, for every lane; whole warps call.
@@ -267,7 +270,8 @@ DLK_DEVICE double total_weight(const Problem<S>& p) {
   if (p.pieces)
     for (int i = lane(); i < p.number_of_pieces; i += kWarp) total += p.pieces[i];
   else
-    for (int64_t row = lane(); row < p.rows; row += kWarp) total += read_target(p, row).weight;
+    for (int64_t row = lane(); row < p.rows; row += kWarp)
+      total += weight_of(p, read_target(p, row));
   return group_sum(total);
 }
 
@@ -282,8 +286,8 @@ DLK_DEVICE double common_factor(const Problem<S>& p) {
 // In double: a few numbers per row, whose errors all of its gradient would share. e is exp(x' − m),
 // to be divided by its sum, in the forward pass, and softmax exp(x' − lse) in the backward.
 template <typename S>
-DLK_DEVICE Coefficients<accumulate_t<S>> coefficients(const Problem<S>& p, int64_t row,
-                                                      const RowTarget& target, double factor,
+DLK_DEVICE Coefficients<accumulate_t<S>> coefficients(const Problem<S>& p, int64_t row, int y,
+                                                      double factor,
                                                       const Sums<accumulate_t<S>>& a) {
   using T = accumulate_t<S>;
   using E = Exponential<S>;
@@ -306,12 +310,12 @@ DLK_DEVICE Coefficients<accumulate_t<S>> coefficients(const Problem<S>& p, int64
   if (p.kind == Kind::kProbability) {
     total = f * (double(a.mass) + z);
     k.spread = T(f);
-  } else if (target.counts) {
-    const double nll = p.kept * target.weight;
+  } else if (y >= 0) {
+    const double w = weight_of(p, y), nll = p.kept * w;
     const double all = p.sum_of_weights ? p.pieces[p.number_of_pieces] : double(p.classes);
     total = f * (nll + p.uniform * all + z);
     k.spread = T(f * p.uniform);
-    k.hit = T(f * (nll + p.uniform * target.weight));
+    k.hit = T(f * (nll + p.uniform * w));
   }
   if (p.grad_lse) total += p.grad_lse[row];
   k.scale = T(total / sum);
@@ -320,7 +324,7 @@ DLK_DEVICE Coefficients<accumulate_t<S>> coefficients(const Problem<S>& p, int64
 
 // Writes log-sum-exp, and the loss for "none"; returns the loss.
 template <typename S>
-DLK_DEVICE double finish_row(const Problem<S>& p, int64_t row, const RowTarget& target,
+DLK_DEVICE double finish_row(const Problem<S>& p, int64_t row, int y,
                              const Sums<accumulate_t<S>>& a, const S* target_logit) {
   using T = accumulate_t<S>;
   using E = Exponential<S>;
@@ -330,9 +334,9 @@ DLK_DEVICE double finish_row(const Problem<S>& p, int64_t row, const RowTarget& 
   double loss = p.z_loss != 0 ? p.z_loss * lse * lse : 0;
   if (p.kind == Kind::kProbability) {
     loss += double(a.mass) * excess - double(a.moment);
-  } else if (target.counts) {
+  } else if (y >= 0) {
     const double logit = double(squash<true>(p, widen(*target_logit)));
-    loss += p.kept * target.weight * (lse - logit);
+    loss += p.kept * weight_of(p, y) * (lse - logit);
     if (p.kind == Kind::kSmooth) {
       const double all = p.sum_of_weights ? p.pieces[p.number_of_pieces] : double(p.classes);
       loss += p.uniform * (all * excess - double(a.moment));
@@ -400,138 +404,139 @@ struct RowView {
   const S* x;
   const S* t = nullptr;  // probabilities
   S* gradient = nullptr;
-  Span<S> span;
+  int head, edges, vectors;
   bool x_aligned, t_aligned = false;
 
   DLK_DEVICE RowView(const Problem<S>& p, int64_t row, bool active)
-      : x(p.input + (active ? row_offset(p.layout, row) : 0)),
-        gradient(p.gradient ? p.gradient + (active ? row_offset(p.gradient_layout, row) : 0)
-                            : nullptr),
-        span(gradient ? gradient : x, active ? p.classes : 0) {
-    x_aligned = is_aligned(x + span.head);
+      : x(p.input + (active ? row_offset(p.layout, row) : 0)) {
+    if (p.gradient) gradient = p.gradient + (active ? row_offset(p.gradient_layout, row) : 0);
+    const Span<S> span(gradient ? gradient : x, active ? p.classes : 0);
+    head = span.head;
+    edges = span.edges;
+    vectors = int(span.vectors);
+    x_aligned = is_aligned(x + head);
     if (p.probability) {
       t = p.probability + (active ? row_offset(p.target_layout, row) : 0);
-      t_aligned = is_aligned(t + span.head);
+      t_aligned = is_aligned(t + head);
     }
   }
+  DLK_DEVICE int64_t edge(int i) const { return i < head ? i : i + int64_t(vectors) * kVector<S>; }
+  DLK_DEVICE int64_t vector(int j) const { return head + int64_t(j) * kVector<S>; }
 };
 
-// Adds `n` logits of a thread, or none of them if they are not there.
-template <bool kGeneral, typename S>
-DLK_DEVICE void add_vector(const Problem<S>& p, Sums<accumulate_t<S>>& a, accumulate_t<S> shift,
-                           const accumulate_t<S> (&x)[kVector<S>], const RowView<S>& r, int64_t c) {
-  using T = accumulate_t<S>;
-  constexpr int N = kVector<S>;
-  T part[2] = {0, 0};
-  if constexpr (kGeneral) {
-    T t[N] = {};
-    if (r.t) unpack<S>(load_vector(r.t + c, r.t_aligned), t);
-    const T max = a.max == -kInfinity<T> ? T(0) : a.max;
-    T part_mass = 0, part_moment = 0;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const T value = squash<kGeneral>(p, x[i]);
-      part[i % 2] += Exponential<S>::of(value, shift);
-      if (p.kind != Kind::kIndex) {
-        const T s = mass(p, c + i, t[i]);
-        part_mass += s;
-        part_moment += s * (value - max);
-      }
-    }
-    a.mass += part_mass;
-    a.moment += part_moment;
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) part[i % 2] += Exponential<S>::of(x[i], shift);
-  }
-  a.sum += part[0] + part[1];
-}
+// The threads that share a row, and this one's part of it: vectors and edges member, member + step
+// …
+struct Part {
+  int member, step;
+  Bits16* stage;  // its places in shared memory, `apart` one from another
+  int apart;
+};
 
-// The sums of the classes that this thread, `member` of `step`, has of a row. With `stage` its
-// vectors stay there, `lanes` apart.
+// The sums of the classes of this part. With `staged` its vectors stay in shared memory.
 template <bool kGeneral, typename S>
-DLK_DEVICE Sums<accumulate_t<S>> read_row(const Problem<S>& p, const RowView<S>& r, int member,
-                                          int step, Bits16* stage, int lanes) {
+DLK_DEVICE Sums<accumulate_t<S>> read_row(const Problem<S>& p, const RowView<S>& r,
+                                          const Part& part, bool staged) {
   using T = accumulate_t<S>;
-  constexpr int N = kVector<S>, U = kAhead<S, kGeneral>;
+  using E = Exponential<S>;
+  constexpr int N = kVector<S>, U = kAhead<kGeneral>;
   Sums<T> a;
-  for (int64_t j = member; j < r.span.vectors; j += U * step, stage += U * lanes) {
+  Bits16* stage = part.stage;
+  for (int j0 = part.member; j0 < r.vectors; j0 += U * part.step) {
     Bits16 v[U];
-    T x[N], max = a.max;
-#pragma unroll
-    for (int u = 0; u < U; ++u)
-      if (j + u * step < r.span.vectors)
-        v[u] = load_vector(r.x + r.span.vector(j + u * step), r.x_aligned);
+    T x[N], max = a.max, sums[2] = {0, 0}, mass_sum = 0, moment = 0;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (j + u * step >= r.span.vectors) continue;
-      if (p.gradient && stage) store16(stage + u * lanes, v[u]);
+      const int j = j0 + u * part.step;
+      v[u] = j < r.vectors ? load_vector(r.x + r.vector(j), r.x_aligned) : lowest_vector<S>();
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (kGeneral && j0 + u * part.step >= r.vectors) continue;  // −inf is −cap
       unpack<S>(v[u], x);
 #pragma unroll
-      for (int i = 0; i < N; ++i) max = fmax(max, squash<kGeneral>(p, x[i]));
+      for (int i = 0; i < N; ++i) max = std::fmax(max, squash<kGeneral>(p, x[i]));
     }
     raise_max<kGeneral, S>(a, max);
-    const T shift = Exponential<S>::shift_of(a.max);
+    const T shift = E::shift_of(a.max), finite = a.max == -kInfinity<T> ? T(0) : a.max;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (j + u * step >= r.span.vectors) continue;
+      const int j = j0 + u * part.step;
+      if (staged && j < r.vectors) store16(stage, v[u]);
+      stage += part.apart;
+      if (kGeneral && j >= r.vectors) continue;
       unpack<S>(v[u], x);
-      add_vector<kGeneral>(p, a, shift, x, r, r.span.vector(j + u * step));
+      if constexpr (!kGeneral) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) sums[i % 2] += E::of(x[i], shift);
+      } else {
+        T t[N] = {};
+        if (r.t) unpack<S>(load_vector(r.t + r.vector(j), r.t_aligned), t);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const T value = squash<kGeneral>(p, x[i]);
+          sums[i % 2] += E::of(value, shift);
+          if (p.kind == Kind::kIndex) continue;
+          const T s = mass(p, r.vector(j) + i, t[i]);
+          mass_sum += s;
+          moment += s * (value - finite);
+        }
+      }
     }
+    a.sum += sums[0] + sums[1];
+    a.mass += mass_sum;
+    a.moment += moment;
   }
-  for (int i = member; i < r.span.edges(); i += step) {
-    const int64_t c = r.span.edge(i);
+  for (int i = part.member; i < r.edges; i += part.step) {
+    const int64_t c = r.edge(i);
     const T x = squash<kGeneral>(p, widen(r.x[c]));
-    raise_max<kGeneral, S>(a, fmax(a.max, x));
-    a.sum += Exponential<S>::of(x, Exponential<S>::shift_of(a.max));
-    if (kGeneral && p.kind != Kind::kIndex) {
-      const T s = mass(p, c, r.t ? widen(r.t[c]) : T(0));
-      a.mass += s;
-      a.moment += s * (x - (a.max == -kInfinity<T> ? T(0) : a.max));
-    }
+    raise_max<kGeneral, S>(a, std::fmax(a.max, x));
+    a.sum += E::of(x, E::shift_of(a.max));
+    if (!kGeneral || p.kind == Kind::kIndex) continue;
+    const T s = mass(p, c, r.t ? widen(r.t[c]) : T(0));
+    a.mass += s;
+    a.moment += s * (x - (a.max == -kInfinity<T> ? T(0) : a.max));
   }
   return a;
 }
 
-// Σ s_c of the classes that this thread has.
+// Σ s_c of the classes of this part.
 template <typename S>
-DLK_DEVICE accumulate_t<S> read_mass(const Problem<S>& p, const RowView<S>& r, int member,
-                                     int step) {
+DLK_DEVICE accumulate_t<S> read_mass(const Problem<S>& p, const RowView<S>& r, const Part& part) {
   using T = accumulate_t<S>;
   constexpr int N = kVector<S>;
   T total = 0;
-  for (int64_t j = member; j < r.span.vectors; j += step) {
-    const int64_t c = r.span.vector(j);
-    T t[N], part = 0;
-    unpack<S>(load_vector(r.t + c, r.t_aligned), t);
+  for (int j = part.member; j < r.vectors; j += part.step) {
+    T t[N], sum = 0;
+    unpack<S>(load_vector(r.t + r.vector(j), r.t_aligned), t);
 #pragma unroll
-    for (int i = 0; i < N; ++i) part += mass(p, c + i, t[i]);
-    total += part;
+    for (int i = 0; i < N; ++i) sum += mass(p, r.vector(j) + i, t[i]);
+    total += sum;
   }
-  for (int i = member; i < r.span.edges(); i += step)
-    total += mass(p, r.span.edge(i), widen(r.t[r.span.edge(i)]));
+  for (int i = part.member; i < r.edges; i += part.step)
+    total += mass(p, r.edge(i), widen(r.t[r.edge(i)]));
   return total;
 }
 
 template <bool kGeneral, typename S>
-DLK_DEVICE void write_row(const Problem<S>& p, const RowView<S>& r, int64_t y,
-                          const Coefficients<accumulate_t<S>>& k, int member, int step,
-                          const Bits16* stage, int lanes) {
+DLK_DEVICE void write_row(const Problem<S>& p, const RowView<S>& r, const Part& part, bool staged,
+                          int y, const Coefficients<accumulate_t<S>>& k) {
   using T = accumulate_t<S>;
-  constexpr int N = kVector<S>, U = kAhead<S, kGeneral>;
-  for (int64_t j = member; j < r.span.vectors; j += U * step) {
+  constexpr int N = kVector<S>, U = kAhead<kGeneral>;
+  const Bits16* stage = part.stage;
+  for (int j0 = part.member; j0 < r.vectors; j0 += U * part.step) {
     Bits16 v[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (j + u * step >= r.span.vectors) continue;
-      v[u] = stage ? load16(stage + u * lanes)
-                   : load_vector(r.x + r.span.vector(j + u * step), r.x_aligned);
+      const int j = j0 + u * part.step;
+      if (j < r.vectors)
+        v[u] = staged ? load16(stage) : load_vector(r.x + r.vector(j), r.x_aligned);
+      stage += part.apart;
     }
-    if (stage) stage += U * lanes;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (j + u * step >= r.span.vectors) continue;
-      const int64_t c = r.span.vector(j + u * step);
+      const int j = j0 + u * part.step;
+      if (j >= r.vectors) continue;
+      const int64_t c = r.vector(j);
       T x[N], t[N] = {};
       unpack<S>(v[u], x);
       if (kGeneral && r.t) unpack<S>(load_vector(r.t + c, r.t_aligned), t);
@@ -540,52 +545,55 @@ DLK_DEVICE void write_row(const Problem<S>& p, const RowView<S>& r, int64_t y,
       store_gradient(r.gradient + c, pack<S>(x), p.stays);
     }
   }
-  for (int i = member; i < r.span.edges(); i += step) {
-    const int64_t c = r.span.edge(i);
+  for (int i = part.member; i < r.edges; i += part.step) {
+    const int64_t c = r.edge(i);
     const T t = kGeneral && r.t ? widen(r.t[c]) : T(0);
     r.gradient[c] = narrow<S>(gradient_of<kGeneral>(p, k, widen(r.x[c]), t, c, c == y));
   }
 }
 
-template <typename S, bool kGeneral>
-DLK_KERNEL void __launch_bounds__(kThreads, 2)
+template <typename S, Pass kPass, bool kGeneral>
+DLK_KERNEL void __launch_bounds__(kPass == Pass::kBoth ? kStagingThreads : kThreads,
+                                  sizeof(S) == 8 || kGeneral ? 1
+                                  : kPass == Pass::kBoth     ? 3
+                                                             : 2)
     rows_kernel(const Problem<S> p, const RowsShape shape) {
   using T = accumulate_t<S>;
-  const int thread = int(threadIdx.x), lanes = shape.lanes, place = thread % lanes;
+  const int thread = int(threadIdx.x), lanes = shape.lanes, group = thread / lanes;
   const unsigned blocks = cluster_blocks(), rank = cluster_rank();
-  if (blocks > 1) cluster_arrive();
-  const int64_t row = int64_t(blockIdx.x / blocks) * shape.rows + thread / lanes;
-  const bool active = row < p.rows && thread / lanes < shape.rows;
-  const int member = int(rank) * lanes + place, step = lanes * int(blocks);
+  const bool sums = kPass != Pass::kBackward || (kGeneral && p.probability);
+  if (blocks > 1 && sums) cluster_arrive();
+  const int64_t row = int64_t(blockIdx.x / blocks) * shape.rows + group;
+  const bool active = row < p.rows && group < shape.rows;
+  const int place = thread % lanes;
+  const Part part{
+      int(rank) * lanes + place, lanes * int(blocks),
+      reinterpret_cast<Bits16*>(shared_memory() + kHeader) + group * shape.slots * lanes + place,
+      lanes};
   const RowView<S> r(p, row, active);
-  Bits16* stage = nullptr;
-  if (shape.slots > 0)
-    stage = reinterpret_cast<Bits16*>(shared_memory() + kHeader) +
-            thread / lanes * shape.slots * lanes + place;
-  RowTarget target;
-  if (active) target = read_target(p, row);
+  const bool staged = kPass == Pass::kBoth && shape.slots > 0;
+  const int y = active ? read_target(p, row) : -1;
 
   Sums<T> a;
-  if (!p.saved_lse)
-    a = read_row<kGeneral>(p, r, member, step, stage, lanes);
-  else if (kGeneral && p.probability)
-    a.mass = read_mass(p, r, member, step);
-  add_row<kGeneral, S>(a, lanes, blocks);
-  if (p.gradient) {
+  if constexpr (kPass != Pass::kBackward)
+    a = read_row<kGeneral>(p, r, part, staged);
+  else if (sums)
+    a.mass = read_mass(p, r, part);
+  if (sums) add_row<kGeneral, S>(a, lanes, blocks);
+  if constexpr (kPass != Pass::kForward) {
     const double factor = common_factor(p);
-    if (active)
-      write_row<kGeneral>(p, r, target.index, coefficients(p, row, target, factor, a), member, step,
-                          stage, lanes);
+    if (active) write_row<kGeneral>(p, r, part, staged, y, coefficients(p, row, y, factor, a));
   }
-  if (p.saved_lse) return;
-  double loss = 0, weight = 0;
-  if (active && place == 0 && rank == 0) {
-    loss = finish_row(p, row, target, a, r.x + target.index);
-    weight = target.weight;
+  if constexpr (kPass != Pass::kBackward) {
+    double loss = 0, weight = 0;
+    if (active && part.member == 0) {
+      loss = finish_row(p, row, y, a, r.x + y);
+      weight = weight_of(p, y);
+    }
+    if (lanes <= kWarp)
+      block_sum(loss, weight, reinterpret_cast<double*>(shared_memory() + (kWarp + 16) * kSums));
+    if (thread == 0 && rank == 0) finish_block(p, loss, weight, blocks);
   }
-  if (lanes <= kWarp)
-    block_sum(loss, weight, reinterpret_cast<double*>(shared_memory() + (kWarp + 16) * kSums));
-  if (thread == 0 && rank == 0) finish_block(p, loss, weight, blocks);
 }
 
 // --------------------------------------------------------------------------------------------- few
@@ -614,7 +622,8 @@ DLK_KERNEL void __launch_bounds__(kOneBlock, 1) few_kernel(const Problem<S> p) {
   using T = accumulate_t<S>;
   const int thread = int(threadIdx.x), classes = int(p.classes);
   const int64_t row0 = int64_t(blockIdx.x) * blockDim.x, row = row0 + thread;
-  const int rows = int(min(int64_t(blockDim.x), p.rows - row0));
+  const int64_t left = p.rows - row0;
+  const int rows = int(left < blockDim.x ? left : blockDim.x);
   // Rows a multiple of 32 bytes apart would meet in the same banks: each row begins elsewhere.
   const int first = classes * sizeof(S) % 32 == 0 ? thread % classes : 0;
   S* tile = reinterpret_cast<S*>(shared_memory() + kHeader);
@@ -622,8 +631,7 @@ DLK_KERNEL void __launch_bounds__(kOneBlock, 1) few_kernel(const Problem<S> p) {
   copy_in(tile, p.input + row0 * classes, rows * classes);
   if (kGeneral && p.probability) copy_in(t_tile, p.probability + row0 * classes, rows * classes);
   copy_async_commit();
-  RowTarget target;
-  if (thread < rows) target = read_target(p, row);
+  const int y = thread < rows ? read_target(p, row) : -1;
   const double factor = p.gradient ? common_factor(p) : 1;
   copy_async_wait<0>();
   sync_block();
@@ -636,7 +644,8 @@ DLK_KERNEL void __launch_bounds__(kOneBlock, 1) few_kernel(const Problem<S> p) {
     const int end = first + classes;
     const auto at = [&](int i) { return i < classes ? i : i - classes; };
     if (!p.saved_lse)
-      for (int c = 0; c < classes; ++c) a.max = fmax(a.max, squash<kGeneral>(p, widen(x[at(c)])));
+      for (int c = 0; c < classes; ++c)
+        a.max = std::fmax(a.max, squash<kGeneral>(p, widen(x[at(c)])));
     const T shift = Exponential<S>::shift_of(a.max);
     const T max = a.max == -kInfinity<T> ? T(0) : a.max;
     if (!p.saved_lse || (kGeneral && t))
@@ -650,15 +659,15 @@ DLK_KERNEL void __launch_bounds__(kOneBlock, 1) few_kernel(const Problem<S> p) {
         }
       }
     if (!p.saved_lse) {
-      loss = finish_row(p, row, target, a, p.input + row * classes + target.index);
-      weight = target.weight;
+      loss = finish_row(p, row, y, a, p.input + row * classes + y);
+      weight = weight_of(p, y);
     }
     if (p.gradient) {
-      const Coefficients<T> k = coefficients(p, row, target, factor, a);
+      const Coefficients<T> k = coefficients(p, row, y, factor, a);
       for (int i = first; i < end; ++i) {
         const int c = at(i);
-        x[c] = narrow<S>(
-            gradient_of<kGeneral>(p, k, widen(x[c]), t ? widen(t[c]) : T(0), c, c == target.index));
+        x[c] =
+            narrow<S>(gradient_of<kGeneral>(p, k, widen(x[c]), t ? widen(t[c]) : T(0), c, c == y));
       }
     }
   }
@@ -742,7 +751,7 @@ DLK_DEVICE void read_columns(const Problem<S>& p, const S* x, const S* t, int sl
       T value[N];
       P::unpack(v[u], value);
 #pragma unroll
-      for (int i = 0; i < N; ++i) max[i] = fmax(max[i], squash<kGeneral>(p, value[i]));
+      for (int i = 0; i < N; ++i) max[i] = std::fmax(max[i], squash<kGeneral>(p, value[i]));
     }
     if (stage) stage += U * threads;
 #pragma unroll
@@ -817,14 +826,14 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
 
   double loss = 0, weight = 0;
   for (int i = thread; i < positions && row0 + i < p.rows; i += threads) {
-    const RowTarget target = read_target(p, row0 + i);
+    const int y = read_target(p, row0 + i);
     Sums<T> a;
     if (!p.saved_lse || t)
       for (int s = 0; s < shape.slices; ++s) {
         const T* slot = slots + s * kFields * positions + i;
         Sums<T> b{slot[0], slot[positions]};
         if (kGeneral) b.mass = slot[2 * positions], b.moment = slot[3 * positions];
-        const T max = fmax(a.max, b.max);
+        const T max = std::fmax(a.max, b.max);
         raise_max<kGeneral, S>(a, max);
         raise_max<kGeneral, S>(b, max);
         a.sum += b.sum;
@@ -833,20 +842,19 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
       }
     if (!p.saved_lse) {
       const S* logit = p.input + row_offset(p.layout, row0 + i) +
-                       (target.index < 0 ? 0 : target.index * p.layout.class_stride);
-      loss += finish_row(p, row0 + i, target, a, logit);
-      weight += target.weight;
+                       (y < 0 ? 0 : int64_t(y) * p.layout.class_stride);
+      loss += finish_row(p, row0 + i, y, a, logit);
+      weight += weight_of(p, y);
     }
     if (p.gradient) {
-      const Coefficients<T> k = coefficients(p, row0 + i, target, factor, a);
+      const Coefficients<T> k = coefficients(p, row0 + i, y, factor, a);
       T* slot = slots + i;
       slot[0] = k.scale;
       slot[positions] = k.spread;
       slot[2 * positions] = k.hit;
       slot[3 * positions] = k.shift;
       slot[4 * positions] = k.low;
-      slot[5 * positions] =
-          bit_cast<T>(std::conditional_t<sizeof(T) == 8, int64_t, int>(target.index));
+      slot[5 * positions] = bit_cast<T>(std::conditional_t<sizeof(T) == 8, int64_t, int>(y));
     }
   }
 
@@ -889,10 +897,11 @@ DLK_KERNEL void __launch_bounds__(kOneBlock, 1)
     weights_kernel(const Problem<S> p, int64_t part, double* sums) {
   const bool classes = int(blockIdx.x) == p.number_of_pieces;
   const int64_t begin = classes ? 0 : int64_t(blockIdx.x) * part;
-  const int64_t end = classes ? p.classes : min(p.rows, begin + part);
+  const int64_t all = classes ? p.classes : p.rows;
+  const int64_t end = classes || all - begin < part ? all : begin + part;
   double total = 0, unused = 0;
   for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x)
-    total += classes ? double(widen(p.weight[i])) : read_target(p, i).weight;
+    total += classes ? double(widen(p.weight[i])) : weight_of(p, read_target(p, i));
   block_sum(total, unused, reinterpret_cast<double*>(shared_memory()));
   if (threadIdx.x == 0) sums[blockIdx.x] = total;
 }
@@ -935,14 +944,13 @@ DLK_KERNEL void __launch_bounds__(kThreads, 2)
     for (int i = 0; i < N; ++i) x[i] *= by;
     store_gradient(gradient + span.vector(j), pack<S>(x), stays);
   }
-  if (blockIdx.x == 0 && int(threadIdx.x) < span.edges()) {
+  if (blockIdx.x == 0 && int(threadIdx.x) < span.edges) {
     S* at = gradient + span.edge(int(threadIdx.x));
     *at = narrow<S>(widen(*at) * by);
   }
 }
 
-// -------------------------------------------------------------------------------------------
-// shapes
+// ------------------------------------------------------------------------------------------ shapes
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int power_of_two_from(int64_t n, int least, int most) {
@@ -979,14 +987,14 @@ Plan plan_rows(const Problem<S>& p) {
       lanes = line.lanes;
       break;
     }
-  if (p.rows <= 64 && p.rows * vectors <= 2048) {  // one block, one launch
+  if (p.rows <= 32 && p.rows * vectors <= 2048) {  // one block, one launch
     lanes = kWarp;
-    while (p.rows * lanes > kThreads) lanes /= 2;
+    while (p.rows * lanes > kStagingThreads) lanes /= 2;
     plan.rows.rows = int(p.rows);
   } else {
     while (lanes < kThreads && p.rows * lanes < kWantedThreads && vectors > 8 * lanes)
       lanes = lanes == kWarp ? 128 : 2 * lanes;
-    if (staged) lanes = std::min(lanes, 256);
+    if (staged) lanes = std::min(lanes, kStagingThreads);
     plan.rows.rows = lanes > kWarp ? 1 : 128 / lanes;
   }
   plan.threads = int(divide_up(plan.rows.rows * lanes, kWarp) * kWarp);
@@ -1096,6 +1104,8 @@ struct Prepared {
     p.target_layout = *t;
     p.gradient_layout = *g;
     p.rows = x->outer * x->inner;
+    DLK_CHECK(x->classes < int64_t(1) << 31, kOp, ": expected fewer than 2^31 classes, got ",
+              x->classes);
     p.classes = x->classes;
     p.kind = target.is_probability         ? Kind::kProbability
              : options.label_smoothing > 0 ? Kind::kSmooth
@@ -1137,8 +1147,13 @@ void launch_walk(const Problem<S>& p, const Plan& plan, bool vectors) {
                     .block = unsigned(plan.threads),
                     .shared = plan.shared,
                     .cluster = plan.cluster};
-  if (p.walk == Walk::kRows)
-    launch(rows_kernel<S, kGeneral>, "cross_entropy rows", shape, p, plan.rows);
+  constexpr const char* kRowsName = "cross_entropy rows";
+  if (p.walk == Walk::kRows && p.saved_lse)
+    launch(rows_kernel<S, Pass::kBackward, kGeneral>, kRowsName, shape, p, plan.rows);
+  else if (p.walk == Walk::kRows && p.gradient)
+    launch(rows_kernel<S, Pass::kBoth, kGeneral>, kRowsName, shape, p, plan.rows);
+  else if (p.walk == Walk::kRows)
+    launch(rows_kernel<S, Pass::kForward, kGeneral>, kRowsName, shape, p, plan.rows);
   else if (p.walk == Walk::kFew)
     launch(few_kernel<S, kGeneral>, "cross_entropy few", shape, p);
   else if (vectors)
