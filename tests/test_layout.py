@@ -208,7 +208,7 @@ def cpu_kernels_include_their_own_and_the_three_headers_only(root):
 
 @rule
 def cuda_kernels_include_their_own_and_common_cuh_only(root):
-    """Let csrc/cuda/<op>.cu include common.cuh, ../<op>.h, std, stable; CUDA's headers are arch.h's."""
+    """Let csrc/cuda/<op>.cu include common.cuh, ../<op>.h, std, stable; CUDA's stand in arch.h."""
     found = []
     for path in under(root, "csrc/cuda", suffixes=[".h", ".cu", ".cuh"]):
         op = path.stem.removesuffix("_backward")
