@@ -24,8 +24,9 @@
 //
 // Numerics. A thread sums in float (double for double) one batch at a time, lanes, warps and blocks
 // are added as a tree; everything that is once per row is in double, but for the logarithm of the
-// sum (`log_of_sum`). Half types have 2^(x'·log₂e − M), one fma and one approximate exponential,
-// whose M is known exactly; float32 has expf of the exact difference.
+// sum (`log_of_sum`). The sums of half types have 2^(x'·log₂e − M), one fma and one approximate
+// exponential, and are brought from the rounded M = m·log₂e to m at the end; float32 has expf of
+// the exact difference.
 //
 // The same bits every time and on every GPU of the same kind (with clusters or without): shapes
 // alone fix how work is cut, and what blocks have is added by the next kernel in order. No value
@@ -46,6 +47,7 @@ namespace {
 using namespace cross_entropy;
 
 constexpr int kFewClasses = 64;  // contiguous classes up to this number are a thread's
+constexpr int kBatch = 8;        // classes that `few` adds at once
 constexpr int kInlineTargets =
     1024;                      // Σ w_y of so many targets is made by every warp that needs it
 constexpr int kPieces = 256;   // most pieces of a larger Σ w_y
@@ -108,7 +110,7 @@ static_assert(sizeof(Sums<double>) <= kSums && kHeader >= (kWarp + 16) * kSums +
 template <typename T>
 struct Coefficients {
   T scale, spread, hit;
-  T shift, low;  // e = exp((x' − shift) − low)
+  T max, low;  // e = exp((x' − max) − low)
 };
 
 DLK_DEVICE int64_t row_offset(const Layout& l, int64_t row) {
@@ -118,42 +120,38 @@ DLK_DEVICE int64_t row_offset(const Layout& l, int64_t row) {
 
 // ------------------------------------------------------------------------------------ exponentials
 
-// A shift is m in the unit of the exponential: M = m·log₂e, rounded, for half types.
 template <typename S>
 struct Exponential {
   using T = accumulate_t<S>;
   static constexpr float kLog2e = 1.44269504f;
 
-  // 0 while every logit is −inf: each e is then 0.
+  // What the sums of half types subtract: M = m·log₂e, rounded, else m; 0 while every logit is
+  // −inf: each e is then 0.
   static DLK_DEVICE T shift_of(T max) {
     const T shift = is_half<S> ? max * T(kLog2e) : max;
     return shift == -kInfinity<T> ? T(0) : shift;
   }
-  static DLK_DEVICE double natural(T shift) {
-    return is_half<S> ? double(shift) / double(kLog2e) : double(shift);
-  }
-  static DLK_DEVICE T of(T x, T shift, T low = 0) {
+  static DLK_DEVICE T of(T x, T shift) {
     if constexpr (is_half<S>)
       return exp2_approximate(fmaf(x, kLog2e, -shift));
-    else if constexpr (std::is_same_v<T, float>)
-      return expf((x - shift) - low);
     else
-      return exp(x - shift);
+      return relative(x, shift, 0);
   }
   // exp(from − to), of shifts.
   static DLK_DEVICE T ratio(T from, T to) {
     if constexpr (is_half<S>)
       return exp2_approximate(from - to);
-    else if constexpr (std::is_same_v<T, float>)
-      return expf(from - to);
     else
-      return exp(from - to);
+      return relative(from, to, 0);
   }
-  // A saved log-sum-exp as a T and the rest, so that exp((x' − shift) − low) is as exact as
-  // exp(x' − m) / Σe.
-  static DLK_DEVICE void split(double lse, T& shift, T& low) {
-    shift = T(is_half<S> ? lse * double(kLog2e) : lse);
-    low = !is_half<S> && std::isfinite(shift) ? T(lse - double(shift)) : T(0);
+  // exp((x − m) − low), 1 for x = m.
+  static DLK_DEVICE T relative(T x, T max, T low) {
+    if constexpr (is_half<S>)
+      return exp2_approximate(((x - max) - low) * kLog2e);
+    else if constexpr (std::is_same_v<T, float>)
+      return expf((x - max) - low);
+    else
+      return exp(x - max);
   }
 };
 
@@ -218,6 +216,13 @@ DLK_DEVICE void add_lanes(Sums<accumulate_t<S>>& a, int lanes) {
   }
 }
 
+// From M to m: the sum of all of a row, where the largest e is 1.
+template <typename S>
+DLK_DEVICE void normalize(Sums<accumulate_t<S>>& a) {
+  using E = Exponential<S>;
+  if (is_half<S>) a.sum /= E::of(a.max, E::shift_of(a.max));
+}
+
 // The sums of a row that `lanes` threads of `blocks` blocks have in parts, for all of them. A
 // cluster has arrived at its barrier before.
 template <bool kGeneral, typename S>
@@ -239,6 +244,7 @@ DLK_DEVICE void add_row(Sums<accumulate_t<S>>& a, int lanes, unsigned blocks) {
     a = lane() < int(blocks) ? parts[lane()] : Part{};
     add_lanes<kGeneral, S>(a, kWarp);
   }
+  normalize<S>(a);
 }
 
 // ------------------------------------------------------------------------------------- row algebra
@@ -267,7 +273,7 @@ DLK_DEVICE double total_weight(const Problem<S>& p) {
   if (p.saved_total) return *p.saved_total;
   if (!p.target) return double(p.rows);
   double total = 0;
-  if (p.pieces)
+  if (p.number_of_pieces > 0)
     for (int i = lane(); i < p.number_of_pieces; i += kWarp) total += p.pieces[i];
   else
     for (int64_t row = lane(); row < p.rows; row += kWarp)
@@ -290,17 +296,19 @@ DLK_DEVICE Coefficients<accumulate_t<S>> coefficients(const Problem<S>& p, int64
                                                       double factor,
                                                       const Sums<accumulate_t<S>>& a) {
   using T = accumulate_t<S>;
-  using E = Exponential<S>;
   Coefficients<T> k;
   double lse = 0, sum = 1;
   if (p.saved_lse) {
+    // As a T and the rest, so that e is as exact as exp(x' − m) / Σe.
     lse = p.saved_lse[row];
-    E::split(lse, k.shift, k.low);
+    k.max = T(lse);
+    k.low = std::isfinite(k.max) ? T(lse - double(k.max)) : T(0);
   } else {
-    k.shift = E::shift_of(a.max);
+    // While every logit is −inf, each e is 0.
+    k.max = a.max == -kInfinity<T> ? T(0) : a.max;
     k.low = 0;
     sum = double(a.sum);
-    if (p.z_loss != 0) lse = E::natural(k.shift) + log_of_sum(a.sum);
+    if (p.z_loss != 0) lse = double(k.max) + log_of_sum(a.sum);
   }
   const double f =
       p.grad_loss && p.reduction == kNone ? factor * double(widen(p.grad_loss[row])) : factor;
@@ -327,10 +335,9 @@ template <typename S>
 DLK_DEVICE double finish_row(const Problem<S>& p, int64_t row, int y,
                              const Sums<accumulate_t<S>>& a, const S* target_logit) {
   using T = accumulate_t<S>;
-  using E = Exponential<S>;
   // A row of −inf has log-sum-exp −inf, as torch.logsumexp, and a loss of NaN, as stock.
-  const double lse = E::natural(E::shift_of(a.max)) + log_of_sum(a.sum);
-  const double excess = lse - double(a.max);
+  const double excess = log_of_sum(a.sum);
+  const double lse = a.max == -kInfinity<T> ? excess : double(a.max) + excess;
   double loss = p.z_loss != 0 ? p.z_loss * lse * lse : 0;
   if (p.kind == Kind::kProbability) {
     loss += double(a.mass) * excess - double(a.moment);
@@ -372,7 +379,7 @@ DLK_DEVICE accumulate_t<S> gradient_of(const Problem<S>& p, const Coefficients<a
                                        bool is_target) {
   using T = accumulate_t<S>;
   T u = 0;
-  const T e = Exponential<S>::of(squash<kGeneral>(p, x, u), k.shift, k.low);
+  const T e = Exponential<S>::relative(squash<kGeneral>(p, x, u), k.max, k.low);
   T v = e * k.scale;
   if (is_target)
     v -= k.hit;
@@ -649,16 +656,22 @@ DLK_KERNEL void __launch_bounds__(kOneBlock, 1) few_kernel(const Problem<S> p) {
     const T shift = Exponential<S>::shift_of(a.max);
     const T max = a.max == -kInfinity<T> ? T(0) : a.max;
     if (!p.saved_lse || (kGeneral && t))
-      for (int i = first; i < end; ++i) {
-        const T value = squash<kGeneral>(p, widen(x[at(i)]));
-        a.sum += Exponential<S>::of(value, shift);
-        if (kGeneral && p.kind != Kind::kIndex) {
+      for (int i0 = first; i0 < end; i0 += kBatch) {  // whose sums join the totals at once
+        Sums<T> part;
+        for (int i = i0; i < i0 + kBatch && i < end; ++i) {
+          const T value = squash<kGeneral>(p, widen(x[at(i)]));
+          part.sum += Exponential<S>::of(value, shift);
+          if (!kGeneral || p.kind == Kind::kIndex) continue;
           const T s = mass(p, at(i), t ? widen(t[at(i)]) : T(0));
-          a.mass += s;
-          a.moment += s * (value - max);
+          part.mass += s;
+          part.moment += s * (value - max);
         }
+        a.sum += part.sum;
+        a.mass += part.mass;
+        a.moment += part.moment;
       }
     if (!p.saved_lse) {
+      normalize<S>(a);
       loss = finish_row(p, row, y, a, p.input + row * classes + y);
       weight = weight_of(p, y);
     }
@@ -841,6 +854,7 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
         a.moment += b.moment;
       }
     if (!p.saved_lse) {
+      normalize<S>(a);
       const S* logit = p.input + row_offset(p.layout, row0 + i) +
                        (y < 0 ? 0 : int64_t(y) * p.layout.class_stride);
       loss += finish_row(p, row0 + i, y, a, logit);
@@ -852,7 +866,7 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
       slot[0] = k.scale;
       slot[positions] = k.spread;
       slot[2 * positions] = k.hit;
-      slot[3 * positions] = k.shift;
+      slot[3 * positions] = k.max;
       slot[4 * positions] = k.low;
       slot[5 * positions] = bit_cast<T>(std::conditional_t<sizeof(T) == 8, int64_t, int>(y));
     }
