@@ -634,8 +634,10 @@ extern "C" {
 
 void __tsan_init() {}
 void __tsan_func_entry(void*) {
-  if (running && reinterpret_cast<uintptr_t>(__builtin_frame_address(0)) - running->stack < 8192)
-    dlkernels::emulated::fail("a thread's stack overflows: its local arrays, or a recursion");
+  constexpr intptr_t kLeft = 8192;  // for the emulator itself
+  if (running &&
+      intptr_t(reinterpret_cast<uintptr_t>(__builtin_frame_address(0)) - running->stack) < kLeft)
+    dlkernels::emulated::fail("the stack of a thread overflows: its local arrays, or a recursion");
 }
 void __tsan_func_exit() {}
 

@@ -560,7 +560,7 @@ static void deliver(Mbarrier& b) {
 void mbarrier_wait(uint64_t* barrier, unsigned parity) {
   Fiber& f = self();
   Mbarrier& b = find_mbarrier(f, barrier, "mbarrier_wait", DLK_HERE_PC);
-  deliver(b);
+  if ((b.phase & 1) == parity) deliver(b);
   if ((b.phase & 1) != parity) {
     acquire(f, b.completed);
     return;
