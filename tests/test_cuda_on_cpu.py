@@ -325,8 +325,9 @@ FAULTS = {  # kernel: (how it is launched, what is reported of each fault)
     "lanes_through_shared": ({}, [RACE + "read of 4 bytes at offset .* of shared memory"]),
     "broadcast": ({}, [RACE]),
     "divergent": ({}, ["barrier divergence"] * 3),
+    "chain": ({}, [RACE + ".* of shared memory|never written"] * 2),
     "named": (
-        {"blocks": 2},
+        {},
         [
             RACE + "|never written",
             r"deadlock: .*64 threads wait at sync_named\(3, 96\)",
@@ -388,6 +389,16 @@ FAULTS = {  # kernel: (how it is launched, what is reported of each fault)
             "the block ends, and nothing lets it wait|shared memory of an ended block",
         ],
     ),
+    "split": (
+        {"cluster": 4},
+        [
+            RACE + ".* of shared memory|never written",
+            "cluster_arrive twice without cluster_wait",
+            "ends between cluster_arrive and cluster_wait|ends, and nothing lets it wait",
+            "cluster_wait without cluster_arrive",
+        ],
+    ),
+    "steps": ({"cooperative": 1}, [RACE + ".*`output`"]),
     "pipeline": (
         {},
         [
@@ -406,6 +417,7 @@ FAULTS = {  # kernel: (how it is launched, what is reported of each fault)
             "async copy not waited for: read|never written|" + RACE,
         ],
     ),
+    "specialised": ({}, ["async copy not waited for|" + RACE + "|more arrivals"] + [RACE] * 2),
 }
 CASES = [
     pytest.param(name, fault, id=f"{name}-{fault}")
@@ -435,7 +447,14 @@ def wanted_output(name, x):
         return x.view(-1, 2).flip(1).view_as(x)
     if name == "broadcast":
         return (3 * x[:, :1] + 3).expand_as(x)
-    if name in ("neighbours", "ring"):
+    if name == "chain":
+        return 2 * x.view(-1, 2, 32)[:, :, :1].expand(-1, 2, 32).reshape(x.shape)
+    if name == "steps":
+        return x.roll(-3, 0)
+    if name == "specialised":
+        lanes = x.view(-1, 16, 2).sum(0).flip(1).flatten()
+        return torch.cat([torch.zeros(32), lanes]).expand_as(x)
+    if name in ("neighbours", "ring", "split"):
         return x.roll(-1, 0)
     if name in ("pipeline", "bulk"):
         return x.sum(0).flip(0).expand_as(x)

@@ -39,8 +39,7 @@
 #include <cstddef>
 #include <cstdint>
 
-// ------------------------------------------------------------------- names that CUDA C++ has built
-// in
+// ---------------------------------------------------------------- names that CUDA C++ has built in
 
 #define __global__
 #define __device__

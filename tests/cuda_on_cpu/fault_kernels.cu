@@ -82,6 +82,19 @@ KERNEL(divergent) {
   }
 }
 
+// From lane 3 over lane 2 to lane 1, and from there to all: 1 and 2 each without one of the two.
+KERNEL(chain) {
+  const Place p = here();
+  const int l = lane();
+  float* own = p.shared + 2 * warp_index();
+  if (l == 3) own[0] = INPUT[p.index - 3];
+  if (!BROKEN(1) && (l == 2 || l == 3)) sync_warp(0xc);
+  if (!BROKEN(2) && (l == 1 || l == 2)) sync_warp(0x6);
+  if (l == 1) own[1] = 2 * own[0];
+  sync_named(1 + warp_index(), 32);
+  OUTPUT[p.index] = own[1];
+}
+
 // Warp 0 makes, warp 1 uses: 1 without the barrier, 2 waits for a third warp that does not come,
 // 3 disagrees on the number of threads.
 KERNEL(named) {
@@ -207,8 +220,7 @@ KERNEL(streaming) {
   }
 }
 
-// ------------------------------------------------------------------------------------ across
-// blocks
+// ----------------------------------------------------------------------------------- across blocks
 
 // 1 all blocks write one element, 2 one adds to it without an atomic.
 KERNEL(total) {
@@ -293,8 +305,41 @@ KERNEL(ring) {
   if (BROKEN(4)) OUTPUT[p.index] = theirs[p.thread];
 }
 
-// --------------------------------------------------------------------------------- asynchronous
-// copies
+// Arrives early and waits late: 1 writes after it has arrived, 2 arrives twice, 3 never waits, 4
+// waits without having arrived.
+KERNEL(split) {
+  const Place p = here();
+  if (!BROKEN(1)) p.shared[p.thread] = INPUT[p.index];
+  if (!BROKEN(4)) cluster_arrive();
+  if (BROKEN(2)) cluster_arrive();
+  if (BROKEN(1)) p.shared[p.thread] = INPUT[p.index];
+  SCRATCH[p.index] = 1;
+  cluster_wait();
+  const float* theirs = cluster_shared(p.shared, (cluster_rank() + 1) % cluster_blocks());
+  const float x = theirs[p.thread];
+  cluster_arrive();
+  OUTPUT[p.index] = x * SCRATCH[p.index];
+  if (!BROKEN(3)) cluster_wait();
+}
+
+// Cooperative: three steps, each of which reads what the neighbour wrote in the one before; 1
+// writes in place, for which one barrier a step is too few.
+KERNEL(steps) {
+  const Place p = here();
+  const unsigned n = gridDim.x * p.threads;
+  OUTPUT[p.index] = INPUT[p.index];
+  SCRATCH[p.index] = 0;
+  for (int step = 0; step < 3; ++step) {
+    sync_grid();
+    const float* from = step % 2 && !BROKEN(1) ? SCRATCH : OUTPUT;
+    float* to = step % 2 || BROKEN(1) ? OUTPUT : SCRATCH;
+    to[p.index] = from[(p.index + p.threads) % n];
+  }
+  sync_grid();
+  if (!BROKEN(1)) OUTPUT[p.index] = SCRATCH[p.index];
+}
+
+// ----------------------------------------------------------------------------- asynchronous copies
 
 // Rows of the input through two buffers: 1 does not wait, 2 waits for one group too few, 3 without
 // the barrier for the other threads' copies, 4 overwrites a buffer that is still read, 5 waits for
@@ -344,8 +389,36 @@ KERNEL(bulk) {
   OUTPUT[p.index] = sum;
 }
 
-// -------------------------------------------------------------------------------------------
-// failure
+// Lane 0 of warp 0 copies, warp 1 reads, through two buffers that are full or empty: 1 does not
+// wait for an empty buffer, 2 lets lane 0 say for all that they have read, 3 says so before
+// reading.
+KERNEL(specialised) {
+  const Place p = here();
+  auto* full = reinterpret_cast<uint64_t*>(p.shared + 64);
+  uint64_t* empty = full + 2;
+  const unsigned steps = 2 * gridDim.x;
+  if (p.thread < 4) mbarrier_init(full + p.thread, 1);
+  sync_block();
+  float sum = 0;
+  for (unsigned step = 0; step < steps; ++step) {
+    const unsigned stage = step % 2, round = step / 2;
+    float* buffer = p.shared + 32 * stage;
+    if (p.thread == 0) {
+      if (round > 0 && !BROKEN(1)) mbarrier_wait(empty + stage, (round - 1) & 1);
+      mbarrier_arrive_expect(full + stage, 128);
+      bulk_copy(buffer, INPUT + 32 * step, 128, full + stage);
+    } else if (warp_index() == 1) {
+      mbarrier_wait(full + stage, round & 1);
+      if (BROKEN(3) && lane() == 0) mbarrier_arrive(empty + stage);
+      sum += buffer[lane() ^ 1];
+      if (!BROKEN(2)) sync_warp();
+      if (!BROKEN(3) && lane() == 0) mbarrier_arrive(empty + stage);
+    }
+  }
+  OUTPUT[p.index] = sum;
+}
+
+// ----------------------------------------------------------------------------------------- failure
 
 KERNEL(target) {
   const Place p = here();

@@ -526,8 +526,7 @@ void run(const Launch& launch, const void* body, size_t bytes, void (*call)(cons
   throw std::runtime_error(resolve(failure.text));
 }
 
-// ------------------------------------------------------------------------------ device and
-// geometry
+// ----------------------------------------------------------------------------- device and geometry
 
 int compute_capability() {
   const char* wanted = getenv("DLKERNELS_EMULATED_CC");
