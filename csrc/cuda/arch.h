@@ -511,6 +511,24 @@ DLK_DEVICE uint32_t pack2(float low, float high) {
 #endif
 }
 
+// The larger of each half of two pairs; of a number and a NaN the number.
+template <typename S>
+DLK_DEVICE uint32_t max2(uint32_t a, uint32_t b) {
+#ifdef DLKERNELS_EMULATED
+  float low[2], high[2];
+  unpack2<S>(a, low[0], high[0]);
+  unpack2<S>(b, low[1], high[1]);
+  return pack2<S>(std::fmax(low[0], low[1]), std::fmax(high[0], high[1]));
+#else
+  uint32_t c;
+  if constexpr (std::is_same_v<S, bf16>)
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  else
+    asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+#endif
+}
+
 // ----------------------------------------------------------------------------------------- failure
 
 // On the GPU: prints, and ends the kernel as a failed assert does ("device-side assert triggered").

@@ -144,10 +144,10 @@ struct Exponential {
     else
       return relative(from, to, 0);
   }
-  // exp((x − m) − low), 1 for x = m.
+  // exp((x − m) − low), 1 for x = m and low = 0; of half types low is in units of ln 2.
   static DLK_DEVICE T relative(T x, T max, T low) {
     if constexpr (is_half<S>)
-      return exp2_approximate(((x - max) - low) * kLog2e);
+      return exp2_approximate(fmaf(x - max, kLog2e, -low));
     else if constexpr (std::is_same_v<T, float>)
       return expf((x - max) - low);
     else
@@ -249,11 +249,15 @@ DLK_DEVICE void add_row(Sums<accumulate_t<S>>& a, int lanes, unsigned blocks) {
 
 // ------------------------------------------------------------------------------------- row algebra
 
+// A row's target as it is in memory: asked for before the logits, looked at after them.
+template <typename S>
+DLK_DEVICE int64_t load_target(const Problem<S>& p, int64_t row) {
+  return p.target ? p.target[row] : p.ignore_index;
+}
+
 // y; −1 where there is none: at an ignored row, and of probabilities.
 template <typename S>
-DLK_DEVICE int read_target(const Problem<S>& p, int64_t row) {
-  if (!p.target) return -1;
-  const int64_t y = p.target[row];
+DLK_DEVICE int check_target(const Problem<S>& p, int64_t y) {
   if (y == p.ignore_index) return -1;
   DLK_DEVICE_CHECK_INDEX(uint64_t(y) < uint64_t(p.classes), "Target %lld is out of bounds.",
                          static_cast<long long>(y));
@@ -277,7 +281,7 @@ DLK_DEVICE double total_weight(const Problem<S>& p) {
     for (int i = lane(); i < p.number_of_pieces; i += kWarp) total += p.pieces[i];
   else
     for (int64_t row = lane(); row < p.rows; row += kWarp)
-      total += weight_of(p, read_target(p, row));
+      total += weight_of(p, check_target(p, load_target(p, row)));
   return group_sum(total);
 }
 
@@ -303,6 +307,7 @@ DLK_DEVICE Coefficients<accumulate_t<S>> coefficients(const Problem<S>& p, int64
     lse = p.saved_lse[row];
     k.max = T(lse);
     k.low = std::isfinite(k.max) ? T(lse - double(k.max)) : T(0);
+    if (is_half<S>) k.low *= T(Exponential<S>::kLog2e);
   } else {
     // While every logit is −inf, each e is 0.
     k.max = a.max == -kInfinity<T> ? T(0) : a.max;
@@ -333,7 +338,7 @@ DLK_DEVICE Coefficients<accumulate_t<S>> coefficients(const Problem<S>& p, int64
 // Writes log-sum-exp, and the loss for "none"; returns the loss.
 template <typename S>
 DLK_DEVICE double finish_row(const Problem<S>& p, int64_t row, int y,
-                             const Sums<accumulate_t<S>>& a, const S* target_logit) {
+                             const Sums<accumulate_t<S>>& a, S logit) {
   using T = accumulate_t<S>;
   // A row of −inf has log-sum-exp −inf, as torch.logsumexp, and a loss of NaN, as stock.
   const double excess = log_of_sum(a.sum);
@@ -342,8 +347,7 @@ DLK_DEVICE double finish_row(const Problem<S>& p, int64_t row, int y,
   if (p.kind == Kind::kProbability) {
     loss += double(a.mass) * excess - double(a.moment);
   } else if (y >= 0) {
-    const double logit = double(squash<true>(p, widen(*target_logit)));
-    loss += p.kept * weight_of(p, y) * (lse - logit);
+    loss += p.kept * weight_of(p, y) * (lse - double(squash<true>(p, widen(logit))));
     if (p.kind == Kind::kSmooth) {
       const double all = p.sum_of_weights ? p.pieces[p.number_of_pieces] : double(p.classes);
       loss += p.uniform * (all * excess - double(a.moment));
@@ -399,9 +403,9 @@ DLK_DEVICE void store_gradient(void* to, const Bits16& v, bool stays) {
 // -------------------------------------------------------------------------------------------- rows
 
 struct RowsShape {
-  int lanes;  // threads of a block that share a row
-  int rows;   // rows of a block
-  int slots;  // vectors of a thread that stay in shared memory, 0 if they are read again
+  int log_lanes;  // of the threads of a block that share a row
+  int rows;       // rows of a block
+  int slots;      // vectors of a thread that stay in shared memory, 0 if they are read again
 };
 
 // A row cut into 16-byte vectors of the gradient, or of the logits where none is written. Vectors
@@ -421,14 +425,14 @@ struct RowView {
     head = span.head;
     edges = span.edges;
     vectors = int(span.vectors);
-    x_aligned = is_aligned(x + head);
+    x_aligned = !gradient || is_aligned(x + head);
     if (p.probability) {
       t = p.probability + (active ? row_offset(p.target_layout, row) : 0);
       t_aligned = is_aligned(t + head);
     }
   }
-  DLK_DEVICE int64_t edge(int i) const { return i < head ? i : i + int64_t(vectors) * kVector<S>; }
-  DLK_DEVICE int64_t vector(int j) const { return head + int64_t(j) * kVector<S>; }
+  DLK_DEVICE int edge(int i) const { return i < head ? i : i + vectors * kVector<S>; }
+  DLK_DEVICE int vector(int j) const { return head + j * kVector<S>; }
 };
 
 // The threads that share a row, and this one's part of it: vectors and edges member, member + step
@@ -458,10 +462,8 @@ DLK_DEVICE Sums<accumulate_t<S>> read_row(const Problem<S>& p, const RowView<S>&
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (kGeneral && j0 + u * part.step >= r.vectors) continue;  // −inf is −cap
-      unpack<S>(v[u], x);
-#pragma unroll
-      for (int i = 0; i < N; ++i) max = std::fmax(max, squash<kGeneral>(p, x[i]));
+      if (kGeneral && j0 + u * part.step >= r.vectors) continue;   // −inf would be −cap
+      max = std::fmax(max, squash<kGeneral>(p, max_of<S>(v[u])));  // it is monotonic
     }
     raise_max<kGeneral, S>(a, max);
     const T shift = E::shift_of(a.max), finite = a.max == -kInfinity<T> ? T(0) : a.max;
@@ -494,7 +496,7 @@ DLK_DEVICE Sums<accumulate_t<S>> read_row(const Problem<S>& p, const RowView<S>&
     a.moment += moment;
   }
   for (int i = part.member; i < r.edges; i += part.step) {
-    const int64_t c = r.edge(i);
+    const int c = r.edge(i);
     const T x = squash<kGeneral>(p, widen(r.x[c]));
     raise_max<kGeneral, S>(a, std::fmax(a.max, x));
     a.sum += E::of(x, E::shift_of(a.max));
@@ -543,17 +545,24 @@ DLK_DEVICE void write_row(const Problem<S>& p, const RowView<S>& r, const Part& 
     for (int u = 0; u < U; ++u) {
       const int j = j0 + u * part.step;
       if (j >= r.vectors) continue;
-      const int64_t c = r.vector(j);
+      const int c = r.vector(j);
       T x[N], t[N] = {};
       unpack<S>(v[u], x);
       if (kGeneral && r.t) unpack<S>(load_vector(r.t + c, r.t_aligned), t);
 #pragma unroll
-      for (int i = 0; i < N; ++i) x[i] = gradient_of<kGeneral>(p, k, x[i], t[i], c + i, c + i == y);
+      for (int i = 0; i < N; ++i) x[i] = gradient_of<kGeneral>(p, k, x[i], t[i], c + i, false);
+      if (unsigned(y - c) < unsigned(N)) {
+        T again[N];
+        unpack<S>(v[u], again);
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+          if (c + i == y) x[i] = gradient_of<kGeneral>(p, k, again[i], T(0), y, true);
+      }
       store_gradient(r.gradient + c, pack<S>(x), p.stays);
     }
   }
   for (int i = part.member; i < r.edges; i += part.step) {
-    const int64_t c = r.edge(i);
+    const int c = r.edge(i);
     const T t = kGeneral && r.t ? widen(r.t[c]) : T(0);
     r.gradient[c] = narrow<S>(gradient_of<kGeneral>(p, k, widen(r.x[c]), t, c, c == y));
   }
@@ -566,26 +575,30 @@ DLK_KERNEL void __launch_bounds__(kPass == Pass::kBoth ? kStagingThreads : kThre
                                                              : 2)
     rows_kernel(const Problem<S> p, const RowsShape shape) {
   using T = accumulate_t<S>;
-  const int thread = int(threadIdx.x), lanes = shape.lanes, group = thread / lanes;
+  const int thread = int(threadIdx.x), lanes = 1 << shape.log_lanes;
+  const int group = thread >> shape.log_lanes, place = thread & (lanes - 1);
   const unsigned blocks = cluster_blocks(), rank = cluster_rank();
   const bool sums = kPass != Pass::kBackward || (kGeneral && p.probability);
   if (blocks > 1 && sums) cluster_arrive();
-  const int64_t row = int64_t(blockIdx.x / blocks) * shape.rows + group;
+  const int64_t row = int64_t(blocks > 1 ? blockIdx.x / blocks : blockIdx.x) * shape.rows + group;
   const bool active = row < p.rows && group < shape.rows;
-  const int place = thread % lanes;
+  const int64_t target = active ? load_target(p, row) : p.ignore_index;
+  const RowView<S> r(p, row, active);
   const Part part{
       int(rank) * lanes + place, lanes * int(blocks),
       reinterpret_cast<Bits16*>(shared_memory() + kHeader) + group * shape.slots * lanes + place,
       lanes};
-  const RowView<S> r(p, row, active);
   const bool staged = kPass == Pass::kBoth && shape.slots > 0;
-  const int y = active ? read_target(p, row) : -1;
 
   Sums<T> a;
   if constexpr (kPass != Pass::kBackward)
     a = read_row<kGeneral>(p, r, part, staged);
   else if (sums)
     a.mass = read_mass(p, r, part);
+  const int y = check_target(p, target);
+  const bool finishes = kPass != Pass::kBackward && active && part.member == 0;
+  S logit = {};
+  if (finishes && y >= 0) logit = r.x[y];
   if (sums) add_row<kGeneral, S>(a, lanes, blocks);
   if constexpr (kPass != Pass::kForward) {
     const double factor = common_factor(p);
@@ -593,12 +606,14 @@ DLK_KERNEL void __launch_bounds__(kPass == Pass::kBoth ? kStagingThreads : kThre
   }
   if constexpr (kPass != Pass::kBackward) {
     double loss = 0, weight = 0;
-    if (active && part.member == 0) {
-      loss = finish_row(p, row, y, a, r.x + y);
+    if (finishes) {
+      loss = finish_row(p, row, y, a, logit);
       weight = weight_of(p, y);
     }
-    if (lanes <= kWarp)
-      block_sum(loss, weight, reinterpret_cast<double*>(shared_memory() + (kWarp + 16) * kSums));
+    if (lanes <= kWarp) {
+      double* scratch = reinterpret_cast<double*>(shared_memory() + (kWarp + 16) * kSums);
+      block_sum(loss, weight, scratch, lanes);
+    }
     if (thread == 0 && rank == 0) finish_block(p, loss, weight, blocks);
   }
 }
@@ -638,11 +653,12 @@ DLK_KERNEL void __launch_bounds__(kOneBlock, 1) few_kernel(const Problem<S> p) {
   copy_in(tile, p.input + row0 * classes, rows * classes);
   if (kGeneral && p.probability) copy_in(t_tile, p.probability + row0 * classes, rows * classes);
   copy_async_commit();
-  const int y = thread < rows ? read_target(p, row) : -1;
+  const int64_t target = thread < rows ? load_target(p, row) : p.ignore_index;
   const double factor = p.gradient ? common_factor(p) : 1;
   copy_async_wait<0>();
   sync_block();
 
+  const int y = check_target(p, target);
   S* x = tile + thread * classes;
   const S* t = kGeneral && p.probability ? t_tile + thread * classes : nullptr;
   Sums<T> a;
@@ -672,7 +688,7 @@ DLK_KERNEL void __launch_bounds__(kOneBlock, 1) few_kernel(const Problem<S> p) {
       }
     if (!p.saved_lse) {
       normalize<S>(a);
-      loss = finish_row(p, row, y, a, p.input + row * classes + y);
+      loss = finish_row(p, row, y, a, y >= 0 ? x[y] : S{});
       weight = weight_of(p, y);
     }
     if (p.gradient) {
@@ -839,7 +855,7 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
 
   double loss = 0, weight = 0;
   for (int i = thread; i < positions && row0 + i < p.rows; i += threads) {
-    const int y = read_target(p, row0 + i);
+    const int y = check_target(p, load_target(p, row0 + i));
     Sums<T> a;
     if (!p.saved_lse || t)
       for (int s = 0; s < shape.slices; ++s) {
@@ -855,8 +871,9 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
       }
     if (!p.saved_lse) {
       normalize<S>(a);
-      const S* logit = p.input + row_offset(p.layout, row0 + i) +
-                       (y < 0 ? 0 : int64_t(y) * p.layout.class_stride);
+      S logit = {};
+      if (y >= 0)
+        logit = p.input[row_offset(p.layout, row0 + i) + int64_t(y) * p.layout.class_stride];
       loss += finish_row(p, row0 + i, y, a, logit);
       weight += weight_of(p, y);
     }
@@ -915,7 +932,8 @@ DLK_KERNEL void __launch_bounds__(kOneBlock, 1)
   const int64_t end = classes || all - begin < part ? all : begin + part;
   double total = 0, unused = 0;
   for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x)
-    total += classes ? double(widen(p.weight[i])) : weight_of(p, read_target(p, i));
+    total +=
+        classes ? double(widen(p.weight[i])) : weight_of(p, check_target(p, load_target(p, i)));
   block_sum(total, unused, reinterpret_cast<double*>(shared_memory()));
   if (threadIdx.x == 0) sums[blockIdx.x] = total;
 }
@@ -982,13 +1000,14 @@ struct Plan {
   ColumnsShape columns = {};
 };
 
-// How many threads of a block share a row, by its vectors of 16 bytes: each has 8 to 32, so that
+// How many threads of a block share a row, by its vectors of 16 bytes: each has 8 to 32,
+// so that
 // the exchange between them is not what takes the time.
 struct LanesOfRow {
   int64_t vectors;
   int lanes;
 };
-constexpr LanesOfRow kLanesOfRow[] = {{64, 8}, {256, 16}, {1024, 32}, {2048, 128}, {8192, 256}};
+constexpr LanesOfRow kLanesOfRow[] = {{128, 8}, {512, 16}, {1024, 32}, {2048, 128}, {8192, 256}};
 
 template <typename S>
 Plan plan_rows(const Problem<S>& p) {
@@ -1026,7 +1045,7 @@ Plan plan_rows(const Problem<S>& p) {
       plan.shared = bytes;
     }
   }
-  plan.rows.lanes = lanes;
+  while (1 << plan.rows.log_lanes < lanes) ++plan.rows.log_lanes;
   plan.groups = divide_up(p.rows, plan.rows.rows);
   return plan;
 }
