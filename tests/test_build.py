@@ -328,12 +328,12 @@ def test_neither_cuda_library_nor_triton_is_stock(package):
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
 def test_an_old_gpu_has_no_kernel(monkeypatch, capability):
+    with FakeTensorMode():
+        x, target = torch.empty(4, 9, device="cuda"), torch.empty(4, device="cuda").long()
     monkeypatch.setitem(dlkernels.config.libraries, "cuda", "cuda")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: capability)
     assert dlkernels.config.is_gpu_too_old(0) == (capability < (8, 0))
-    with FakeTensorMode():
-        x, target = torch.empty(4, 9, device="cuda"), torch.empty(4, device="cuda").long()
     refusal = dlkernels.ops.cross_entropy._refusal(x, target, None, "mean", -100, 0.0)
     wanted = "no kernel for a GPU older than sm_80" if capability < (8, 0) else None
     assert refusal == wanted

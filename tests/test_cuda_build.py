@@ -289,13 +289,16 @@ def test_planted_kernels_over_their_limits_are_found(tmp_path):
 @needs_library
 def test_the_library_has_code_for_every_architecture():
     listed = output(tool("cuobjdump"), "-lelf", "-lptx", LIBRARY)
-    sass = set(re.findall(r"\.sm_(\w+)\.cubin", listed))
-    ptx = set(re.findall(r"\.(?:sm|compute)_(\w+)\.ptx", listed))
-    numbers = {word: word.removesuffix("+PTX").replace(".", "") for word in BUILT["archs"]}
+    # Some versions leave out the letter of 90a; ptxas, above, has named it.
+    sass = set(re.findall(r"\.sm_(\d+)[af]?\.cubin", listed))
+    ptx = set(re.findall(r"\.(?:sm|compute)_(\d+)[af]?\.ptx", listed))
+    numbers = {
+        word: re.sub(r"[af]?(\+PTX)?$", "", word).replace(".", "") for word in BUILT["archs"]
+    }
     assert sass == set(numbers.values())
     assert ptx == {number for word, number in numbers.items() if word.endswith("+PTX")}
-    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and BUILT["archs"] == ["8.0+PTX", "9.0a"]:
-        assert (sass, ptx) == ({"80", "90a"}, {"80"})
+    if BUILT["archs"] == ["8.0+PTX", "9.0a"]:
+        assert (sass, ptx) == ({"80", "90"}, {"80"})
 
 
 @needs_library

@@ -253,15 +253,18 @@ def intrinsics_stand_in_simd_h_only(root):
 
 
 @rule
-def assembly_and_launches_have_one_place(root):
-    """Put inline PTX into csrc/cuda/arch.h and launches through launch() in cuda/common.cuh."""
+def assembly_stands_in_arch_h_only(root):
+    """Give csrc/cuda/arch.h a primitive for it, with a body for the emulator."""
     paths = under(root, "csrc", suffixes=[".h", ".cpp", ".cu", ".cuh"])
-    arch, common = root / "csrc/cuda/arch.h", root / "csrc/cuda/common.cuh"
-    assembly = re.compile(r"\b(?:asm|__asm__)\b")
-    return [
-        *matches(root, [path for path in paths if path != arch], assembly, code),
-        *matches(root, [path for path in paths if path != common], re.compile("<<<"), code),
-    ]
+    paths = [path for path in paths if path != root / "csrc/cuda/arch.h"]
+    return matches(root, paths, re.compile(r"\b(?:asm|__asm__)\b"), code)
+
+
+@rule
+def launches_are_calls(root):
+    """Launch through launch() of csrc/cuda/common.cuh, which the emulator has as well."""
+    paths = under(root, "csrc", suffixes=[".h", ".cpp", ".cu", ".cuh"])
+    return matches(root, paths, re.compile("<<<"), code)
 
 
 # --- where things stand -----------------------------------------------------------------------
@@ -375,7 +378,7 @@ HOUSE = {
     "#include <sys/mman.h>\n#include <torch/headeronly/util/Half.h>\n// not _mm256_add_ps\n",
     "csrc/cuda/arch.h": '#include "cuda_on_cpu.h"\n#include <cuda_runtime.h>\n'
     'asm volatile("bar.sync 0;");\n#define DLK_KERNEL __global__\n',
-    "csrc/cuda/common.cuh": "kernel<<<1, 2>>>();\n",
+    "csrc/cuda/common.cuh": "cudaLaunchKernelExC(&config, kernel, arguments);\n",
     "csrc/cuda/conv2d_backward.cu": '#include "../conv2d.h"\n#include "common.cuh"\n'
     "#include <torch/csrc/stable/library.h>\n#include <tuple>\n// not __syncthreads()\n",
     "dlkernels/config.py": "",
@@ -470,8 +473,10 @@ PLANTED = [
     (intrinsics_stand_in_simd_h_only, "csrc/cpu/conv2d.cpp", "x = _mm512_add_ps(x, y);"),
     (intrinsics_stand_in_simd_h_only, "csrc/cpu/conv2d.cpp", "__m256 x;"),
     (intrinsics_stand_in_simd_h_only, "csrc/check.h", "#include <immintrin.h>"),
-    (assembly_and_launches_have_one_place, "csrc/cuda/conv2d_backward.cu", "asm volatile();"),
-    (assembly_and_launches_have_one_place, "csrc/cuda/conv2d_backward.cu", "k<<<1, 2>>>();"),
+    (assembly_stands_in_arch_h_only, "csrc/cuda/conv2d_backward.cu", "asm volatile();"),
+    (assembly_stands_in_arch_h_only, "csrc/cuda/common.cuh", "__asm__();"),
+    (launches_are_calls, "csrc/cuda/conv2d_backward.cu", "k<<<1, 2>>>();"),
+    (launches_are_calls, "csrc/cuda/common.cuh", "k<<<1, 2>>>();"),
     (an_op_has_its_files_under_one_name, "dlkernels/ops/lstm.py", ""),
     (a_kernel_file_has_the_name_of_an_op, "csrc/cpu/lstm.cpp", ""),
     (a_kernel_file_has_the_name_of_an_op, "csrc/cuda/conv2d_small.cu", ""),

@@ -72,7 +72,7 @@ DLK_HOST_DEVICE To bit_cast(const From& from) {
   return to;
 }
 
-// ------------------------------------------------------------------------------------- geometry
+// ---------------------------------------------------------------------------------------- geometry
 
 // The place of a thread in its block, x fastest: lanes and warps are cut from it.
 DLK_DEVICE unsigned thread_rank() {
@@ -94,7 +94,7 @@ DLK_DEVICE unsigned shared_address(const void* shared) {
 }
 #endif
 
-// --------------------------------------------------------------------------------------- barriers
+// ---------------------------------------------------------------------------------------- barriers
 
 DLK_DEVICE void sync_block(DLK_HERE) {
   DLK_EITHER(emulated::sync_block(file, line), __syncthreads());
@@ -119,7 +119,7 @@ DLK_DEVICE void sync_grid() {
 // acquire.
 DLK_DEVICE void fence() { DLK_EITHER(emulated::fence(), __threadfence()); }
 
-// --------------------------------------------------------------------------------------- clusters
+// ---------------------------------------------------------------------------------------- clusters
 
 // Below sm_90 each block is a cluster of its own.
 #if DLK_SM90
@@ -222,7 +222,7 @@ DLK_DEVICE bool all(unsigned mask, bool p) {
   return DLK_EITHER(emulated::ballot(mask, p) == mask, __all_sync(mask, p) != 0);
 }
 
-// ---------------------------------------------------------------------------------------- atomics
+// ----------------------------------------------------------------------------------------- atomics
 
 // Relaxed, at gpu scope, in global or shared memory; each returns the value before.
 // T = int, unsigned, uint64_t, and for sums float and double.
@@ -280,7 +280,7 @@ DLK_DEVICE void store_release(unsigned* address, unsigned value) {
              asm volatile("st.release.gpu.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory"));
 }
 
-// --------------------------------------------------------------------- 16 bytes, all on 16 bytes
+// ----------------------------------------------------------------------- 16 bytes, all on 16 bytes
 
 DLK_DEVICE Bits16 load16(const void* address) {
   return DLK_EITHER(bit_cast<Bits16>(emulated::load16(address)),
@@ -394,7 +394,7 @@ DLK_DEVICE void bulk_copy(void* shared, const void* global, unsigned bytes, uint
                                "l"(global), "r"(bytes), "r"(shared_address(barrier)) : "memory"));
 }
 
-// --------------------------------------------------------------------------------------- matrices
+// ---------------------------------------------------------------------------------------- matrices
 
 // Four 8×8 matrices of 16 bits: lane i gives the address of row i%8 of matrix i/8; r[j] of lane i
 // gets elements (i/4, 2·(i%4) + {0, 1}) of matrix j, the transposed form those of its transpose.
@@ -447,7 +447,7 @@ DLK_DEVICE void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[4], const uint32_
                  "r"(b[0]), "r"(b[1])));
 }
 
-// ---------------------------------------------------------------------------------------- numbers
+// ----------------------------------------------------------------------------------------- numbers
 
 // 2^x to 2 ulp, log2 x to 2^-22 (absolute near 1); both take and give 0 for subnormal numbers.
 DLK_DEVICE float exp2_approximate(float x) {
@@ -511,7 +511,25 @@ DLK_DEVICE uint32_t pack2(float low, float high) {
 #endif
 }
 
-// ---------------------------------------------------------------------------------------- failure
+// The larger of each half of two pairs; of a number and a NaN the number.
+template <typename S>
+DLK_DEVICE uint32_t max2(uint32_t a, uint32_t b) {
+#ifdef DLKERNELS_EMULATED
+  float low[2], high[2];
+  unpack2<S>(a, low[0], high[0]);
+  unpack2<S>(b, low[1], high[1]);
+  return pack2<S>(std::fmax(low[0], low[1]), std::fmax(high[0], high[1]));
+#else
+  uint32_t c;
+  if constexpr (std::is_same_v<S, bf16>)
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  else
+    asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+#endif
+}
+
+// ----------------------------------------------------------------------------------------- failure
 
 // On the GPU: prints, and ends the kernel as a failed assert does ("device-side assert triggered").
 // Emulated: the launch throws std::out_of_range of the formatted text.

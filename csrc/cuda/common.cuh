@@ -246,6 +246,23 @@ DLK_DEVICE void unpack(const Bits16& bits, accumulate_t<S> (&v)[kVector<S>]) {
   }
 }
 
+// The largest of a vector.
+template <typename S>
+DLK_DEVICE accumulate_t<S> max_of(const Bits16& bits) {
+  accumulate_t<S> v[kVector<S>];
+  if constexpr (is_half<S>) {
+    const uint32_t pair = max2<S>(max2<S>(bits.x[0], bits.x[1]), max2<S>(bits.x[2], bits.x[3]));
+    unpack2<S>(pair, v[0], v[1]);
+    return std::fmax(v[0], v[1]);
+  } else {
+    unpack<S>(bits, v);
+    accumulate_t<S> max = v[0];
+#pragma unroll
+    for (int i = 1; i < kVector<S>; ++i) max = std::fmax(max, v[i]);
+    return max;
+  }
+}
+
 template <typename S>
 DLK_DEVICE Bits16 pack(const accumulate_t<S> (&v)[kVector<S>]) {
   Bits16 bits;
@@ -317,12 +334,14 @@ DLK_DEVICE T group_max(T value, int lanes = kWarp) {
   return value;
 }
 
-// Two sums over the block, for thread 0 alone, in an order that only the block's size fixes.
-// `scratch`: two doubles a warp.
-DLK_DEVICE void block_sum(double& a, double& b, double* scratch) {
-  const int warps = int(blockDim.x * blockDim.y * blockDim.z) / kWarp;
-  a = group_sum(a);
-  b = group_sum(b);
+// Two sums over the block, for thread 0 alone, in an order that only the block's size fixes; of
+// `lanes` neighbouring lanes only the first has a part. `scratch`: two doubles a warp.
+DLK_DEVICE void block_sum(double& a, double& b, double* scratch, int lanes = 1) {
+  const int warps = int(blockDim.x) / kWarp;
+  for (int d = kWarp / 2; d >= lanes; d /= 2) {
+    a += shuffle_xor(kAllLanes, a, d);
+    b += shuffle_xor(kAllLanes, b, d);
+  }
   if (warps == 1) return;
   if (lane() == 0) {
     scratch[2 * warp_index()] = a;

@@ -24,8 +24,9 @@
 //
 // Numerics. A thread sums in float (double for double) one batch at a time, lanes, warps and blocks
 // are added as a tree; everything that is once per row is in double, but for the logarithm of the
-// sum (`log_of_sum`). Half types have 2^(x'·log₂e − M), one fma and one approximate exponential,
-// whose M is known exactly; float32 has expf of the exact difference.
+// sum (`log_of_sum`). The sums of half types have 2^(x'·log₂e − M), one fma and one approximate
+// exponential, and are brought from the rounded M = m·log₂e to m at the end; float32 has expf of
+// the exact difference.
 //
 // The same bits every time and on every GPU of the same kind (with clusters or without): shapes
 // alone fix how work is cut, and what blocks have is added by the next kernel in order. No value
@@ -46,6 +47,7 @@ namespace {
 using namespace cross_entropy;
 
 constexpr int kFewClasses = 64;  // contiguous classes up to this number are a thread's
+constexpr int kBatch = 8;        // classes that `few` adds at once
 constexpr int kInlineTargets =
     1024;                      // Σ w_y of so many targets is made by every warp that needs it
 constexpr int kPieces = 256;   // most pieces of a larger Σ w_y
@@ -108,7 +110,7 @@ static_assert(sizeof(Sums<double>) <= kSums && kHeader >= (kWarp + 16) * kSums +
 template <typename T>
 struct Coefficients {
   T scale, spread, hit;
-  T shift, low;  // e = exp((x' − shift) − low)
+  T max, low;  // e = exp((x' − max) − low)
 };
 
 DLK_DEVICE int64_t row_offset(const Layout& l, int64_t row) {
@@ -118,42 +120,38 @@ DLK_DEVICE int64_t row_offset(const Layout& l, int64_t row) {
 
 // ------------------------------------------------------------------------------------ exponentials
 
-// A shift is m in the unit of the exponential: M = m·log₂e, rounded, for half types.
 template <typename S>
 struct Exponential {
   using T = accumulate_t<S>;
   static constexpr float kLog2e = 1.44269504f;
 
-  // 0 while every logit is −inf: each e is then 0.
+  // What the sums of half types subtract: M = m·log₂e, rounded, else m; 0 while every logit is
+  // −inf: each e is then 0.
   static DLK_DEVICE T shift_of(T max) {
     const T shift = is_half<S> ? max * T(kLog2e) : max;
     return shift == -kInfinity<T> ? T(0) : shift;
   }
-  static DLK_DEVICE double natural(T shift) {
-    return is_half<S> ? double(shift) / double(kLog2e) : double(shift);
-  }
-  static DLK_DEVICE T of(T x, T shift, T low = 0) {
+  static DLK_DEVICE T of(T x, T shift) {
     if constexpr (is_half<S>)
       return exp2_approximate(fmaf(x, kLog2e, -shift));
-    else if constexpr (std::is_same_v<T, float>)
-      return expf((x - shift) - low);
     else
-      return exp(x - shift);
+      return relative(x, shift, 0);
   }
   // exp(from − to), of shifts.
   static DLK_DEVICE T ratio(T from, T to) {
     if constexpr (is_half<S>)
       return exp2_approximate(from - to);
-    else if constexpr (std::is_same_v<T, float>)
-      return expf(from - to);
     else
-      return exp(from - to);
+      return relative(from, to, 0);
   }
-  // A saved log-sum-exp as a T and the rest, so that exp((x' − shift) − low) is as exact as
-  // exp(x' − m) / Σe.
-  static DLK_DEVICE void split(double lse, T& shift, T& low) {
-    shift = T(is_half<S> ? lse * double(kLog2e) : lse);
-    low = !is_half<S> && std::isfinite(shift) ? T(lse - double(shift)) : T(0);
+  // exp((x − m) − low), 1 for x = m and low = 0; of half types low is in units of ln 2.
+  static DLK_DEVICE T relative(T x, T max, T low) {
+    if constexpr (is_half<S>)
+      return exp2_approximate(fmaf(x - max, kLog2e, -low));
+    else if constexpr (std::is_same_v<T, float>)
+      return expf((x - max) - low);
+    else
+      return exp(x - max);
   }
 };
 
@@ -218,6 +216,13 @@ DLK_DEVICE void add_lanes(Sums<accumulate_t<S>>& a, int lanes) {
   }
 }
 
+// From M to m: the sum of all of a row, where the largest e is 1.
+template <typename S>
+DLK_DEVICE void normalize(Sums<accumulate_t<S>>& a) {
+  using E = Exponential<S>;
+  if (is_half<S>) a.sum /= E::of(a.max, E::shift_of(a.max));
+}
+
 // The sums of a row that `lanes` threads of `blocks` blocks have in parts, for all of them. A
 // cluster has arrived at its barrier before.
 template <bool kGeneral, typename S>
@@ -239,15 +244,20 @@ DLK_DEVICE void add_row(Sums<accumulate_t<S>>& a, int lanes, unsigned blocks) {
     a = lane() < int(blocks) ? parts[lane()] : Part{};
     add_lanes<kGeneral, S>(a, kWarp);
   }
+  normalize<S>(a);
 }
 
 // ------------------------------------------------------------------------------------- row algebra
 
+// A row's target as it is in memory: asked for before the logits, looked at after them.
+template <typename S>
+DLK_DEVICE int64_t load_target(const Problem<S>& p, int64_t row) {
+  return p.target ? p.target[row] : p.ignore_index;
+}
+
 // y; −1 where there is none: at an ignored row, and of probabilities.
 template <typename S>
-DLK_DEVICE int read_target(const Problem<S>& p, int64_t row) {
-  if (!p.target) return -1;
-  const int64_t y = p.target[row];
+DLK_DEVICE int check_target(const Problem<S>& p, int64_t y) {
   if (y == p.ignore_index) return -1;
   DLK_DEVICE_CHECK_INDEX(uint64_t(y) < uint64_t(p.classes), "Target %lld is out of bounds.",
                          static_cast<long long>(y));
@@ -267,11 +277,11 @@ DLK_DEVICE double total_weight(const Problem<S>& p) {
   if (p.saved_total) return *p.saved_total;
   if (!p.target) return double(p.rows);
   double total = 0;
-  if (p.pieces)
+  if (p.number_of_pieces > 0)
     for (int i = lane(); i < p.number_of_pieces; i += kWarp) total += p.pieces[i];
   else
     for (int64_t row = lane(); row < p.rows; row += kWarp)
-      total += weight_of(p, read_target(p, row));
+      total += weight_of(p, check_target(p, load_target(p, row)));
   return group_sum(total);
 }
 
@@ -290,17 +300,20 @@ DLK_DEVICE Coefficients<accumulate_t<S>> coefficients(const Problem<S>& p, int64
                                                       double factor,
                                                       const Sums<accumulate_t<S>>& a) {
   using T = accumulate_t<S>;
-  using E = Exponential<S>;
   Coefficients<T> k;
   double lse = 0, sum = 1;
   if (p.saved_lse) {
+    // As a T and the rest, so that e is as exact as exp(x' − m) / Σe.
     lse = p.saved_lse[row];
-    E::split(lse, k.shift, k.low);
+    k.max = T(lse);
+    k.low = std::isfinite(k.max) ? T(lse - double(k.max)) : T(0);
+    if (is_half<S>) k.low *= T(Exponential<S>::kLog2e);
   } else {
-    k.shift = E::shift_of(a.max);
+    // While every logit is −inf, each e is 0.
+    k.max = a.max == -kInfinity<T> ? T(0) : a.max;
     k.low = 0;
     sum = double(a.sum);
-    if (p.z_loss != 0) lse = E::natural(k.shift) + log_of_sum(a.sum);
+    if (p.z_loss != 0) lse = double(k.max) + log_of_sum(a.sum);
   }
   const double f =
       p.grad_loss && p.reduction == kNone ? factor * double(widen(p.grad_loss[row])) : factor;
@@ -325,18 +338,16 @@ DLK_DEVICE Coefficients<accumulate_t<S>> coefficients(const Problem<S>& p, int64
 // Writes log-sum-exp, and the loss for "none"; returns the loss.
 template <typename S>
 DLK_DEVICE double finish_row(const Problem<S>& p, int64_t row, int y,
-                             const Sums<accumulate_t<S>>& a, const S* target_logit) {
+                             const Sums<accumulate_t<S>>& a, S logit) {
   using T = accumulate_t<S>;
-  using E = Exponential<S>;
   // A row of −inf has log-sum-exp −inf, as torch.logsumexp, and a loss of NaN, as stock.
-  const double lse = E::natural(E::shift_of(a.max)) + log_of_sum(a.sum);
-  const double excess = lse - double(a.max);
+  const double excess = log_of_sum(a.sum);
+  const double lse = a.max == -kInfinity<T> ? excess : double(a.max) + excess;
   double loss = p.z_loss != 0 ? p.z_loss * lse * lse : 0;
   if (p.kind == Kind::kProbability) {
     loss += double(a.mass) * excess - double(a.moment);
   } else if (y >= 0) {
-    const double logit = double(squash<true>(p, widen(*target_logit)));
-    loss += p.kept * weight_of(p, y) * (lse - logit);
+    loss += p.kept * weight_of(p, y) * (lse - double(squash<true>(p, widen(logit))));
     if (p.kind == Kind::kSmooth) {
       const double all = p.sum_of_weights ? p.pieces[p.number_of_pieces] : double(p.classes);
       loss += p.uniform * (all * excess - double(a.moment));
@@ -372,7 +383,7 @@ DLK_DEVICE accumulate_t<S> gradient_of(const Problem<S>& p, const Coefficients<a
                                        bool is_target) {
   using T = accumulate_t<S>;
   T u = 0;
-  const T e = Exponential<S>::of(squash<kGeneral>(p, x, u), k.shift, k.low);
+  const T e = Exponential<S>::relative(squash<kGeneral>(p, x, u), k.max, k.low);
   T v = e * k.scale;
   if (is_target)
     v -= k.hit;
@@ -392,9 +403,9 @@ DLK_DEVICE void store_gradient(void* to, const Bits16& v, bool stays) {
 // -------------------------------------------------------------------------------------------- rows
 
 struct RowsShape {
-  int lanes;  // threads of a block that share a row
-  int rows;   // rows of a block
-  int slots;  // vectors of a thread that stay in shared memory, 0 if they are read again
+  int log_lanes;  // of the threads of a block that share a row
+  int rows;       // rows of a block
+  int slots;      // vectors of a thread that stay in shared memory, 0 if they are read again
 };
 
 // A row cut into 16-byte vectors of the gradient, or of the logits where none is written. Vectors
@@ -414,14 +425,14 @@ struct RowView {
     head = span.head;
     edges = span.edges;
     vectors = int(span.vectors);
-    x_aligned = is_aligned(x + head);
+    x_aligned = !gradient || is_aligned(x + head);
     if (p.probability) {
       t = p.probability + (active ? row_offset(p.target_layout, row) : 0);
       t_aligned = is_aligned(t + head);
     }
   }
-  DLK_DEVICE int64_t edge(int i) const { return i < head ? i : i + int64_t(vectors) * kVector<S>; }
-  DLK_DEVICE int64_t vector(int j) const { return head + int64_t(j) * kVector<S>; }
+  DLK_DEVICE int edge(int i) const { return i < head ? i : i + vectors * kVector<S>; }
+  DLK_DEVICE int vector(int j) const { return head + j * kVector<S>; }
 };
 
 // The threads that share a row, and this one's part of it: vectors and edges member, member + step
@@ -451,10 +462,8 @@ DLK_DEVICE Sums<accumulate_t<S>> read_row(const Problem<S>& p, const RowView<S>&
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (kGeneral && j0 + u * part.step >= r.vectors) continue;  // −inf is −cap
-      unpack<S>(v[u], x);
-#pragma unroll
-      for (int i = 0; i < N; ++i) max = std::fmax(max, squash<kGeneral>(p, x[i]));
+      if (kGeneral && j0 + u * part.step >= r.vectors) continue;   // −inf would be −cap
+      max = std::fmax(max, squash<kGeneral>(p, max_of<S>(v[u])));  // it is monotonic
     }
     raise_max<kGeneral, S>(a, max);
     const T shift = E::shift_of(a.max), finite = a.max == -kInfinity<T> ? T(0) : a.max;
@@ -487,7 +496,7 @@ DLK_DEVICE Sums<accumulate_t<S>> read_row(const Problem<S>& p, const RowView<S>&
     a.moment += moment;
   }
   for (int i = part.member; i < r.edges; i += part.step) {
-    const int64_t c = r.edge(i);
+    const int c = r.edge(i);
     const T x = squash<kGeneral>(p, widen(r.x[c]));
     raise_max<kGeneral, S>(a, std::fmax(a.max, x));
     a.sum += E::of(x, E::shift_of(a.max));
@@ -536,17 +545,24 @@ DLK_DEVICE void write_row(const Problem<S>& p, const RowView<S>& r, const Part& 
     for (int u = 0; u < U; ++u) {
       const int j = j0 + u * part.step;
       if (j >= r.vectors) continue;
-      const int64_t c = r.vector(j);
+      const int c = r.vector(j);
       T x[N], t[N] = {};
       unpack<S>(v[u], x);
       if (kGeneral && r.t) unpack<S>(load_vector(r.t + c, r.t_aligned), t);
 #pragma unroll
-      for (int i = 0; i < N; ++i) x[i] = gradient_of<kGeneral>(p, k, x[i], t[i], c + i, c + i == y);
+      for (int i = 0; i < N; ++i) x[i] = gradient_of<kGeneral>(p, k, x[i], t[i], c + i, false);
+      if (unsigned(y - c) < unsigned(N)) {
+        T again[N];
+        unpack<S>(v[u], again);
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+          if (c + i == y) x[i] = gradient_of<kGeneral>(p, k, again[i], T(0), y, true);
+      }
       store_gradient(r.gradient + c, pack<S>(x), p.stays);
     }
   }
   for (int i = part.member; i < r.edges; i += part.step) {
-    const int64_t c = r.edge(i);
+    const int c = r.edge(i);
     const T t = kGeneral && r.t ? widen(r.t[c]) : T(0);
     r.gradient[c] = narrow<S>(gradient_of<kGeneral>(p, k, widen(r.x[c]), t, c, c == y));
   }
@@ -559,26 +575,30 @@ DLK_KERNEL void __launch_bounds__(kPass == Pass::kBoth ? kStagingThreads : kThre
                                                              : 2)
     rows_kernel(const Problem<S> p, const RowsShape shape) {
   using T = accumulate_t<S>;
-  const int thread = int(threadIdx.x), lanes = shape.lanes, group = thread / lanes;
+  const int thread = int(threadIdx.x), lanes = 1 << shape.log_lanes;
+  const int group = thread >> shape.log_lanes, place = thread & (lanes - 1);
   const unsigned blocks = cluster_blocks(), rank = cluster_rank();
   const bool sums = kPass != Pass::kBackward || (kGeneral && p.probability);
   if (blocks > 1 && sums) cluster_arrive();
-  const int64_t row = int64_t(blockIdx.x / blocks) * shape.rows + group;
+  const int64_t row = int64_t(blocks > 1 ? blockIdx.x / blocks : blockIdx.x) * shape.rows + group;
   const bool active = row < p.rows && group < shape.rows;
-  const int place = thread % lanes;
+  const int64_t target = active ? load_target(p, row) : p.ignore_index;
+  const RowView<S> r(p, row, active);
   const Part part{
       int(rank) * lanes + place, lanes * int(blocks),
       reinterpret_cast<Bits16*>(shared_memory() + kHeader) + group * shape.slots * lanes + place,
       lanes};
-  const RowView<S> r(p, row, active);
   const bool staged = kPass == Pass::kBoth && shape.slots > 0;
-  const int y = active ? read_target(p, row) : -1;
 
   Sums<T> a;
   if constexpr (kPass != Pass::kBackward)
     a = read_row<kGeneral>(p, r, part, staged);
   else if (sums)
     a.mass = read_mass(p, r, part);
+  const int y = check_target(p, target);
+  const bool finishes = kPass != Pass::kBackward && active && part.member == 0;
+  S logit = {};
+  if (finishes && y >= 0) logit = r.x[y];
   if (sums) add_row<kGeneral, S>(a, lanes, blocks);
   if constexpr (kPass != Pass::kForward) {
     const double factor = common_factor(p);
@@ -586,12 +606,14 @@ DLK_KERNEL void __launch_bounds__(kPass == Pass::kBoth ? kStagingThreads : kThre
   }
   if constexpr (kPass != Pass::kBackward) {
     double loss = 0, weight = 0;
-    if (active && part.member == 0) {
-      loss = finish_row(p, row, y, a, r.x + y);
+    if (finishes) {
+      loss = finish_row(p, row, y, a, logit);
       weight = weight_of(p, y);
     }
-    if (lanes <= kWarp)
-      block_sum(loss, weight, reinterpret_cast<double*>(shared_memory() + (kWarp + 16) * kSums));
+    if (lanes <= kWarp) {
+      double* scratch = reinterpret_cast<double*>(shared_memory() + (kWarp + 16) * kSums);
+      block_sum(loss, weight, scratch, lanes);
+    }
     if (thread == 0 && rank == 0) finish_block(p, loss, weight, blocks);
   }
 }
@@ -631,11 +653,12 @@ DLK_KERNEL void __launch_bounds__(kOneBlock, 1) few_kernel(const Problem<S> p) {
   copy_in(tile, p.input + row0 * classes, rows * classes);
   if (kGeneral && p.probability) copy_in(t_tile, p.probability + row0 * classes, rows * classes);
   copy_async_commit();
-  const int y = thread < rows ? read_target(p, row) : -1;
+  const int64_t target = thread < rows ? load_target(p, row) : p.ignore_index;
   const double factor = p.gradient ? common_factor(p) : 1;
   copy_async_wait<0>();
   sync_block();
 
+  const int y = check_target(p, target);
   S* x = tile + thread * classes;
   const S* t = kGeneral && p.probability ? t_tile + thread * classes : nullptr;
   Sums<T> a;
@@ -649,17 +672,23 @@ DLK_KERNEL void __launch_bounds__(kOneBlock, 1) few_kernel(const Problem<S> p) {
     const T shift = Exponential<S>::shift_of(a.max);
     const T max = a.max == -kInfinity<T> ? T(0) : a.max;
     if (!p.saved_lse || (kGeneral && t))
-      for (int i = first; i < end; ++i) {
-        const T value = squash<kGeneral>(p, widen(x[at(i)]));
-        a.sum += Exponential<S>::of(value, shift);
-        if (kGeneral && p.kind != Kind::kIndex) {
+      for (int i0 = first; i0 < end; i0 += kBatch) {  // whose sums join the totals at once
+        Sums<T> part;
+        for (int i = i0; i < i0 + kBatch && i < end; ++i) {
+          const T value = squash<kGeneral>(p, widen(x[at(i)]));
+          part.sum += Exponential<S>::of(value, shift);
+          if (!kGeneral || p.kind == Kind::kIndex) continue;
           const T s = mass(p, at(i), t ? widen(t[at(i)]) : T(0));
-          a.mass += s;
-          a.moment += s * (value - max);
+          part.mass += s;
+          part.moment += s * (value - max);
         }
+        a.sum += part.sum;
+        a.mass += part.mass;
+        a.moment += part.moment;
       }
     if (!p.saved_lse) {
-      loss = finish_row(p, row, y, a, p.input + row * classes + y);
+      normalize<S>(a);
+      loss = finish_row(p, row, y, a, y >= 0 ? x[y] : S{});
       weight = weight_of(p, y);
     }
     if (p.gradient) {
@@ -826,7 +855,7 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
 
   double loss = 0, weight = 0;
   for (int i = thread; i < positions && row0 + i < p.rows; i += threads) {
-    const int y = read_target(p, row0 + i);
+    const int y = check_target(p, load_target(p, row0 + i));
     Sums<T> a;
     if (!p.saved_lse || t)
       for (int s = 0; s < shape.slices; ++s) {
@@ -841,8 +870,10 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
         a.moment += b.moment;
       }
     if (!p.saved_lse) {
-      const S* logit = p.input + row_offset(p.layout, row0 + i) +
-                       (y < 0 ? 0 : int64_t(y) * p.layout.class_stride);
+      normalize<S>(a);
+      S logit = {};
+      if (y >= 0)
+        logit = p.input[row_offset(p.layout, row0 + i) + int64_t(y) * p.layout.class_stride];
       loss += finish_row(p, row0 + i, y, a, logit);
       weight += weight_of(p, y);
     }
@@ -852,7 +883,7 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
       slot[0] = k.scale;
       slot[positions] = k.spread;
       slot[2 * positions] = k.hit;
-      slot[3 * positions] = k.shift;
+      slot[3 * positions] = k.max;
       slot[4 * positions] = k.low;
       slot[5 * positions] = bit_cast<T>(std::conditional_t<sizeof(T) == 8, int64_t, int>(y));
     }
@@ -901,7 +932,8 @@ DLK_KERNEL void __launch_bounds__(kOneBlock, 1)
   const int64_t end = classes || all - begin < part ? all : begin + part;
   double total = 0, unused = 0;
   for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x)
-    total += classes ? double(widen(p.weight[i])) : weight_of(p, read_target(p, i));
+    total +=
+        classes ? double(widen(p.weight[i])) : weight_of(p, check_target(p, load_target(p, i)));
   block_sum(total, unused, reinterpret_cast<double*>(shared_memory()));
   if (threadIdx.x == 0) sums[blockIdx.x] = total;
 }
@@ -968,13 +1000,14 @@ struct Plan {
   ColumnsShape columns = {};
 };
 
-// How many threads of a block share a row, by its vectors of 16 bytes: each has 8 to 32, so that
+// How many threads of a block share a row, by its vectors of 16 bytes: each has 8 to 32,
+// so that
 // the exchange between them is not what takes the time.
 struct LanesOfRow {
   int64_t vectors;
   int lanes;
 };
-constexpr LanesOfRow kLanesOfRow[] = {{64, 8}, {256, 16}, {1024, 32}, {2048, 128}, {8192, 256}};
+constexpr LanesOfRow kLanesOfRow[] = {{128, 8}, {512, 16}, {1024, 32}, {2048, 128}, {8192, 256}};
 
 template <typename S>
 Plan plan_rows(const Problem<S>& p) {
@@ -1012,7 +1045,7 @@ Plan plan_rows(const Problem<S>& p) {
       plan.shared = bytes;
     }
   }
-  plan.rows.lanes = lanes;
+  while (1 << plan.rows.log_lanes < lanes) ++plan.rows.log_lanes;
   plan.groups = divide_up(p.rows, plan.rows.rows);
   return plan;
 }

@@ -14,7 +14,8 @@
 // place in the source and offset into the buffer:
 //   memory      access outside shared memory, outside tracked memory, write to an input,
 //   misaligned,
-//               another thread's stack, shared memory of an ended block of the cluster
+//               another thread's stack, shared memory of an ended block of the cluster. What
+//               misses its tensor and meets another tracked one is an access to that one.
 //   values      read of shared, scratch or output memory that was not written; bytes of an async
 //               copy before its wait; an output not entirely written when the entry ends;
 //               load_streaming of memory that the launch writes
@@ -38,8 +39,7 @@
 #include <cstddef>
 #include <cstdint>
 
-// ------------------------------------------------------------------- names that CUDA C++ has built
-// in
+// ---------------------------------------------------------------- names that CUDA C++ has built in
 
 #define __global__
 #define __device__

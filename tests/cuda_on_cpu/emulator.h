@@ -258,7 +258,7 @@ extern Machine machine;
 
 constexpr size_t kStack = 64 << 10,
                  kStackStride = kStack + 17 * 64;  // their tops fall into all sets
-constexpr size_t kStacksAtOnce = 256;
+constexpr size_t kStacksAtOnce = 256, kBelowStacks = 1 << 20;
 constexpr size_t kGap = 1024;
 
 // --------------------------------------------------------------------------------------- scheduler

@@ -420,7 +420,7 @@ __attribute__((always_inline)) inline void access(Fiber& f, uintptr_t address, s
   }
 }
 
-// --------------------------------------------------------------------------- for the primitives
+// ------------------------------------------------------------------------------ for the primitives
 
 [[noreturn]] static void fail_alignment(uintptr_t pc, Way way, uintptr_t address, size_t size) {
   fail_access(pc, "misaligned", way, address, size);
@@ -514,8 +514,7 @@ void check_ended(Block& block) {
   }
 }
 
-// ------------------------------------------------------------------------------------------
-// entries
+// ----------------------------------------------------------------------------------------- entries
 
 static thread_local std::vector<std::unique_ptr<Scope>> scopes;
 
@@ -604,8 +603,7 @@ void track(const char* name, const void* data, int64_t item, int64_t dims, const
   scope.regions.insert(written ? scope.regions.begin() : scope.regions.end(), std::move(r));
 }
 
-// ---------------------------------------------------------------------- the instrumentation's
-// calls
+// --------------------------------------------------------------------- the instrumentation's calls
 
 namespace {
 
@@ -634,8 +632,10 @@ extern "C" {
 
 void __tsan_init() {}
 void __tsan_func_entry(void*) {
-  if (running && reinterpret_cast<uintptr_t>(__builtin_frame_address(0)) - running->stack < 8192)
-    dlkernels::emulated::fail("a thread's stack overflows: its local arrays, or a recursion");
+  constexpr intptr_t kLeft = 8192;  // for the emulator itself
+  if (running &&
+      intptr_t(reinterpret_cast<uintptr_t>(__builtin_frame_address(0)) - running->stack) < kLeft)
+    dlkernels::emulated::fail("the stack of a thread overflows: its local arrays, or a recursion");
 }
 void __tsan_func_exit() {}
 

@@ -10,8 +10,7 @@
 
 namespace dlkernels::emulated {
 
-// ---------------------------------------------------------------------------- releases and
-// acquires
+// --------------------------------------------------------------------------- releases and acquires
 
 static void set_clock(Fiber& f, uint32_t clock) {
   if (clock >= kClockMask) fail("too many barriers and fences in one thread");
@@ -99,8 +98,7 @@ static void join_block(Block& block) {
   }
 }
 
-// ------------------------------------------------------------------------------------ block
-// barriers
+// ---------------------------------------------------------------------------------- block barriers
 
 static std::string ended_text(const Block& block) {
   for (unsigned t = 0; t < block.threads; ++t)
@@ -153,8 +151,7 @@ void sync_named(int id, int threads) {
   if (machine.random() & 1) yield(f);
 }
 
-// ------------------------------------------------------------------------------------- wide
-// barriers
+// ----------------------------------------------------------------------------------- wide barriers
 
 static void wide_arrive(WideBarrier& barrier, Fiber& f) {
   if (!barrier.collected) barrier.collected = Ref<Knowledge>(new Knowledge);
@@ -260,8 +257,7 @@ void* cluster_shared(const void* mine, unsigned rank) {
   return reinterpret_cast<void*>(machine.blocks[slot + rank]->shared.low + offset);
 }
 
-// ------------------------------------------------------------------------------------- lanes'
-// meetings
+// --------------------------------------------------------------------------------- lanes' meetings
 
 // Waits for the lanes of the mask; the last to come calls complete(warp) before all go on.
 template <typename Complete>
@@ -280,7 +276,7 @@ static void meet(Fiber& f, const char* what, unsigned mask, Complete complete) {
   for (Meeting& m : warp.meetings) {
     if (m.mask == mask && !strcmp(m.what, what) && !(m.arrived & own)) {
       meeting = &m;
-    } else if (m.arrived & mask) {
+    } else if ((m.mask & own) && (m.arrived & mask)) {  // each waits for the other
       const Fiber& other = *warp.lanes[__builtin_ctz(m.arrived & mask)];
       fail(concat(what, " with mask ", hexadecimal(mask), ": lane ", other.lane(),
                   " never comes: it waits at ", describe(other.wait)));
@@ -560,7 +556,7 @@ static void deliver(Mbarrier& b) {
 void mbarrier_wait(uint64_t* barrier, unsigned parity) {
   Fiber& f = self();
   Mbarrier& b = find_mbarrier(f, barrier, "mbarrier_wait", DLK_HERE_PC);
-  deliver(b);
+  if ((b.phase & 1) == parity) deliver(b);
   if ((b.phase & 1) != parity) {
     acquire(f, b.completed);
     return;
@@ -585,8 +581,7 @@ void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* barri
   if (!b.waiting.empty()) deliver(b);
 }
 
-// -------------------------------------------------------------------------------------------
-// matrices
+// ---------------------------------------------------------------------------------------- matrices
 
 void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row, bool transposed) {
   Fiber& f = self();
@@ -686,8 +681,7 @@ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) 
   });
 }
 
-// --------------------------------------------------------------------------------------------
-// numbers
+// ----------------------------------------------------------------------------------------- numbers
 
 static float flush(float x) {
   return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
@@ -724,7 +718,7 @@ uint16_t from_float_bf16(float x) {
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// ---------------------------------------------------------------------------------------- the end
+// ----------------------------------------------------------------------------------------- the end
 
 void check_end(Fiber& f) {
   Block& block = *f.block;

@@ -131,8 +131,10 @@ void resume_all(std::vector<Fiber*>& fibers, const Fiber* except) {
   const size_t n = fibers.size();
   if (n == 0) return;
   const size_t stride = random_stride(n);
-  for (size_t i = 0, at = machine.random() % n; i < n; ++i, at = (at + stride) % n)
+  for (size_t i = 0, at = machine.random() % n; i < n; ++i) {
     if (fibers[at] != except) resume(*fibers[at]);
+    for (at += stride; at >= n;) at -= n;
+  }
   fibers.clear();
 }
 
@@ -337,10 +339,11 @@ static size_t mix(size_t group, size_t groups) {
 
 static void take_fibers(size_t count) {
   while (machine.fibers.size() < count) {
-    void* stacks = mmap(nullptr, kStackStride * kStacksAtOnce, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    // A frame that is too large is seen when it is there: the first stack has room below.
+    void* stacks = mmap(nullptr, kBelowStacks + kStackStride * kStacksAtOnce,
+                        PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stacks == MAP_FAILED) throw std::bad_alloc();
-    machine.stacks.push_back(reinterpret_cast<uintptr_t>(stacks));
+    machine.stacks.push_back(reinterpret_cast<uintptr_t>(stacks) + kBelowStacks);
     for (size_t i = 0; i < kStacksAtOnce; ++i) {
       machine.owned.push_back(std::make_unique<Fiber>());
       machine.owned.back()->stack = machine.stacks.back() + i * kStackStride;
@@ -523,8 +526,7 @@ void run(const Launch& launch, const void* body, size_t bytes, void (*call)(cons
   throw std::runtime_error(resolve(failure.text));
 }
 
-// ------------------------------------------------------------------------------ device and
-// geometry
+// ----------------------------------------------------------------------------- device and geometry
 
 int compute_capability() {
   const char* wanted = getenv("DLKERNELS_EMULATED_CC");
