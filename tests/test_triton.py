@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: interpreted under all tests of their op, and compiled.
+"""The Triton kernels without a GPU: interpreted under the tests of their op, and compiled.
 
 Interpreted: a copy of the package whose CPU library is empty, and our Triton kernels on the CPU's
 dispatch key, in a process of its own. Compiled: what the host entries launch, taken down on tensors
@@ -6,14 +6,19 @@ without memory, for each architecture: no spills, shared memory within limits, w
 """
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 from instruction_sets import compile_library
 from test_instruction_sets import copy_package
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: no kernel is compiled"
+)
 
 # The interpreter patches triton.language at each launch and at each call of a device function, two
 # thirds of its time here. Patched once, for good, in a process that does nothing else with it.
@@ -60,3 +65,121 @@ def test_cross_entropy_interpreted(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " failed" not in done.stdout and " skipped" not in done.stdout, done.stdout[-2000:]
+
+
+# --------------------------------------------------------------------------------------- compiled
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+NAMES = dict(zip(DTYPES, ["fp32", "fp64", "bf16", "fp16"], strict=True)) | {torch.int64: "i64"}
+SHAPES = {
+    "rows": (4096, 1000),  # 2000 bytes in 16 bits: whole vectors, though not divisible by 16
+    "a_row_a_program": (4096, 4096),
+    "chunks": (2048, 32000),
+    "columns": (8, 19, 512, 1024),
+    "columns_in_chunks": (4, 2000, 64, 64),
+}
+VECTOR = re.compile(r"\b(ld|st)\.global(?:\.\w+|::\w+)*\.(?:v4\.b32|v2\.b64)\b")
+
+
+def taken_down(monkeypatch, shape, dtype, everything, backward):
+    """The launches of the raw ops on a shape: (kernel, arguments, warps, asserts, constants)."""
+    from dlkernels.kernels import cross_entropy as kernels
+
+    launches = []
+
+    def launch(kernel, grid, *arguments, warps=4, asserts=False, **constants):
+        launches.append((kernel, arguments, warps, asserts, constants))
+
+    def empty(shape, dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    monkeypatch.setattr(kernels, "launch", launch)
+    rows = (shape[0], *shape[2:])
+    x = empty(shape, dtype)
+    target = x if everything else empty(rows, torch.int64)
+    weight = empty(shape[1], dtype) if everything else None
+    options = (1, -100, 0.1, 30.0, 1e-4) if everything else (1, -100, 0.0, 0.0, 0.0)
+    if backward:
+        lse, scalar = empty(rows, torch.float64), empty((), torch.float64)
+        arguments = (empty((), dtype), lse, x, target, weight, lse, scalar, *options)
+        kernels._cross_entropy_backward(*arguments)
+    else:
+        *_, gradient = kernels._cross_entropy_forward_backward(x, target, weight, *options)
+        kernels._cross_entropy_scale_(gradient, empty((), dtype))
+    return launches
+
+
+def compile_kernel(kernel, arguments, warps, asserts, constants, capability):
+    """As a launch would, with memory that is aligned to 16 bytes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    constants = dict(constants)
+    for at, name in enumerate(kernel.arg_names):
+        value = arguments[at] if at < len(arguments) else None
+        if torch.is_tensor(value):
+            signature[name] = f"*{NAMES[value.dtype]}"
+            attributes[(at,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp64"
+        elif value is not None:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        else:
+            signature[name] = "constexpr"
+            constants.setdefault(name, None)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    if asserts:
+        options |= {"debug": True, "sanitize_overflow": False}
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=options)
+
+
+def local_memory(compiled, folder):
+    """Bytes of stack and local memory: what does not fit in registers, and what calls need."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (used,) = re.findall(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", output)
+    return sum(map(int, used))
+
+
+def check_compiled(launch, dtype, capability, folder):
+    kernel, arguments, warps, asserts, constants = launch
+    compiled = compile_kernel(*launch, capability)
+    name = kernel.__name__
+    assert local_memory(compiled, folder) == 0 or asserts, f"{name} spills"  # to assert is a call
+    assert compiled.metadata.shared <= 48 << 10, name
+    ptx = compiled.asm["ptx"]
+    # By inline assembly or a flag of the user's nothing would be checked.
+    is_index = name == "_finish" and constants["KIND"] != 2
+    assert ("__assertfail" in ptx) == is_index, name
+    if name in ("_forward", "_backward"):
+        elements = constants["ROWS"] * constants["BLOCK"]
+        vectors = elements * dtype.itemsize // (warps * 32 * 16)
+        found = VECTOR.findall(ptx)
+        assert found.count("ld") >= vectors > 0 and found.count("st") >= vectors, name
+    return name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("everything", [False, True], ids=["indices", "everything"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_compiled(shape, everything, dtype, monkeypatch, tmp_path):
+    """Every kernel, for sm_90: no spills, and 16 bytes at a time."""
+    compiled = set()
+    for backward in (False, True):
+        for launch in taken_down(monkeypatch, SHAPES[shape], dtype, everything, backward):
+            compiled.add(check_compiled(launch, dtype, 90, tmp_path))
+    assert {"_forward", "_backward", "_finish", "_scale"} <= compiled
+    assert ("_total" in compiled) == (shape.startswith("columns"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capability", [80, 100])
+def test_compiled_for_other_architectures(capability, dtype, monkeypatch, tmp_path):
+    for everything in (False, True):
+        for launch in taken_down(monkeypatch, SHAPES["rows"], dtype, everything, everything):
+            check_compiled(launch, dtype, capability, tmp_path)
