@@ -183,13 +183,13 @@ def _write(
     KIND: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile."""
-    v = e * scale[:, None]
     if KIND == _INDEX:
-        v = v - tl.where(is_target, hit[:, None], 0.0)
+        taken = tl.where(is_target, hit[:, None], 0.0)
     elif KIND == _SMOOTH:
-        v = v - tl.where(is_target, hit[:, None], spread[:, None] * s)
+        taken = tl.where(is_target, hit[:, None], spread[:, None] * s)
     else:
-        v = v - spread[:, None] * s
+        taken = spread[:, None] * s
+    v = tl.fma(e, scale[:, None], -taken)
     if HAS_CAP:
         v = v * (1.0 - u * u)
     tl.store(pointers, narrow(v, pointers.dtype.element_ty), mask=mask)
@@ -586,13 +586,14 @@ def _tile(
     else:
         most, of_thread = (16384, 32) if arrays == 1 else (8192, 16)
     block = triton.next_power_of_2(classes)
+    whole = triton.next_power_of_2(max(inner, 1))
     if INTERPRETED:  # few, large programs; chunks for the longer rows of the tests
         block = min(block, 2048)
-        return min(triton.next_power_of_2(inner), max(1, 2**17 // block)), block, 1
-    line = min(128 // itemsize, triton.next_power_of_2(inner)) if columns else 1
+        return min(whole, 2**17 // block), block, 1
+    line = min(128 // itemsize, whole) if columns else 1
     if block * line > most:
         block = 4096 // line
-    rows = max(line, min(4096 // block, triton.next_power_of_2(inner)))
+    rows = max(line, min(4096 // block, whole))
     while rows > line and rows * block > 1024 and outer * triton.cdiv(inner, rows) < _PROGRAMS:
         rows //= 2
     elements = rows * block
