@@ -12,8 +12,10 @@ import sys
 
 import pytest
 import torch
+from compare import assert_no_worse
 from instruction_sets import compile_library
 from test_instruction_sets import copy_package
+from torch.nn import functional as F
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(
@@ -76,10 +78,12 @@ def check(x, own):
         x[i] = torch.randn(x[i].shape)
     target = torch.randint(x.shape[1], (2, *x.shape[2:]))
     results = []
-    for function, dtype in ((cross_entropy, None), (F.cross_entropy, None), (F.cross_entropy, 8)):
-        leaf = x.detach() if dtype is None else x.double()
-        leaf.requires_grad_()
-        loss = function(leaf, target, reduction="sum")
+    for function, leaf in (
+        (cross_entropy, x.detach()),
+        (F.cross_entropy, x.detach()),
+        (F.cross_entropy, x.double()),
+    ):
+        loss = function(leaf.requires_grad_(), target, reduction="sum")
         results.append((loss, torch.autograd.grad(loss, leaf)[0]))
     for name, triple in zip(("loss", "grad input"), zip(*results)):
         assert_no_worse(name, *triple)
@@ -232,3 +236,45 @@ def test_compiled_for_other_architectures(capability, dtype, monkeypatch, tmp_pa
     for everything in (False, True):
         for launch in taken_down(monkeypatch, SHAPES["rows"], dtype, everything, everything):
             check_compiled(launch, dtype, capability, tmp_path)
+
+
+# --------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_a_gpu(shape, dtype):
+    """Loss and gradient against stock's, whoever owns the dispatch key here."""
+    from dlkernels.kernels import cross_entropy as kernels
+
+    shape = (16, *SHAPES[shape][1:2], *(min(n, 40) for n in SHAPES[shape][2:]))
+    x = torch.randn(shape, device="cuda").to(dtype)
+    target = torch.randint(shape[1], (16, *shape[2:]), device="cuda")
+    results = []
+    for leaf in (x.detach(), x.double()):
+        loss = F.cross_entropy(leaf.requires_grad_(), target)
+        results.append((loss, torch.autograd.grad(loss, leaf)[0]))
+    options = (1, -100, 0.0, 0.0, 0.0)
+    loss, lse, total, gradient = kernels._cross_entropy_forward_backward(x, target, None, *options)
+    upstream = torch.ones((), dtype=dtype, device="cuda")
+    again = kernels._cross_entropy_backward(upstream, None, x, target, None, lse, total, *options)
+    for name, ours, stock, exact in zip(
+        ("loss", "grad input"), (loss, gradient), *results, strict=True
+    ):
+        assert_no_worse(name, ours, stock, exact)
+    assert_no_worse("grad input of backward", again, results[0][1], results[1][1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+def test_a_target_out_of_range_on_a_gpu():
+    """As stock's: an assertion on the device, which ends the process's use of it."""
+    code = (
+        "import torch\n"
+        "from dlkernels.kernels import cross_entropy as kernels\n"
+        "x, target = torch.randn(4, 6, device='cuda'), torch.full((4,), 7, device='cuda')\n"
+        "kernels._cross_entropy_forward(x, target, None, 1, -100, 0.0, 0.0, 0.0)\n"
+        "torch.cuda.synchronize()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and "device-side assert" in done.stderr, done.stderr[-2000:]

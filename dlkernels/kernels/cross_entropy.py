@@ -422,10 +422,7 @@ def _store_totals(
     elif REDUCTION != _NONE:
         if REDUCTION == _MEAN:
             loss = loss / weights
-        dtype: tl.constexpr = loss_ptr.dtype.element_ty
-        if dtype != tl.float64:
-            loss = loss.to(tl.float32)
-        tl.store(loss_ptr, narrow(loss, dtype))
+        tl.store(loss_ptr, narrow(loss, loss_ptr.dtype.element_ty))
 
 
 @_jit
@@ -475,11 +472,8 @@ def _finish(
             loss = tl.where(counts, loss, 0.0)
             losses += loss
             if REDUCTION == _NONE:
-                dtype: tl.constexpr = loss_ptr.dtype.element_ty
-                if dtype == tl.float64:
-                    tl.store(loss_ptr + row, loss, mask=exists)
-                else:
-                    tl.store(loss_ptr + row, narrow(loss.to(tl.float32), dtype), mask=exists)
+                stored = narrow(loss, loss_ptr.dtype.element_ty)
+                tl.store(loss_ptr + row, stored, mask=exists)
     if partial_ptr is None:
         RECIPROCAL: tl.constexpr = statistics_ptr is None
         _store_totals(
