@@ -98,14 +98,18 @@ def widen(x):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """float32 to 16 bits, ties to even; others as they are."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        bits = tl.where(x == x, bits, 0x7FC0)
-        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    """To the dtype of memory, ties to even; to 16 bits from float64 by way of float32."""
+    if dtype == tl.float64:
+        return x
     else:
-        return x.to(dtype)
+        x = x.to(tl.float32)
+        if INTERPRETED and dtype == tl.bfloat16:
+            bits = x.to(tl.uint32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            bits = tl.where(x == x, bits, 0x7FC0)
+            return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        else:
+            return x.to(dtype)
 
 
 @triton.jit

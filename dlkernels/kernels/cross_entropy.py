@@ -52,6 +52,7 @@ _NONE, _MEAN = tl.constexpr(0), tl.constexpr(1)
 _INDEX, _SMOOTH, _PROBABILITY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _LANES = 1024  # rows that a program of _finish takes at a time, and _total partial sums
 _STEPS = 4  # how many times _finish does
+_PROGRAMS = 264  # two for each multiprocessor of an H100
 _SCALED = 4096  # elements that a program of _scale takes
 
 # ------------------------------------------------------------------------------------------ kernels
@@ -109,16 +110,19 @@ def _logits(pointers, mask, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _masses(t, weight_ptr, c, classes, mask, kept, uniform, KIND: tl.constexpr, T: tl.constexpr):
-    """s_c of a tile, 0 outside; t points to its probabilities."""
+def _masses(
+    t, t_stride, weight_ptr, c, classes, mask, kept, uniform,
+    KIND: tl.constexpr, T: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """s_c of a tile, 0 outside; t points to the first probabilities of its rows."""
     if KIND == _PROBABILITY:
-        s = widen(tl.load(t, mask=mask, other=0.0)) * tl.full([], kept, T) + tl.full([], uniform, T)
-        if weight_ptr is not None:
-            s = s * widen(tl.load(weight_ptr + c, mask=c < classes, other=0.0))[None, :]
+        pointers = t[:, None] + _of_classes(c, t_stride, ALIGN, COLUMNS)[None, :]
+        s = widen(tl.load(pointers, mask=mask, other=0.0))
+        s = s * tl.full([], kept, T) + tl.full([], uniform, T)
     else:
         s = tl.full(mask.shape, 1.0, T)
-        if weight_ptr is not None:
-            s = s * widen(tl.load(weight_ptr + c, mask=c < classes, other=0.0))[None, :]
+    if weight_ptr is not None:
+        s = s * widen(tl.load(weight_ptr + c, mask=c < classes, other=0.0))[None, :]
     return tl.where(mask, s, 0.0)
 
 
@@ -179,13 +183,13 @@ def _write(
     KIND: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile."""
-    v = e * scale[:, None]
     if KIND == _INDEX:
-        v = v - tl.where(is_target, hit[:, None], 0.0)
+        taken = tl.where(is_target, hit[:, None], 0.0)
     elif KIND == _SMOOTH:
-        v = v - tl.where(is_target, hit[:, None], spread[:, None] * s)
+        taken = tl.where(is_target, hit[:, None], spread[:, None] * s)
     else:
-        v = v - spread[:, None] * s
+        taken = spread[:, None] * s
+    v = tl.fma(e, scale[:, None], -taken)
     if HAS_CAP:
         v = v * (1.0 - u * u)
     tl.store(pointers, narrow(v, pointers.dtype.element_ty), mask=mask)
@@ -215,8 +219,9 @@ def _accumulate(
     if KIND == _INDEX:
         return m, shift, total, mass, moment, e, u, e, mask
     else:
-        offsets = _of_classes(c, t_stride, ALIGN, COLUMNS)[None, :]
-        s = _masses(t[:, None] + offsets, weight_ptr, c, classes, mask, kept, uniform, KIND, T)
+        s = _masses(
+            t, t_stride, weight_ptr, c, classes, mask, kept, uniform, KIND, T, ALIGN, COLUMNS
+        )
         moment += mass * (last - shift) + tl.sum(tl.where(mask, s * values, 0.0), 1)
         return m, shift, total, mass + tl.sum(s, 1), moment, e, u, s, mask
 
@@ -252,16 +257,21 @@ def _forward(
         y = y64.to(tl.int32)
 
     m = tl.full([ROWS], float("-inf"), T)
-    zero = tl.zeros([ROWS], T)
-    m, shift, total, mass, moment, e, u, s, mask = _accumulate(
-        0, m, zero, zero, zero, zero, x, t, weight_ptr, exists, classes, x_stride, t_stride,
-        kept, uniform, softcap, KIND, HAS_CAP, T, COLUMNS, ALIGN, BLOCK,
-    )  # fmt: skip
-    for k in range(1, CHUNKS):
-        m, shift, total, mass, moment, _, _, _, _ = _accumulate(
-            k, m, shift, total, mass, moment, x, t, weight_ptr, exists, classes, x_stride,
+    shift = tl.zeros([ROWS], T)
+    total = tl.zeros([ROWS], T)
+    mass = tl.zeros([ROWS], T)
+    moment = tl.zeros([ROWS], T)
+    if CHUNKS == 1:
+        m, shift, total, mass, moment, e, u, s, mask = _accumulate(
+            0, m, shift, total, mass, moment, x, t, weight_ptr, exists, classes, x_stride,
             t_stride, kept, uniform, softcap, KIND, HAS_CAP, T, COLUMNS, ALIGN, BLOCK,
         )  # fmt: skip
+    else:
+        for k in range(CHUNKS):
+            m, shift, total, mass, moment, _, _, _, _ = _accumulate(
+                k, m, shift, total, mass, moment, x, t, weight_ptr, exists, classes, x_stride,
+                t_stride, kept, uniform, softcap, KIND, HAS_CAP, T, COLUMNS, ALIGN, BLOCK,
+            )  # fmt: skip
 
     statistics = statistics_ptr + row
     rows = rows.to(tl.int64)
@@ -302,10 +312,10 @@ def _forward(
                 values, u = _logits(x[:, None] + offsets, mask, softcap, HAS_CAP)
                 e = tl.exp(values - shift[:, None])
                 if KIND != _INDEX:
-                    offsets = _of_classes(c, t_stride, ALIGN, COLUMNS)[None, :]
                     s = _masses(
-                        t[:, None] + offsets, weight_ptr, c, classes, mask, kept, uniform, KIND, T
-                    )
+                        t, t_stride, weight_ptr, c, classes, mask, kept, uniform,
+                        KIND, T, ALIGN, COLUMNS,
+                    )  # fmt: skip
                 else:
                     s = e
             offsets = _of_classes(c, g_stride, ALIGN, COLUMNS)[None, :]
@@ -356,12 +366,22 @@ def _backward(
         t = _of_rows(target_ptr, o, i, t_outer, t_stride, ALIGN, COLUMNS)
         counts, w = exists, f
         y = tl.full([ROWS], -1, tl.int32)
-        for k in range(CHUNKS):
-            c = k * BLOCK + tl.arange(0, BLOCK)
+        if CHUNKS == 1:
+            c = tl.arange(0, BLOCK)
             mask = exists[:, None] & (c < classes)[None, :]
-            offsets = _of_classes(c, t_stride, ALIGN, COLUMNS)[None, :]
-            s = _masses(t[:, None] + offsets, weight_ptr, c, classes, mask, kept, uniform, KIND, T)
-            mass += tl.sum(s, 1)
+            s = _masses(
+                t, t_stride, weight_ptr, c, classes, mask, kept, uniform, KIND, T, ALIGN, COLUMNS
+            )
+            mass = tl.sum(s, 1)
+        else:
+            for k in range(CHUNKS):
+                c = k * BLOCK + tl.arange(0, BLOCK)
+                mask = exists[:, None] & (c < classes)[None, :]
+                s = _masses(
+                    t, t_stride, weight_ptr, c, classes, mask, kept, uniform,
+                    KIND, T, ALIGN, COLUMNS,
+                )  # fmt: skip
+                mass += tl.sum(s, 1)
     else:
         t = x
         y64, counts, good = _targets(target_ptr, row, exists, ignore_index, classes)
@@ -381,8 +401,9 @@ def _backward(
         if KIND == _INDEX:
             s = e
         elif CHUNKS > 1 or KIND == _SMOOTH:
-            offsets = _of_classes(c, t_stride, ALIGN, COLUMNS)[None, :]
-            s = _masses(t[:, None] + offsets, weight_ptr, c, classes, mask, kept, uniform, KIND, T)
+            s = _masses(
+                t, t_stride, weight_ptr, c, classes, mask, kept, uniform, KIND, T, ALIGN, COLUMNS
+            )
         offsets = _of_classes(c, g_stride, ALIGN, COLUMNS)[None, :]
         _write(
             g[:, None] + offsets, mask, e, u, s, c[None, :] == y[:, None], scale, spread, hit,
@@ -401,10 +422,7 @@ def _store_totals(
     elif REDUCTION != _NONE:
         if REDUCTION == _MEAN:
             loss = loss / weights
-        dtype: tl.constexpr = loss_ptr.dtype.element_ty
-        if dtype != tl.float64:
-            loss = loss.to(tl.float32)
-        tl.store(loss_ptr, narrow(loss, dtype))
+        tl.store(loss_ptr, narrow(loss, loss_ptr.dtype.element_ty))
 
 
 @_jit
@@ -454,11 +472,8 @@ def _finish(
             loss = tl.where(counts, loss, 0.0)
             losses += loss
             if REDUCTION == _NONE:
-                dtype: tl.constexpr = loss_ptr.dtype.element_ty
-                if dtype == tl.float64:
-                    tl.store(loss_ptr + row, loss, mask=exists)
-                else:
-                    tl.store(loss_ptr + row, narrow(loss.to(tl.float32), dtype), mask=exists)
+                stored = narrow(loss, loss_ptr.dtype.element_ty)
+                tl.store(loss_ptr + row, stored, mask=exists)
     if partial_ptr is None:
         RECIPROCAL: tl.constexpr = statistics_ptr is None
         _store_totals(
@@ -552,23 +567,31 @@ def _merged(layouts: list[_Layout]) -> list[_Layout]:
     return [_Layout(1, outer * inner, 0, step, False) for outer, inner, _, step, _ in layouts]
 
 
-def _tile(classes: int, inner: int, columns: bool, itemsize: int) -> tuple[int, int, int]:
-    """(rows, classes, warps) of a tile.
+def _tile(
+    classes: int, outer: int, inner: int, columns: bool, itemsize: int, arrays: int
+) -> tuple[int, int, int]:
+    """(rows, classes, warps) of a tile, of which a program holds so many arrays in registers.
 
-    At most 64 KiB of accumulators, 128 bytes for each thread; at least 4096 elements where there
-    are so many. Columns have 128 bytes in a line of memory, and at most as many rows as that.
+    At least 4096 elements, while that makes programs enough. Columns are read in lines of 128
+    bytes. Rows of more classes than fit are taken in chunks.
     """
-    wide = max(itemsize, 4)
-    if INTERPRETED:  # few, large programs; chunks for the longer rows of the tests
-        block = triton.next_power_of_2(classes) if classes <= 2048 else 1024
-        return min(triton.next_power_of_2(inner), max(1, 2**17 // block)), block, 1
-    line = min(128 // itemsize, triton.next_power_of_2(inner)) if columns else 1
+    if itemsize == 8:
+        most, of_thread = 4096, 16
+    else:
+        most, of_thread = (16384, 32) if arrays == 1 else (8192, 16)
     block = triton.next_power_of_2(classes)
-    if block * line * wide > 2**16:
+    whole = triton.next_power_of_2(max(inner, 1))
+    if INTERPRETED:  # few, large programs; chunks for the longer rows of the tests
+        block = min(block, 2048)
+        return min(whole, 2**17 // block), block, 1
+    line = min(128 // itemsize, whole) if columns else 1
+    if block * line > most:
         block = 4096 // line
-    rows = max(line, min(4096 // block, triton.next_power_of_2(inner)))
-    warps = rows * block * wide // (128 * 32)
-    return rows, block, min(max(warps, 1), 16)
+    rows = max(line, min(4096 // block, whole))
+    while rows > line and rows * block > 1024 and outer * triton.cdiv(inner, rows) < _PROGRAMS:
+        rows //= 2
+    elements = rows * block
+    return rows, block, max(elements // (of_thread * 32), min(elements // 256, 4), 1)
 
 
 class _Problem:
@@ -601,7 +624,10 @@ class _Problem:
 
         outer, inner, _, _, columns = layouts[0]
         self.rows = outer * inner
-        rows, block, self.warps = _tile(self.classes, inner, columns, input.element_size())
+        arrays = 1 + (softcap > 0) + (probability or self.class_weight is not None)
+        rows, block, self.warps = _tile(
+            self.classes, outer, inner, columns, input.element_size(), arrays
+        )
         blocks = triton.cdiv(inner, rows)
         self.grid = outer * blocks
         strides = [n for layout in layouts for n in layout[2:4]]
