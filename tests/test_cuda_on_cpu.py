@@ -573,6 +573,17 @@ def test_gaps_of_an_output_stay(launch, seed):
         launch("tail", BLOCKS, THREADS, [("input", x), ("output", out)], [0])
 
 
+def test_a_part_of_an_output_is_still_the_output(launch, seed):
+    x, out = make(BLOCKS, THREADS), torch.empty(BLOCKS, THREADS)
+    tensors = [("input", x), ("output", out), ("output", out[1])]
+    launch("tail", BLOCKS, THREADS, tensors, [0])
+    with pytest.raises(RuntimeError, match=r"1 of 256 elements .* the first at \[3, 63\]"):
+        launch("tail", BLOCKS, THREADS, tensors, [1])
+    halves = [("input", x), ("output", out[:3]), ("output", out[2:])]
+    with pytest.raises(RuntimeError, match="`output` overlaps `output`"):
+        launch("tail", BLOCKS, THREADS, halves, [0])
+
+
 # --- around it --------------------------------------------------------------------------------
 
 

@@ -84,8 +84,8 @@ class EntryScope {
 };
 
 // Lets the launches of the entry use the elements of a tensor: sizes and strides in elements of
-// `item` bytes. The same memory may be tracked again: as the same kind (nothing happens), or as an
-// input and an output of an op in place.
+// `item` bytes. The same memory may be tracked again: as the same kind or as a part of an output
+// (nothing happens), as an input and an output of an op in place, or as new scratch.
 void track(const char* name, const void* data, int64_t item, int64_t dims, const int64_t* sizes,
            const int64_t* strides, Kind kind);
 

@@ -264,7 +264,12 @@ constexpr size_t kGap = 1024;
 // --------------------------------------------------------------------------------------- scheduler
 
 // The fiber that calls a primitive.
-Fiber& self();
+[[noreturn]] void fail_outside();
+inline Fiber& self() {
+  if (!running) [[unlikely]]
+    fail_outside();
+  return *running;
+}
 void suspend(Fiber& fiber);  // until it is resumed
 void resume(Fiber& fiber);
 void resume_all(std::vector<Fiber*>& fibers, const Fiber* except);  // in another order; clears

@@ -588,10 +588,16 @@ void track(const char* name, const void* data, int64_t item, int64_t dims, const
   for (auto it = scope.regions.begin(); it != scope.regions.end();) {
     const Region& other = **it;
     const bool meets = r->low < other.low + other.bytes && other.low < r->low + r->bytes;
-    const bool other_written = other.kind != Kind::kInput;
     if (meets && other.low == r->low && other.bytes == r->bytes && other.kind == kind) return;
-    // Memory that was freed and is used again, by another scratch tensor of the entry.
-    it = meets && written && other_written ? scope.regions.erase(it) : it + 1;
+    if (!meets || !written || other.kind == Kind::kInput) {
+      ++it;
+    } else if (other.kind == Kind::kScratch) {  // freed, and used again
+      it = scope.regions.erase(it);
+    } else if (other.contains(r->low, r->bytes)) {
+      return;  // a part of an output
+    } else {
+      throw std::logic_error(concat("`", name, "` overlaps `", other.name, "`"));
+    }
   }
   if (written) {
     int shift = 0;

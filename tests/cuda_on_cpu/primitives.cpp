@@ -259,7 +259,8 @@ void* cluster_shared(const void* mine, unsigned rank) {
 
 // --------------------------------------------------------------------------------- lanes' meetings
 
-// Waits for the lanes of the mask; the last to come calls complete(warp) before all go on.
+// Waits for the lanes of the mask; the last to come calls complete(warp) before all go on. `what`
+// is one pointer for each operation.
 template <typename Complete>
 static void meet(Fiber& f, const char* what, unsigned mask, Complete complete) {
   Warp& warp = f.block->warps[f.rank / 32];
@@ -274,7 +275,7 @@ static void meet(Fiber& f, const char* what, unsigned mask, Complete complete) {
                 " never come: they have ended"));
   Meeting* meeting = nullptr;
   for (Meeting& m : warp.meetings) {
-    if (m.mask == mask && !strcmp(m.what, what) && !(m.arrived & own)) {
+    if (m.mask == mask && m.what == what && !(m.arrived & own)) {
       meeting = &m;
     } else if ((m.mask & own) && (m.arrived & mask)) {  // each waits for the other
       const Fiber& other = *warp.lanes[__builtin_ctz(m.arrived & mask)];
@@ -687,8 +688,8 @@ static float flush(float x) {
   return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
 }
 
-float exp2_approximate(float x) { return flush(float(std::exp2(double(flush(x))))); }
-float log2_approximate(float x) { return flush(float(std::log2(double(flush(x))))); }
+float exp2_approximate(float x) { return flush(std::exp2(flush(x))); }
+float log2_approximate(float x) { return flush(std::log2(flush(x))); }
 
 float to_float_f16(uint16_t bits) {
   const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31;

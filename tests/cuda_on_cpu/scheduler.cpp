@@ -15,7 +15,9 @@
 
 #include "emulator.h"
 
-#ifndef __x86_64__
+#if defined(__x86_64__) && !defined(DLKERNELS_UCONTEXT)
+#define DLK_SWITCH 1
+#else
 #include <ucontext.h>
 #endif
 
@@ -28,7 +30,7 @@ Machine machine;
 
 static void fiber_main();
 
-#ifdef __x86_64__
+#if DLK_SWITCH
 // Keeps what a call keeps: rbx, rbp, r12-r15. The jump, not a ret, goes to the other fiber, whose
 // return address the processor's stack of them does not have.
 extern "C" __attribute__((visibility("hidden"))) void dlkernels_switch(void** from, void* to);
@@ -138,21 +140,20 @@ void resume_all(std::vector<Fiber*>& fibers, const Fiber* except) {
   fibers.clear();
 }
 
-Fiber& self() {
-  if (!running) throw std::logic_error("a device function is called outside a kernel");
-  return *running;
-}
+void fail_outside() { throw std::logic_error("a device function is called outside a kernel"); }
 
 static void fiber_main() {
   Fiber& fiber = *running;
+  std::string error;
   try {
     machine.call(machine.body);
-    check_end(fiber);
-  } catch (const std::exception& error) {
-    fail(std::string("exception in a kernel: ") + error.what());
+  } catch (const std::exception& thrown) {
+    error = concat("exception in a kernel: ", thrown.what());
   } catch (...) {
-    fail("exception in a kernel");
+    error = "exception in a kernel";
   }
+  if (!error.empty()) fail(error);
+  check_end(fiber);
   fiber.ended = true;
   --machine.alive;
   progress();
@@ -270,10 +271,7 @@ static std::string seed_text() { return concat(" (DLKERNELS_EMULATED_SEED=", mac
 [[noreturn]] static void stop(Failure failure) {
   machine.failure = std::move(failure);
   machine.failure.any = true;
-  void* never;
-#ifndef __x86_64__
-  never = nullptr;
-#endif
+  void* never = nullptr;
   running = nullptr;
   switch_context(&never, machine.context);
   __builtin_unreachable();
