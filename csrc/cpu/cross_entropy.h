@@ -9,7 +9,7 @@
 // The gradient is (e·scale − spread·s_c)·(1 − (x'/cap)²), at an index target (e·scale − hit)·(…):
 //   e       exp(x' − m) in the forward pass, softmax exp(x' − lse) in the backward
 //   scale   factor·((1−ε)·w_y + ε/C·Σ w + 2·z·lse) or factor·(Σ s + 2·z·lse); over Σ e if forward
-//   spread  factor·ε/C or factor
+//   spread  factor·ε/C or factor; for probabilities the factor is taken out of all, where it can be
 //   hit     factor·((1−ε)·w_y + ε/C·w_y)
 //   factor  upstream gradient × what the reduction divides by
 //
@@ -91,6 +91,7 @@ struct alignas(64) Block {
   double loss[kPadded], factor[kPadded];
   double target_weight[kPadded], counts[kPadded];  // w_y, 1; where the row is ignored 0, 0
   T scale[kPadded], spread[kPadded], hit[kPadded];
+  T outer[kPadded];  // probabilities: what multiplies all of a row's gradient
   int64_t offset[kRows];
 };
 
@@ -143,8 +144,12 @@ void set_coefficients(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t ro
     const D f = per_row ? load(b.factor + i) : D(factor), lse = load(p.lse + row + i, lanes);
     D total;
     if constexpr (kind == Kind::kProbability) {
-      total = f * fma(z, lse, load_double(b.mass + i));
-      store_rounded(b.spread + i, f);
+      // The factor comes last, so that one class, or all mass on one, has a gradient of exactly 0;
+      // with an upstream gradient of the log-sum-exp there is no common factor.
+      const D each = p.grad_lse ? f : D(1.0);
+      total = each * fma(z, lse, load_double(b.mass + i));
+      store_rounded(b.spread + i, each);
+      store_rounded(b.outer + i, p.grad_lse ? D(1.0) : f);
       store_rounded(b.hit + i, zero);
     } else {
       const D w = load(b.target_weight + i), nll = kept * w;

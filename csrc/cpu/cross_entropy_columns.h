@@ -179,6 +179,7 @@ void write_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
   const auto value = [&](int64_t c, int64_t i, V scale, V spread) {
     V v = load(s.e + c * pitch + i) * scale;
     if constexpr (kind != Kind::kIndex) v = v - spread * mass_of_column<S, kind>(p, s, pitch, c, i);
+    if constexpr (kind == Kind::kProbability) v = v * load(b.outer + i);
     if (has_cap) {
       const V u = load(s.squashed + c * pitch + i);
       v = v * (V(T(1)) - u * u);

@@ -110,14 +110,19 @@ struct RowGradient {
   using V = Vec<T>;
   const Problem<S>& p;
   const S* probability;
-  V scale, minus_spread;
+  V scale, minus_spread, outer;
 
-  RowGradient(const Problem<S>& p, const S* probability, T scale, T spread)
-      : p(p), probability(probability), scale(scale), minus_spread(-spread) {}
+  RowGradient(const Problem<S>& p, const S* probability, const Block<T>& b, int64_t i, T scale)
+      : p(p),
+        probability(probability),
+        scale(scale),
+        minus_spread(-b.spread[i]),
+        outer(kind == Kind::kProbability ? b.outer[i] : T(1)) {}
   V operator()(V e, int64_t c, int64_t lanes) const {
     V v = e * scale;
     if constexpr (kind != Kind::kIndex)
       v = fma(minus_spread, mass<S, kind>(p, probability, c, lanes), v);
+    if constexpr (kind == Kind::kProbability) v = v * outer;
     return v;
   }
   V operator()(V e, V u, int64_t c, int64_t lanes) const {
@@ -200,7 +205,7 @@ void write_row(const Problem<S>& p, const Block<accumulate_t<S>>& b, int64_t i, 
     const int64_t n = std::min(kChunk, classes - c0);
     const T shift = s.shift[c0 / kChunk];
     const T scale = shift < last_shift ? b.scale[i] * std::exp(shift - last_shift) : b.scale[i];
-    write_chunk<S, kind>({p, probability, scale, b.spread[i]}, gradient + c0, kept(s.e + c0),
+    write_chunk<S, kind>({p, probability, b, i, scale}, gradient + c0, kept(s.e + c0),
                          has_cap ? s.squashed + c0 : nullptr, c0, n);
     if (y >= c0 && y < c0 + n)
       write_target(p, gradient + y, s.e[y], has_cap ? s.squashed[y] : T(0), scale, b.hit[i]);
@@ -300,7 +305,7 @@ void forward_pipelined(const Problem<S>& p, int64_t begin, int64_t end,
   };
   const auto write = [&](int64_t u, int64_t i) {
     const int64_t row = u * per_block + i;
-    const RowGradient<S, kind> of(p, probability_of(row), block(u).scale[i], block(u).spread[i]);
+    const RowGradient<S, kind> of(p, probability_of(row), block(u), i, block(u).scale[i]);
     write_chunk(of, p.gradient + offset_of(p.gradient_layout, row), kept<T>(e_of(u, i)),
                 static_cast<const T*>(nullptr), 0, classes);
     finish_write(u, i);
@@ -318,15 +323,15 @@ void forward_pipelined(const Problem<S>& p, int64_t begin, int64_t end,
       T& next_max = block(u + 1).max[i];
       if (keep && u > begin) {
         const int64_t before = row - per_block + i;
-        const RowGradient<S, kind> of(p, probability_of(before), block(u - 1).scale[i],
-                                      block(u - 1).spread[i]);
+        const RowGradient<S, kind> of(p, probability_of(before), block(u - 1), i,
+                                      block(u - 1).scale[i]);
         sweep_row<S, kind, keep, true>(p, b, i, row + i, e_of(u, i), x_next, next_max, of,
                                        e_of(u - 1, i),
                                        p.gradient + offset_of(p.gradient_layout, before));
         finish_write(u - 1, i);
       } else {
         sweep_row<S, kind, keep, false>(p, b, i, row + i, e_of(u, i), x_next, next_max,
-                                        {p, nullptr, T(0), T(0)}, nullptr, nullptr);
+                                        {p, nullptr, b, i, T(0)}, nullptr, nullptr);
       }
     }
     if (keep && u > begin)
@@ -372,7 +377,7 @@ void backward_rows(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
     const V lse(b.lse[i]), low(b.lse_low[i]);
     for (int64_t c0 = 0; c0 < classes; c0 += kChunk) {
       const int64_t m = std::min(kChunk, classes - c0);
-      const RowGradient<S, kind> of(p, probability, b.scale[i], b.spread[i]);
+      const RowGradient<S, kind> of(p, probability, b, i, b.scale[i]);
       const auto e_of = [&](auto* values) {
         return [=](int64_t c, int64_t lanes) { return exp((load(values + c, lanes) - lse) - low); };
       };
