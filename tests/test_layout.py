@@ -185,7 +185,7 @@ def nothing_imports_tests_or_benchmarks(root):
 
 @rule
 def cpu_kernels_include_their_own_and_the_three_headers_only(root):
-    """Let csrc/cpu/<op>.{cpp,h} include <op>.h, csrc/<op>.h, check.h, simd.h, gemm.h, std, stable."""
+    """Let csrc/cpu/<op> include <op>.h, csrc/<op>.h, check.h, simd.h, gemm.h, std and stable."""
     ours = ("../check.h", "simd.h", "gemm.h")
     found = []
     for path in under(root, "csrc/cpu", suffixes=[".cpp", ".h"]):

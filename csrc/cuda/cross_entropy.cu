@@ -781,11 +781,11 @@ struct Piece {
 // The sums of the positions of a thread, over classes [slice, classes) in steps.
 template <bool kGeneral, bool kVectors, typename S>
 DLK_DEVICE void read_columns(const Problem<S>& p, const S* x, const S* t, int slice, int step,
-                             typename Piece<S, kVectors>::Bits* stage, int threads,
+                             typename Piece<S, kVectors>::Bits* stage, bool staged, int threads,
                              Sums<accumulate_t<S>> (&a)[Piece<S, kVectors>::kPositions]) {
   using T = accumulate_t<S>;
   using P = Piece<S, kVectors>;
-  constexpr int N = P::kPositions, U = kGeneral ? 2 : 4;
+  constexpr int N = P::kPositions, U = kAhead<kGeneral> * (kVectors ? 1 : 2);
   for (int64_t c = slice; c < p.classes; c += U * step) {
     typename P::Bits v[U];
     T max[N], shift[N], part[N];
@@ -797,13 +797,13 @@ DLK_DEVICE void read_columns(const Problem<S>& p, const S* x, const S* t, int sl
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (c + u * step >= p.classes) continue;
-      if (stage) P::stage(stage + u * threads, v[u]);
+      if (staged) P::stage(stage + u * threads, v[u]);
       T value[N];
       P::unpack(v[u], value);
 #pragma unroll
       for (int i = 0; i < N; ++i) max[i] = std::fmax(max[i], squash<kGeneral>(p, value[i]));
     }
-    if (stage) stage += U * threads;
+    stage += U * threads;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       raise_max<kGeneral, S>(a[i], max[i]);
@@ -850,9 +850,8 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
   // Slot k of position i is at k·positions + i: first the sums, a slot each and slice after slice,
   // then over them, by the thread that has read them, the coefficients.
   T* slots = reinterpret_cast<T*>(shared_memory() + kHeader);
-  typename P::Bits* stage = nullptr;
-  if (shape.staged)
-    stage = reinterpret_cast<typename P::Bits*>(slots + shape.slots * positions) + thread;
+  typename P::Bits* stage =
+      reinterpret_cast<typename P::Bits*>(slots + shape.slots * positions) + thread;
   const S* x = p.input + (active ? row_offset(p.layout, row) : 0);
   const S* t = nullptr;
   if (kGeneral && p.probability)
@@ -861,7 +860,7 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
   constexpr int kFields = kGeneral ? 4 : 2;
   if (active && (!p.saved_lse || t)) {
     Sums<T> a[N];
-    read_columns<kGeneral, kVectors>(p, x, t, slice, shape.slices, stage, threads, a);
+    read_columns<kGeneral, kVectors>(p, x, t, slice, shape.slices, stage, shape.staged, threads, a);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       T* slot = slots + slice * kFields * positions + column * N + i;
@@ -927,8 +926,8 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
 #pragma unroll 2
       for (int64_t c = slice; c < p.classes; c += shape.slices) {
         T value[N], probability[N] = {};
-        P::unpack(stage ? P::staged(stage) : P::load(x + c * p.layout.class_stride), value);
-        if (stage) stage += threads;
+        P::unpack(shape.staged ? P::staged(stage) : P::load(x + c * p.layout.class_stride), value);
+        stage += threads;
         if (kGeneral && t) P::unpack(P::load(t + c * p.target_layout.class_stride), probability);
 #pragma unroll
         for (int i = 0; i < N; ++i)
@@ -1038,7 +1037,7 @@ constexpr LanesOfRow kLanesOfRow[] = {{128, 8}, {512, 16}, {1024, 32}, {2048, 12
 template <typename S>
 Plan plan_rows(const Problem<S>& p) {
   const int64_t vectors = divide_up(p.classes, kVector<S>);
-  const bool clusters = compute_capability() >= 90, staged = p.gradient && !p.saved_lse;
+  const bool staged = p.gradient && !p.saved_lse;
   Plan plan;
   int lanes = kThreads;
   for (const LanesOfRow& line : kLanesOfRow)
@@ -1057,7 +1056,7 @@ Plan plan_rows(const Problem<S>& p) {
     plan.rows.rows = lanes > kWarp ? 1 : 128 / lanes;
   }
   plan.threads = int(divide_up(plan.rows.rows * lanes, kWarp) * kWarp);
-  if (clusters && lanes > kWarp)
+  if (lanes > kWarp && has_clusters(rows_kernel<S, Pass::kForward, false>))
     while (plan.cluster < 8 && ((staged && vectors * 16 > kStageBytes * plan.cluster) ||
                                 (p.rows * lanes * plan.cluster < kWantedThreads &&
                                  vectors > 16 * lanes * plan.cluster)))
