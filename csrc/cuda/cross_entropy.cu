@@ -17,10 +17,11 @@
 // on an SM: 64 KB. Statistics are made from registers as the vectors arrive (m and Σ e corrected
 // when a batch of vectors has a larger m: one exponential an element). Where a gradient follows,
 // each thread also keeps its vectors in shared memory, in a place of its own, which needs no
-// barrier; it writes the gradient from there: each byte is read once and written once. A row longer
-// than 64 KB is cut over a cluster of 2, 4 or 8 blocks, which exchange their sums once: three such
-// blocks are on an SM of 227 KB, so that one writes while others read. Without clusters, or beyond
-// their memory, the row is read a second time.
+// barrier; it writes the gradient from there: each byte is read once and written once. (Copies to
+// shared memory past the registers would read it once more.) A row longer than 64 KB is cut over a
+// cluster of 2, 4 or 8 blocks, which exchange their sums once: three such blocks of 256 threads and
+// 80 registers are on an SM of 227 KB, so that one writes while others read. Without clusters, or
+// beyond their memory, the row is read a second time.
 //
 // Numerics. A thread sums in float (double for double) one batch at a time, lanes, warps and blocks
 // are added as a tree; everything that is once per row is in double, but for the logarithm of the
@@ -46,12 +47,11 @@ namespace {
 
 using namespace cross_entropy;
 
-constexpr int kFewClasses = 64;  // contiguous classes up to this number are a thread's
-constexpr int kBatch = 8;        // classes that `few` adds at once
-constexpr int kInlineTargets =
-    1024;                      // Σ w_y of so many targets is made by every warp that needs it
-constexpr int kPieces = 256;   // most pieces of a larger Σ w_y
-constexpr int kThreads = 512;  // most threads of a block of the walks
+constexpr int kFewClasses = 64;              // contiguous classes up to this number are a thread's
+constexpr int kBatch = 8;                    // classes that `few` adds at once
+constexpr int kInlineTargets = 1024;         // Σ w_y of so many is made by every warp that needs it
+constexpr int kPieces = 256;                 // most pieces of a larger Σ w_y
+constexpr int kThreads = 512;                // most threads of a block of the walks
 constexpr int kStagingThreads = 256;         // of a block of rows with a gradient
 constexpr int kOneBlock = 1024;              // of `few` where one block has all rows, and of sums
 constexpr int64_t kWantedThreads = 1 << 16;  // fewer leave a GPU idle
@@ -63,7 +63,7 @@ constexpr int64_t kCached = 32 << 20;        // gradients up to this many bytes 
 constexpr int kHeader = 2048;
 constexpr int kSums = 32;  // bytes of the largest Sums
 
-// kAhead: vectors that a thread has under way.
+// Vectors that a thread has under way.
 template <bool kGeneral>
 constexpr int kAhead = kGeneral ? 2 : 4;
 
