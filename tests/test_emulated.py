@@ -76,4 +76,4 @@ def test_cross_entropy(capability, seed, library, tmp_path):
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     summary = done.stdout.splitlines()[-1]
     assert not re.search(r"failed|skipped|error|xfailed", summary), done.stdout[-2000:]
-    assert int(re.search(r"(\d+) passed", summary)[1]) > 150, summary
+    assert int(re.search(r"(\d+) passed", summary)[1]) > 100, summary
