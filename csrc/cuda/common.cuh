@@ -39,6 +39,10 @@ class DeviceScope {
 };
 
 inline int compute_capability() { return emulated::compute_capability(); }
+template <typename... Params>
+bool has_clusters(void (*)(Params...)) {
+  return compute_capability() >= 90;
+}
 inline size_t shared_limit() { return emulated::shared_limit(); }
 #else
 inline void check_cuda(cudaError_t error, const std::string& what) {
@@ -65,6 +69,16 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 inline int compute_capability() {
   return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
          device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
+// Whether launches of a kernel may have clusters. A GPU that is newer than the library's machine
+// code runs what the driver makes of compute_80, which knows none.
+template <typename... Params>
+bool has_clusters(void (*kernel)(Params...)) {
+  if (compute_capability() < 90) return false;
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  return attributes.ptxVersion >= 90;
 }
 
 // The most dynamic shared memory of a block, in bytes.

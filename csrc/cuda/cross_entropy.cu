@@ -17,10 +17,11 @@
 // on an SM: 64 KB. Statistics are made from registers as the vectors arrive (m and Σ e corrected
 // when a batch of vectors has a larger m: one exponential an element). Where a gradient follows,
 // each thread also keeps its vectors in shared memory, in a place of its own, which needs no
-// barrier; it writes the gradient from there: each byte is read once and written once. A row longer
-// than 64 KB is cut over a cluster of 2, 4 or 8 blocks, which exchange their sums once: three such
-// blocks are on an SM of 227 KB, so that one writes while others read. Without clusters, or beyond
-// their memory, the row is read a second time.
+// barrier; it writes the gradient from there: each byte is read once and written once. (Copies to
+// shared memory past the registers would read it once more.) A row longer than 64 KB is cut over a
+// cluster of 2, 4 or 8 blocks, which exchange their sums once: three such blocks of 256 threads and
+// 80 registers are on an SM of 227 KB, so that one writes while others read. Without clusters, or
+// beyond their memory, the row is read a second time.
 //
 // Numerics. A thread sums in float (double for double) one batch at a time, lanes, warps and blocks
 // are added as a tree; everything that is once per row is in double, but for the logarithm of the
@@ -46,12 +47,11 @@ namespace {
 
 using namespace cross_entropy;
 
-constexpr int kFewClasses = 64;  // contiguous classes up to this number are a thread's
-constexpr int kBatch = 8;        // classes that `few` adds at once
-constexpr int kInlineTargets =
-    1024;                      // Σ w_y of so many targets is made by every warp that needs it
-constexpr int kPieces = 256;   // most pieces of a larger Σ w_y
-constexpr int kThreads = 512;  // most threads of a block of the walks
+constexpr int kFewClasses = 64;              // contiguous classes up to this number are a thread's
+constexpr int kBatch = 8;                    // classes that `few` adds at once
+constexpr int kInlineTargets = 1024;         // Σ w_y of so many is made by every warp that needs it
+constexpr int kPieces = 256;                 // most pieces of a larger Σ w_y
+constexpr int kThreads = 512;                // most threads of a block of the walks
 constexpr int kStagingThreads = 256;         // of a block of rows with a gradient
 constexpr int kOneBlock = 1024;              // of `few` where one block has all rows, and of sums
 constexpr int64_t kWantedThreads = 1 << 16;  // fewer leave a GPU idle
@@ -63,7 +63,7 @@ constexpr int64_t kCached = 32 << 20;        // gradients up to this many bytes 
 constexpr int kHeader = 2048;
 constexpr int kSums = 32;  // bytes of the largest Sums
 
-// kAhead: vectors that a thread has under way.
+// Vectors that a thread has under way.
 template <bool kGeneral>
 constexpr int kAhead = kGeneral ? 2 : 4;
 
@@ -781,11 +781,11 @@ struct Piece {
 // The sums of the positions of a thread, over classes [slice, classes) in steps.
 template <bool kGeneral, bool kVectors, typename S>
 DLK_DEVICE void read_columns(const Problem<S>& p, const S* x, const S* t, int slice, int step,
-                             typename Piece<S, kVectors>::Bits* stage, int threads,
+                             typename Piece<S, kVectors>::Bits* stage, bool staged, int threads,
                              Sums<accumulate_t<S>> (&a)[Piece<S, kVectors>::kPositions]) {
   using T = accumulate_t<S>;
   using P = Piece<S, kVectors>;
-  constexpr int N = P::kPositions, U = kGeneral ? 2 : 4;
+  constexpr int N = P::kPositions, U = kAhead<kGeneral> * (kVectors ? 1 : 2);
   for (int64_t c = slice; c < p.classes; c += U * step) {
     typename P::Bits v[U];
     T max[N], shift[N], part[N];
@@ -797,13 +797,13 @@ DLK_DEVICE void read_columns(const Problem<S>& p, const S* x, const S* t, int sl
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (c + u * step >= p.classes) continue;
-      if (stage) P::stage(stage + u * threads, v[u]);
+      if (staged) P::stage(stage + u * threads, v[u]);
       T value[N];
       P::unpack(v[u], value);
 #pragma unroll
       for (int i = 0; i < N; ++i) max[i] = std::fmax(max[i], squash<kGeneral>(p, value[i]));
     }
-    if (stage) stage += U * threads;
+    stage += U * threads;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       raise_max<kGeneral, S>(a[i], max[i]);
@@ -850,9 +850,8 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
   // Slot k of position i is at k·positions + i: first the sums, a slot each and slice after slice,
   // then over them, by the thread that has read them, the coefficients.
   T* slots = reinterpret_cast<T*>(shared_memory() + kHeader);
-  typename P::Bits* stage = nullptr;
-  if (shape.staged)
-    stage = reinterpret_cast<typename P::Bits*>(slots + shape.slots * positions) + thread;
+  typename P::Bits* stage =
+      reinterpret_cast<typename P::Bits*>(slots + shape.slots * positions) + thread;
   const S* x = p.input + (active ? row_offset(p.layout, row) : 0);
   const S* t = nullptr;
   if (kGeneral && p.probability)
@@ -861,7 +860,7 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
   constexpr int kFields = kGeneral ? 4 : 2;
   if (active && (!p.saved_lse || t)) {
     Sums<T> a[N];
-    read_columns<kGeneral, kVectors>(p, x, t, slice, shape.slices, stage, threads, a);
+    read_columns<kGeneral, kVectors>(p, x, t, slice, shape.slices, stage, shape.staged, threads, a);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       T* slot = slots + slice * kFields * positions + column * N + i;
@@ -927,8 +926,8 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1)
 #pragma unroll 2
       for (int64_t c = slice; c < p.classes; c += shape.slices) {
         T value[N], probability[N] = {};
-        P::unpack(stage ? P::staged(stage) : P::load(x + c * p.layout.class_stride), value);
-        if (stage) stage += threads;
+        P::unpack(shape.staged ? P::staged(stage) : P::load(x + c * p.layout.class_stride), value);
+        stage += threads;
         if (kGeneral && t) P::unpack(P::load(t + c * p.target_layout.class_stride), probability);
 #pragma unroll
         for (int i = 0; i < N; ++i)
@@ -1038,7 +1037,7 @@ constexpr LanesOfRow kLanesOfRow[] = {{128, 8}, {512, 16}, {1024, 32}, {2048, 12
 template <typename S>
 Plan plan_rows(const Problem<S>& p) {
   const int64_t vectors = divide_up(p.classes, kVector<S>);
-  const bool clusters = compute_capability() >= 90, staged = p.gradient && !p.saved_lse;
+  const bool staged = p.gradient && !p.saved_lse;
   Plan plan;
   int lanes = kThreads;
   for (const LanesOfRow& line : kLanesOfRow)
@@ -1057,7 +1056,7 @@ Plan plan_rows(const Problem<S>& p) {
     plan.rows.rows = lanes > kWarp ? 1 : 128 / lanes;
   }
   plan.threads = int(divide_up(plan.rows.rows * lanes, kWarp) * kWarp);
-  if (clusters && lanes > kWarp)
+  if (lanes > kWarp && has_clusters(rows_kernel<S, Pass::kForward, false>))
     while (plan.cluster < 8 && ((staged && vectors * 16 > kStageBytes * plan.cluster) ||
                                 (p.rows * lanes * plan.cluster < kWantedThreads &&
                                  vectors > 16 * lanes * plan.cluster)))

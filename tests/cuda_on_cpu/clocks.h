@@ -1,8 +1,7 @@
 // Who knows what of whom: vector clocks, cut to the shape of a grid.
 //
 // A thread's accesses carry its epoch: block, clock, thread. Its clock goes up wherever it releases
-// (arrives at a barrier, fences). Epoch (b, u, c) is before what thread t does now if t knows u at
-// c:
+// (arrives at a barrier, fences). Epoch (b, u, c) is before what thread t does now if t knows that:
 //   of its own block   c ≤ floor (what all had at the last barrier of the block), or c ≤ base[u]
 //   of another block   the same of its entry of `foreign`
 // A barrier of the whole block thus costs no vector at all: floor becomes the highest clock, and
@@ -11,7 +10,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <utility>
 #include <vector>
 

@@ -1,38 +1,32 @@
 // CUDA on a CPU: runs a kernel that is written on csrc/cuda/arch.h, and checks it.
 //
-// A kernel is compiled by the host's g++ with -DDLKERNELS_EMULATED and -fsanitize=thread, and
-// linked with cuda_on_cpu.cpp, which is compiled WITHOUT -fsanitize=thread and takes the place of
-// libtsan (link without the flag too). The sanitizer's instrumentation thus reports every memory
-// access of a kernel to the emulator. Flags of the kernels:
-//   g++ -x c++ -std=c++20 -O2 -g1 -fPIC -DDLKERNELS_EMULATED -I tests/cuda_on_cpu -fsanitize=thread
-//   --param tsan-distinguish-volatile=1 -fno-tree-vectorize -Wno-unknown-pragmas
+// A kernel is compiled by the host's g++ with -DDLKERNELS_EMULATED and -fsanitize=thread, whose
+// instrumentation calls a function at every memory access. The emulator has these functions: it is
+// compiled, and all is linked, without that flag. tests/emulator.py has the commands.
 //
 // A CUDA thread is a fiber; barriers, shuffles and waits switch between fibers, in an order drawn
 // from a seed. Blocks run one after another, those of a cluster or of a cooperative grid together.
 //
 // A failure is an exception of launch(), or of the end of the entry, with kernel, block, thread,
 // place in the source and offset into the buffer:
-//   memory      access outside shared memory, outside tracked memory, write to an input,
-//   misaligned,
-//               another thread's stack, shared memory of an ended block of the cluster. What
-//               misses its tensor and meets another tracked one is an access to that one.
-//   values      read of shared, scratch or output memory that was not written; bytes of an async
-//               copy before its wait; an output not entirely written when the entry ends;
-//               load_streaming of memory that the launch writes
-//   races       two accesses to a byte by two threads, one a write, one not atomic, neither
-//               before the other by barriers (block, named, warp, cluster, grid, mbarrier) or by
-//               release and acquire (load_acquire, store_release; fence() with an atomic)
-//   barriers    sync_block in divergent code or beside an ended thread; a mask without the caller
-//               or with a lane that does not come; deadlock; a launch of impossible shape
+//   memory    access outside shared memory or tracked memory, write to an input, misaligned access,
+//             another thread's stack, shared memory of an ended block of the cluster. (What misses
+//             its tensor and meets another tracked one is an access to that one.)
+//   values    read of shared, scratch or output memory that was not written; bytes of an async
+//             copy before its wait; an output not entirely written when the entry ends;
+//             load_streaming of memory that the launch writes
+//   races     two accesses to a byte by two threads, one a write, not both atomic, neither before
+//             the other by barriers (block, named, warp, cluster, grid, mbarrier) or by release and
+//             acquire (load_acquire, store_release; fence() with an atomic, on both sides)
+//   barriers  sync_block in divergent code or beside an ended thread; a mask without the caller or
+//             with a lane that does not come; deadlock; a launch of impossible shape
+// Ended threads and lanes count as faults also where the GPU would go on without them.
 // Seed: DLKERNELS_EMULATED_SEED (a number), else another one at each launch; messages name it.
 //
-// A host entry does, in this order:
-//   emulated::EntryScope scope;                            // one per host entry, lives to its end
-//   emulated::track("input", pointer, item_bytes, dims, sizes, strides, Kind::kInput);   // per
-//   tensor emulated::launch({.name = "kernel", .grid = …, .block = …}, [=] { kernel(a, b); });  //
-//   by value
-// Launches of one entry are ordered as in a stream. Entries may run in several threads at once;
-// their launches take turns.
+// A host entry opens an EntryScope that lives to its end, tracks each tensor, and launches:
+//   launch({.name = "kernel", .grid = …, .block = …}, [=] { kernel(a, b); })
+// with the arguments by value. Launches of one entry are ordered as in a stream. Entries may run in
+// several threads at once; their launches take turns.
 #pragma once
 
 #include <cmath>
