@@ -39,6 +39,7 @@ from dlkernels.kernels.common import (
     check,
     check_tensor,
     divide,
+    exp,
     launch,
     narrow,
     register_kernels,
@@ -214,8 +215,8 @@ def _accumulate(
     last = shift
     shift = tl.where(m == float("-inf"), 0.0, m)
     values = values - shift[:, None]
-    e = tl.exp(values)
-    total = total * tl.exp(last - shift) + tl.sum(e, 1)
+    e = exp(values)
+    total = total * exp(last - shift) + tl.sum(e, 1)
     if KIND == _INDEX:
         return m, shift, total, mass, moment, e, u, e, mask
     else:
@@ -310,7 +311,7 @@ def _forward(
                 mask = exists[:, None] & (c < classes)[None, :]
                 offsets = _of_classes(c, x_stride, ALIGN, COLUMNS)[None, :]
                 values, u = _logits(x[:, None] + offsets, mask, softcap, HAS_CAP)
-                e = tl.exp(values - shift[:, None])
+                e = exp(values - shift[:, None])
                 if KIND != _INDEX:
                     s = _masses(
                         t, t_stride, weight_ptr, c, classes, mask, kept, uniform,
@@ -397,7 +398,7 @@ def _backward(
         mask = exists[:, None] & (c < classes)[None, :]
         offsets = _of_classes(c, x_stride, ALIGN, COLUMNS)[None, :]
         values, u = _logits(x[:, None] + offsets, mask, softcap, HAS_CAP)
-        e = tl.exp((values - lse[:, None]) - rest[:, None])
+        e = exp((values - lse[:, None]) - rest[:, None])
         if KIND == _INDEX:
             s = e
         elif CHUNKS > 1 or KIND == _SMOOTH:
