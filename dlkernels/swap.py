@@ -46,6 +46,7 @@ TWINS: list[Twin] = [
         nn.CrossEntropyLoss,
         extras=("softcap", "z_loss", "return_lse"),
     ),
+    Twin("linear", torch.nn.Linear, nn.Linear),
 ]
 
 
@@ -155,6 +156,10 @@ def _obstacle(module: torch.nn.Module) -> tuple[Twin, str] | None:
         elif cls is twin.stock or isinstance(module, twin.ours):
             continue
         elif isinstance(module, twin.stock):
+            if becomes := getattr(cls, "cls_to_become", None):
+                if becomes is twin.ours:
+                    continue
+                return twin, f"lazy: it becomes a {stock} at its first call, swap it after that"
             if torch.nn.utils.parametrize.is_parametrized(module):
                 names = ", ".join(module.parametrizations)
                 return twin, f"parametrized ({names}): its class is made per instance"
