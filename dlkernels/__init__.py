@@ -1,11 +1,16 @@
 """Hand-written kernels for PyTorch, drop-in: ``dlkernels.nn.X`` is a ``torch.nn.X``.
 
 Importing loads one CPU library, the widest that both this CPU and torch's own choice of kernels
-(``ATEN_CPU_CAPABILITY``) allow, then the ops. It patches nothing.
+(``ATEN_CPU_CAPABILITY``) allow; under a CUDA build of torch the CUDA library too, with or without a
+GPU; then the ops. Triton's twins of the CUDA kernels stand in where that library is not built. It
+patches nothing.
 """
 
 import hashlib
+import importlib
+import importlib.util
 import json
+import pkgutil
 import warnings
 from pathlib import Path
 
@@ -31,7 +36,8 @@ def _read_build() -> dict:
     build = json.loads(note.read_text())
     if (_ROOT / "csrc").is_dir():  # not so in an installed wheel
         names = {path.relative_to(_ROOT).as_posix() for path in (_ROOT / "csrc").rglob("*.*")}
-        names = {name for name in names if name.endswith((".h", ".cpp"))} | set(build["sources"])
+        names = {name for name in names if name.endswith((".h", ".cpp", ".cuh", ".cu"))}
+        names |= set(build["sources"])
         changed = [name for name in sorted(names) if _digest(name) != build["sources"].get(name)]
         if changed:
             warnings.warn(
@@ -54,7 +60,7 @@ def _cpu_features() -> set[str]:
             flags = next((line for line in lines if line.startswith("flags")), "")
     except OSError:  # no /proc: the plain library runs everywhere
         return set()
-    return set(flags.partition(":")[2].split())
+    return {flag.replace("_", "") for flag in flags.partition(":")[2].split()}
 
 
 def _choose_library(build: dict) -> str:
@@ -68,8 +74,24 @@ def _choose_library(build: dict) -> str:
     return [name for name in fitting if name in allowed][-1]
 
 
+def _choose_cuda(build: dict) -> str | None:
+    """What owns the ops on CUDA: "cuda", the library; "triton", its twins; or None, nothing."""
+    if not torch.version.cuda:
+        return None
+    if build["cuda"]:
+        return "cuda"
+    return "triton" if importlib.util.find_spec("triton") else None
+
+
+def _register_twins() -> None:
+    package = importlib.import_module("dlkernels.kernels")
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name != "common":
+            importlib.import_module(f"{package.__name__}.{module.name}").register("CUDA")
+
+
 def _load_library(name: str) -> None:
-    path = _LIBRARIES / f"libdlkernels_cpu_{name}.so"
+    path = _LIBRARIES / f"libdlkernels_{name}.so"
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -80,10 +102,17 @@ def _load_library(name: str) -> None:
 
 _build = _read_build()
 config.libraries["cpu"] = _choose_library(_build)
-_load_library(config.libraries["cpu"])
+_load_library(f"cpu_{config.libraries['cpu']}")
+if _cuda := _choose_cuda(_build):
+    config.libraries["cuda"] = _cuda
+    if _cuda == "cuda":
+        _load_library(_cuda)
 
 from dlkernels import functional, nn  # noqa: E402
 from dlkernels.swap import explain, report, swap, swapped, unswap, verify  # noqa: E402
+
+if _cuda == "triton":
+    _register_twins()
 
 __all__ = [
     "config",

@@ -28,9 +28,22 @@ KERNELS = ("own", "auto", "stock")
 
 logger = logging.getLogger("dlkernels")
 
-# Device type -> the instruction set or architecture of the library that owns it ("cpu": "avx2").
-# Written once, by the package when it loads its libraries.
+# Device type -> what owns the ops there: the instruction set of the CPU library ("cpu": "avx2"),
+# "cuda" or "triton". Written once, by the package when it loads its libraries.
 libraries: dict[str, str] = {}
+
+
+def owner(device: str) -> str:
+    """The name of our kernels on a device type, as ``Choice`` has it: "cpu/avx2", "cuda"."""
+    return f"cpu/{libraries['cpu']}" if device == "cpu" else libraries[device]
+
+
+@torch.compiler.assume_constant_result
+def is_gpu_too_old(index: int | None) -> bool:
+    """Whether the CUDA library has no code for this GPU. A stand-in without one is not too old."""
+    if libraries.get("cuda") != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(index) < (8, 0)
 
 
 class Choice(NamedTuple):

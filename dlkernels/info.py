@@ -20,7 +20,7 @@ def cpu_library() -> str:
 
 def describe() -> dict[str, str]:
     """Versions and what was built, name -> text."""
-    build = dlkernels._build
+    build, cuda = dlkernels._build, dlkernels._build["cuda"]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "dlkernels": f"{dlkernels.__version__} in {dlkernels._ROOT}",
@@ -30,7 +30,7 @@ def describe() -> dict[str, str]:
         "CPU": f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}",
         "built against": f"torch {build['torch']}",
         "CPU libraries": f"{', '.join(build['cpu'])}; loaded: {cpu_library()}",
-        "CUDA library": ", ".join(build["cuda"]) if build["cuda"] else "none",
+        "CUDA library": f"nvcc {cuda['nvcc']} for {', '.join(cuda['archs'])}" if cuda else "none",
     }
 
 
@@ -57,11 +57,12 @@ def owners() -> list[tuple[str, ...]]:
 def _owner(raw: list[str], device: str) -> str:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     missing = [name for name in sorted(raw) if not has(SPACE + name, device)]
-    if not missing:
-        return f"cpu/{cpu_library()}" if device == "CPU" else "cuda"
-    if device == "CUDA" and not dlkernels._build["cuda"]:
-        return "stock: no CUDA library is built"
-    return f"stock: the {device} library lacks {', '.join(missing)}"
+    if device.lower() in dlkernels.config.libraries:
+        owner = dlkernels.config.owner(device.lower())
+        return f"stock: {owner} lacks {', '.join(missing)}" if missing else owner
+    if not torch.version.cuda:
+        return "stock: torch is a CPU build"
+    return "stock: no CUDA library is built, and there is no Triton"
 
 
 def main() -> int:

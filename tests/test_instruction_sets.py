@@ -43,7 +43,7 @@ def copy_package(folder: Path, name: str) -> Path:
     library = folder / "dlkernels" / "lib" / "libdlkernels_cpu_plain.so"
     library.parent.mkdir()
     note = json.loads((ROOT / "dlkernels" / "lib" / "build.json").read_text())
-    note["cpu"] = {"plain": {"isa": words(name), "flags": ""}}
+    note |= {"cpu": {"plain": {"isa": words(name), "flags": ""}}, "cuda": None}
     (library.parent / "build.json").write_text(json.dumps(note))
     text = IS_LOADED.format(folder=str(folder), library=str(library))
     (folder / "tests" / "test_is_loaded.py").write_text(text)

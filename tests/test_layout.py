@@ -24,6 +24,12 @@ INTRINSIC = re.compile(
     r"\b_mm\d*_\w+|\b__m(?:128|256|512)\w*|\b__mmask\d+|\b__builtin_ia32_\w+|\bfloat32x\d\w*"
     r"|[<\"](?:immintrin|x86intrin|arm_neon|arm_sve)\.h"
 )
+CUDA = re.compile(r"(?:cuda|cooperative_groups|mma\.h|sm_\d|crt/|cub/|thrust/|nv/)")
+DEVICE = re.compile(
+    r"\b(?:__global__|__device__|__host__|__shared__|__forceinline__)\b"
+    r"|\b(?:__syncthreads|__syncwarp|__threadfence|__shfl|__ballot|__any|__all|__ld|__st)\w*\("
+    r"|\batomic[A-Z]\w*\("
+)
 FLAGS = ("-march=" + "native", "-mtune=" + "native", "-f" + "openmp")
 MACHINE = re.compile(
     r"/(?:work|root)/|/(?:home|Users)/\w+/"  # somebody's folders
@@ -53,7 +59,7 @@ def everything(root: Path) -> Iterator[Path]:
             and not (here / name / "pyvenv.cfg").exists()
             and (here / name) != root / "dlkernels" / "lib"
         ]
-        yield from (here / name for name in sorted(names))
+        yield from (here / name for name in sorted(names) if name != ".git")  # of a worktree
 
 
 def under(root: Path, *folders: str, suffixes: Iterable[str] = (".py",)) -> list[Path]:
@@ -198,11 +204,38 @@ def cpu_kernels_include_their_own_and_the_three_headers_only(root):
             if path.name == "simd.h" and name == "immintrin.h":
                 continue
             std = "/" not in name.removeprefix("sys/") and name not in ("omp.h", "Python.h")
-            own = name in ours or op_of(name.removesuffix(".h")) == op_of(path.stem)
+            own = name in ours or op_of(name.removeprefix("../").removesuffix(".h")) == op_of(
+                path.stem
+            )
             fine = own if kind == '"' else std or name.startswith(STABLE)
             if not fine:
                 found.append(f"{path.relative_to(root)} includes {name}")
     return found
+
+
+@rule
+def cuda_kernels_include_their_own_and_common_cuh_only(root):
+    """Let csrc/cuda/<op>.cu include common.cuh, ../<op>.h, std, stable; CUDA's stand in arch.h."""
+    found = []
+    for path in under(root, "csrc/cuda", suffixes=[".h", ".cu", ".cuh"]):
+        op = path.stem.removesuffix("_backward")
+        ours = ("common.cuh", "arch.h", "../check.h", f"{op}.cuh", f"../{op}.h")
+        for kind, name in INCLUDE.findall(code(path)):
+            if path == root / "csrc/cuda/arch.h" and (name == "cuda_on_cpu.h" or CUDA.match(name)):
+                continue
+            std = "/" not in name and not CUDA.match(name) and name != "Python.h"
+            fine = name in ours if kind == '"' else std or name.startswith(STABLE)
+            if not fine:
+                found.append(f"{path.relative_to(root)} includes {name}")
+    return found
+
+
+@rule
+def cuda_kernels_speak_through_arch_h(root):
+    """Use the macros and functions of csrc/cuda/arch.h: the emulator knows no other names."""
+    paths = under(root, "csrc/cuda", suffixes=[".h", ".cu", ".cuh"])
+    paths = [path for path in paths if path != root / "csrc/cuda/arch.h"]
+    return matches(root, paths, DEVICE, code)
 
 
 @rule
@@ -227,15 +260,18 @@ def intrinsics_stand_in_simd_h_only(root):
 
 
 @rule
-def assembly_and_launches_have_one_place(root):
-    """Put inline PTX into csrc/cuda/arch.h and launches through launch() in cuda/common.cuh."""
+def assembly_stands_in_arch_h_only(root):
+    """Give csrc/cuda/arch.h a primitive for it, with a body for the emulator."""
     paths = under(root, "csrc", suffixes=[".h", ".cpp", ".cu", ".cuh"])
-    arch, common = root / "csrc/cuda/arch.h", root / "csrc/cuda/common.cuh"
-    assembly = re.compile(r"\b(?:asm|__asm__)\b")
-    return [
-        *matches(root, [path for path in paths if path != arch], assembly, code),
-        *matches(root, [path for path in paths if path != common], re.compile("<<<"), code),
-    ]
+    paths = [path for path in paths if path != root / "csrc/cuda/arch.h"]
+    return matches(root, paths, re.compile(r"\b(?:asm|__asm__)\b"), code)
+
+
+@rule
+def launches_are_calls(root):
+    """Launch through launch() of csrc/cuda/common.cuh, which the emulator has as well."""
+    paths = under(root, "csrc", suffixes=[".h", ".cpp", ".cu", ".cuh"])
+    return matches(root, paths, re.compile("<<<"), code)
 
 
 # --- where things stand -----------------------------------------------------------------------
@@ -280,10 +316,10 @@ def no_drawers_and_no_versions(root):
 
 @rule
 def setup_py_is_short(root):
-    """Keep setup.py under 200 lines."""
+    """Keep setup.py under 270 lines."""
     paths = under(root, "setup.py")
     counts = [(path, len(text(path).splitlines())) for path in paths]
-    return [f"{path.name} has {count} lines" for path, count in counts if count >= 200]
+    return [f"{path.name} has {count} lines" for path, count in counts if count >= 270]
 
 
 # --- what is written --------------------------------------------------------------------------
@@ -345,11 +381,13 @@ HOUSE = {
     ".ci/run": "pip install -e .\n",
     "csrc/check.h": "#include <string>\n#include <torch/csrc/stable/tensor.h>\n",
     "csrc/cpu/simd.h": "#include <immintrin.h>\n__m256 load(const float*);\n",
-    "csrc/cpu/conv2d.cpp": '#include "../check.h"\n#include "simd.h"\n#include <vector>\n'
+    "csrc/cpu/conv2d.cpp": '#include "../check.h"\n#include "../conv2d.h"\n#include "simd.h"\n'
     "#include <sys/mman.h>\n#include <torch/headeronly/util/Half.h>\n// not _mm256_add_ps\n",
-    "csrc/cuda/arch.h": 'asm volatile("bar.sync 0;");\n',
-    "csrc/cuda/common.cuh": "kernel<<<1, 2>>>();\n",
-    "csrc/cuda/conv2d_backward.cu": '#include "common.cuh"\n#include <cuda_runtime.h>\n',
+    "csrc/cuda/arch.h": '#include "cuda_on_cpu.h"\n#include <cuda_runtime.h>\n'
+    'asm volatile("bar.sync 0;");\n#define DLK_KERNEL __global__\n',
+    "csrc/cuda/common.cuh": "cudaLaunchKernelExC(&config, kernel, arguments);\n",
+    "csrc/cuda/conv2d_backward.cu": '#include "../conv2d.h"\n#include "common.cuh"\n'
+    "#include <torch/csrc/stable/library.h>\n#include <tuple>\n// not __syncthreads()\n",
     "dlkernels/config.py": "",
     "dlkernels/functional.py": "from dlkernels.ops.conv2d import conv2d\n",
     "dlkernels/nn.py": "import torch\nfrom dlkernels import functional\n",
@@ -403,7 +441,7 @@ PLANTED = [
     (
         cpu_kernels_include_their_own_and_the_three_headers_only,
         "csrc/cpu/conv2d.h",
-        '#include "lstm.h"',
+        '#include "../lstm.h"',
     ),
     (
         cpu_kernels_include_their_own_and_the_three_headers_only,
@@ -415,6 +453,26 @@ PLANTED = [
         "csrc/cpu/conv2d.cpp",
         "#include <torch/all.h>",
     ),
+    *(
+        (
+            cuda_kernels_include_their_own_and_common_cuh_only,
+            f"csrc/cuda/{name}",
+            f"#include {what}",
+        )
+        for name, what in (
+            ("conv2d_backward.cu", "<cuda_fp16.h>"),
+            ("conv2d_backward.cu", "<cooperative_groups/reduce.h>"),
+            ("conv2d_backward.cu", '"../lstm.h"'),
+            ("common.cuh", "<cuda_runtime.h>"),
+            ("common.cuh", "<ATen/cuda/CUDAContext.h>"),
+            ("arch.h", '"lstm.cuh"'),
+        )
+    ),
+    (cuda_kernels_speak_through_arch_h, "csrc/cuda/conv2d_backward.cu", "__syncthreads();"),
+    (cuda_kernels_speak_through_arch_h, "csrc/cuda/conv2d_backward.cu", "__shared__ int x[32];"),
+    (cuda_kernels_speak_through_arch_h, "csrc/cuda/common.cuh", "__device__ int f();"),
+    (cuda_kernels_speak_through_arch_h, "csrc/cuda/common.cuh", "__shfl_xor_sync(m, x, 1);"),
+    (cuda_kernels_speak_through_arch_h, "csrc/cuda/common.cuh", "atomicAdd(x, 1);"),
     (csrc_stands_on_the_stable_abi, "csrc/check.h", "#include <ATen/ATen.h>"),
     (csrc_stands_on_the_stable_abi, "csrc/cuda/common.cuh", "#include <c10/cuda/CUDAStream.h>"),
     (csrc_stands_on_the_stable_abi, "csrc/check.h", "#include <torch/library.h>"),
@@ -422,8 +480,10 @@ PLANTED = [
     (intrinsics_stand_in_simd_h_only, "csrc/cpu/conv2d.cpp", "x = _mm512_add_ps(x, y);"),
     (intrinsics_stand_in_simd_h_only, "csrc/cpu/conv2d.cpp", "__m256 x;"),
     (intrinsics_stand_in_simd_h_only, "csrc/check.h", "#include <immintrin.h>"),
-    (assembly_and_launches_have_one_place, "csrc/cuda/conv2d_backward.cu", "asm volatile();"),
-    (assembly_and_launches_have_one_place, "csrc/cuda/conv2d_backward.cu", "k<<<1, 2>>>();"),
+    (assembly_stands_in_arch_h_only, "csrc/cuda/conv2d_backward.cu", "asm volatile();"),
+    (assembly_stands_in_arch_h_only, "csrc/cuda/common.cuh", "__asm__();"),
+    (launches_are_calls, "csrc/cuda/conv2d_backward.cu", "k<<<1, 2>>>();"),
+    (launches_are_calls, "csrc/cuda/common.cuh", "k<<<1, 2>>>();"),
     (an_op_has_its_files_under_one_name, "dlkernels/ops/lstm.py", ""),
     (a_kernel_file_has_the_name_of_an_op, "csrc/cpu/lstm.cpp", ""),
     (a_kernel_file_has_the_name_of_an_op, "csrc/cuda/conv2d_small.cu", ""),
@@ -433,7 +493,7 @@ PLANTED = [
     (no_drawers_and_no_versions, "csrc/backends/cpu.h", ""),
     (no_drawers_and_no_versions, "dlkernels/ops/base.py", ""),
     (no_drawers_and_no_versions, "csrc/cpu/conv2d_v2.cpp", ""),
-    (setup_py_is_short, "setup.py", "\n" * 200),
+    (setup_py_is_short, "setup.py", "\n" * 270),
     (no_native_or_openmp_flags, "setup.py", f"flags = ['{FLAGS[0]}']"),
     (no_native_or_openmp_flags, ".ci/run", f"g++ {FLAGS[2]} x.cpp"),
     (no_native_or_openmp_flags, "pyproject.toml", f"flags = '{FLAGS[2]}'"),

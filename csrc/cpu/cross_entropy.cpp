@@ -11,7 +11,6 @@
 #include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <memory>
@@ -26,48 +25,10 @@ namespace dlkernels {
 namespace {
 
 using namespace cross_entropy;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
 
-constexpr const char* kOp = "cross_entropy";
 constexpr int64_t kGrain = 1 << 15;  // fewest elements worth a second thread
 
 // --------------------------------------------------------------------------------------- arguments
-
-std::optional<Layout> layout_of(const Tensor& x) {
-  const auto size = x.sizes();
-  const auto stride = x.strides();
-  Layout l;
-  if (size.size() == 1) {
-    l.classes = size[0];
-    l.class_stride = stride[0];
-    return l;
-  }
-  l.outer = size[0];
-  l.outer_stride = stride[0];
-  l.classes = size[1];
-  l.class_stride = stride[1];
-  // The dimensions after the classes as one: each stride is the next one's times its size.
-  for (size_t d = size.size(); d-- > 2;) {
-    if (size[d] == 1) continue;
-    if (l.inner == 1)
-      l.inner_stride = stride[d];
-    else if (stride[d] != l.inner_stride * l.inner)
-      return std::nullopt;
-    l.inner *= size[d];
-  }
-  if (l.inner == 1 && !l.is_rows()) {  // a transposed matrix: its rows are neighbours
-    std::swap(l.outer, l.inner);
-    std::swap(l.outer_stride, l.inner_stride);
-  }
-  return l;
-}
-
-bool same_kind(const std::optional<Layout>& a, const std::optional<Layout>& b) {
-  return a && b && a->inner == b->inner &&
-         ((a->is_rows() && b->is_rows()) || (a->is_columns() && b->is_columns()));
-}
 
 // Memory that is fresh from the system costs a fault for every page: ask for large ones before the
 // first touch.
@@ -78,52 +39,7 @@ void advise_huge_pages(void* data, size_t bytes) {
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
-std::vector<int64_t> row_shape(const Tensor& input) {
-  const auto size = input.sizes();
-  std::vector<int64_t> shape(size.begin(), size.end());
-  shape.erase(shape.begin() + (shape.size() > 1 ? 1 : 0));
-  return shape;
-}
-
-struct Target {
-  Tensor tensor;
-  bool is_probability;
-};
-
-// Fails unless every argument is what the loops take. Index targets come back as contiguous int64.
-Target check_arguments(const Tensor& input, const Tensor& target, const Optional& weight,
-                       const Options& options) {
-  check_cpu(kOp, "input", input);
-  check_cpu(kOp, "target", target);
-  const ScalarType dtype = input.scalar_type();
-  DLK_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-            kOp, ": expected input of dtype float32, float64, bfloat16 or float16, got ",
-            torch::headeronly::toString(dtype));
-  DLK_CHECK(input.dim() >= 1, kOp, ": expected input with at least 1 dimension, got a scalar");
-  const int64_t classes = input.size(input.dim() > 1 ? 1 : 0);
-  DLK_CHECK(classes >= 1, kOp, ": expected at least one class, got input of shape ",
-            shape_string(input.sizes()));
-  DLK_CHECK(options.reduction >= kNone && options.reduction <= kSum, kOp,
-            ": expected reduction 0, 1 or 2, got ", options.reduction);
-  DLK_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, kOp,
-            ": expected label_smoothing between 0 and 1, got ", options.label_smoothing);
-  DLK_CHECK(options.softcap >= 0, kOp, ": expected softcap of at least 0, got ", options.softcap);
-  if (weight) {
-    check_cpu(kOp, "weight", *weight);
-    check_dtype(kOp, "weight", *weight, dtype);
-    check_shape(kOp, "weight", *weight, std::vector<int64_t>{classes});
-  }
-  if (target.scalar_type() == dtype) {
-    check_shape(kOp, "target", target, input.sizes());
-    return {target, true};
-  }
-  DLK_CHECK(target.scalar_type() == ScalarType::Long || target.scalar_type() == ScalarType::Byte,
-            kOp, ": expected target of dtype int64 or uint8, or of the input's dtype, got ",
-            torch::headeronly::toString(target.scalar_type()));
-  check_shape(kOp, "target", target, row_shape(input));
-  return {torch::stable::contiguous(torch::stable::to(target, ScalarType::Long)), false};
-}
+void on_cpu(const char* argument, const Tensor& tensor) { check_cpu(kOp, argument, tensor); }
 
 template <typename Body>
 void for_dtype(ScalarType dtype, const Body& body) {
@@ -346,7 +262,7 @@ void run_backward(const Problem<S>& p) {
 std::tuple<Tensor, Tensor, Tensor, Optional> forward(const Tensor& input, const Tensor& target,
                                                      const Optional& weight, const Options& options,
                                                      bool keep) {
-  const Target checked = check_arguments(input, target, weight, options);
+  const Target checked = check_arguments(input, target, weight, options, on_cpu);
   const std::vector<int64_t> shape = row_shape(input), scalar;
   const Tensor lse = torch::stable::new_empty(input, shape, ScalarType::Double);
   const Tensor total_weight = torch::stable::new_empty(input, scalar, ScalarType::Double);
@@ -385,8 +301,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor ta
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward(
     Tensor input, Tensor target, Optional weight, int64_t reduction, int64_t ignore_index,
     double label_smoothing, double softcap, double z_loss) {
-  DLK_CHECK(reduction != kNone, kOp,
-            ": a gradient made in the forward pass needs reduction mean or sum, got none");
+  check_forward_backward(reduction);
   const Options options{reduction, ignore_index, label_smoothing, softcap, z_loss};
   const auto [loss, lse, total_weight, gradient] = forward(input, target, weight, options, true);
   return {loss, lse, total_weight, *gradient};
@@ -397,19 +312,8 @@ Tensor cross_entropy_backward(Tensor grad_loss, Optional grad_lse, Tensor input,
                               int64_t ignore_index, double label_smoothing, double softcap,
                               double z_loss) {
   const Options options{reduction, ignore_index, label_smoothing, softcap, z_loss};
-  const Target checked = check_arguments(input, target, weight, options);
-  const std::vector<int64_t> shape = row_shape(input), scalar;
-  const auto check = [&](const char* argument, const Tensor& tensor, ScalarType dtype,
-                         const std::vector<int64_t>& size) {
-    check_cpu(kOp, argument, tensor);
-    check_dtype(kOp, argument, tensor, dtype);
-    check_shape(kOp, argument, tensor, size);
-    check_contiguous(kOp, argument, tensor);
-  };
-  check("grad_loss", grad_loss, input.scalar_type(), reduction == kNone ? shape : scalar);
-  check("lse", lse, ScalarType::Double, shape);
-  check("total_weight", total_weight, ScalarType::Double, scalar);
-  if (grad_lse) check("grad_lse", *grad_lse, ScalarType::Double, shape);
+  const Target checked = check_arguments(input, target, weight, options, on_cpu);
+  check_backward(grad_loss, grad_lse, input, lse, total_weight, options, on_cpu);
   Optional gradient;
   for_dtype(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
@@ -430,16 +334,9 @@ Tensor cross_entropy_backward(Tensor grad_loss, Optional grad_lse, Tensor input,
 // gradient *= grad_loss, for a gradient made in the forward pass; nothing is touched where
 // grad_loss is 1.
 void cross_entropy_scale_(Tensor gradient, Tensor grad_loss) {
-  check_cpu(kOp, "gradient", gradient);
-  check_cpu(kOp, "grad_loss", grad_loss);
-  check_dtype(kOp, "grad_loss", grad_loss, gradient.scalar_type());
-  check_shape(kOp, "grad_loss", grad_loss, std::vector<int64_t>{});
-  const auto size = gradient.sizes(), stride = gradient.strides();
+  check_scale(gradient, grad_loss, on_cpu);
   const int64_t n = gradient.numel();
   if (n == 0) return;
-  int64_t extent = 1;
-  for (size_t d = 0; d < size.size(); ++d) extent += (size[d] - 1) * stride[d];
-  DLK_CHECK(extent == n, kOp, ": expected a dense gradient, got strides ", shape_string(stride));
   for_dtype(gradient.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     using T = accumulate_t<S>;

@@ -24,6 +24,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../cross_entropy.h"
 #include "simd.h"
 
 namespace dlkernels::cross_entropy {
@@ -37,35 +38,20 @@ constexpr int64_t kBytesAhead = 4 << 10;    // columns: as much is asked for bef
 constexpr int64_t kAhead = 512;  // elements by which the gradient's lines are asked for early
 constexpr int64_t kFlush = 16;   // vectors whose sum joins the total at once
 
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
-enum class Kind { kIndex, kSmooth, kProbability };
 enum class Walk { kRows, kColumns, kTransposed };
 
-// A tensor of logits as outer × classes × inner, each with its stride; row = outer index · inner +
-// inner index.
-struct Layout {
-  int64_t outer = 1, classes = 1, inner = 1;
-  int64_t outer_stride = 0, class_stride = 1, inner_stride = 0;
+inline int64_t offset_of(const Layout& l, int64_t row) {
+  return row / l.inner * l.outer_stride + row % l.inner * l.inner_stride;
+}
 
-  bool is_rows() const { return class_stride == 1 || classes == 1; }
-  bool is_columns() const { return inner_stride == 1 && inner > 1; }
-  int64_t offset(int64_t row) const {
-    return row / inner * outer_stride + row % inner * inner_stride;
+// The offsets of n rows from `row` on.
+inline void offsets_of(const Layout& l, int64_t row, int64_t n, int64_t* result) {
+  int64_t o = row / l.inner, i = row % l.inner;
+  for (int64_t r = 0; r < n; ++r) {
+    result[r] = o * l.outer_stride + i * l.inner_stride;
+    if (++i == l.inner) i = 0, ++o;
   }
-  // The offsets of n rows from `row` on.
-  void offsets(int64_t row, int64_t n, int64_t* result) const {
-    int64_t o = row / inner, i = row % inner;
-    for (int64_t r = 0; r < n; ++r) {
-      result[r] = o * outer_stride + i * inner_stride;
-      if (++i == inner) i = 0, ++o;
-    }
-  }
-};
-
-struct Options {
-  int64_t reduction, ignore_index;
-  double label_smoothing, softcap, z_loss;
-};
+}
 
 template <typename S>
 struct Problem {

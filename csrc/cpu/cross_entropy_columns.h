@@ -55,7 +55,7 @@ void read_columns(const Problem<S>& p, const Layout& layout, const S* x, int64_t
   const int64_t classes = p.layout.classes;
   constexpr int64_t kLine = 64 / sizeof(S);
   if (p.walk == Walk::kColumns) {
-    x += layout.offset(row);
+    x += offset_of(layout, row);
     const PiecesAhead<S> ahead(layout, classes, n);
     for (int64_t c = 0; c < classes; ++c, x += layout.class_stride) {
       const S* next = ahead.of(x, c);
@@ -64,7 +64,7 @@ void read_columns(const Problem<S>& p, const Layout& layout, const S* x, int64_t
     }
     return;
   }
-  layout.offsets(row, n, offset);
+  offsets_of(layout, row, n, offset);
   const int64_t pitch = tile_pitch<T>(classes);
   const auto copy = [](const S* from, T* to, int64_t size) {
     for (int64_t c = 0; c < size; c += V::size) {
@@ -186,7 +186,7 @@ void write_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
     return v;
   };
   if (p.walk == Walk::kColumns) {
-    S* gradient = p.gradient + layout.offset(row);
+    S* gradient = p.gradient + offset_of(layout, row);
     constexpr int64_t kLine = 64 / sizeof(S);
     const PiecesAhead<S> ahead(layout, classes, n);
     for (int64_t c = 0; c < classes; ++c) {
@@ -199,7 +199,7 @@ void write_columns(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
     }
     for (int64_t i = 0; i < n; ++i) b.offset[i] = gradient - p.gradient + i;
   } else {
-    layout.offsets(row, n, b.offset);
+    offsets_of(layout, row, n, b.offset);
     const int64_t tile = tile_pitch<T>(classes);
     const auto copy = [](const T* from, S* to, int64_t size) {
       for (int64_t c = 0; c < size; c += V::size) {

@@ -151,9 +151,9 @@ void read_row(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t i, int64_t
   constexpr T lowest = -std::numeric_limits<T>::infinity();
   const int64_t classes = p.layout.classes;
   const T cap = p.cap();
-  const S* x = p.input + p.layout.offset(row);
+  const S* x = p.input + offset_of(p.layout, row);
   const S* probability =
-      kind == Kind::kProbability ? p.probability + p.target_layout.offset(row) : nullptr;
+      kind == Kind::kProbability ? p.probability + offset_of(p.target_layout, row) : nullptr;
   const int64_t y = kind == Kind::kProbability || p.is_ignored(row) ? -1 : p.target[row];
   T m = lowest, shift = 0, total = 0, total_mass = 0, moment = 0;
   b.target_logit[i] = 0;
@@ -191,9 +191,9 @@ void write_row(const Problem<S>& p, const Block<accumulate_t<S>>& b, int64_t i, 
   using T = accumulate_t<S>;
   const int64_t classes = p.layout.classes;
   const bool has_cap = p.cap() != 0;
-  S* gradient = p.gradient + p.gradient_layout.offset(row);
+  S* gradient = p.gradient + offset_of(p.gradient_layout, row);
   const S* probability =
-      kind == Kind::kProbability ? p.probability + p.target_layout.offset(row) : nullptr;
+      kind == Kind::kProbability ? p.probability + offset_of(p.target_layout, row) : nullptr;
   const T last_shift = s.shift[(classes - 1) / kChunk];
   const int64_t y = kind == Kind::kProbability || p.is_ignored(row) ? -1 : p.target[row];
   for (int64_t c0 = 0; c0 < classes; c0 += kChunk) {
@@ -251,9 +251,9 @@ void sweep_row(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t i, int64_
   using T = accumulate_t<S>;
   using V = Vec<T>;
   const V lowest(-std::numeric_limits<T>::infinity());
-  const S* x = p.input + p.layout.offset(row);
+  const S* x = p.input + offset_of(p.layout, row);
   const S* probability =
-      kind == Kind::kProbability ? p.probability + p.target_layout.offset(row) : nullptr;
+      kind == Kind::kProbability ? p.probability + offset_of(p.target_layout, row) : nullptr;
   V m = lowest;
   T total = 0, total_mass = 0, moment = 0;
   const T shift = b.max[i] > -std::numeric_limits<T>::infinity() ? b.max[i] : T(0);
@@ -288,25 +288,25 @@ void forward_pipelined(const Problem<S>& p, int64_t begin, int64_t end,
     return keep ? s.e + (u % 2 * per_block + i) * classes : nullptr;
   };
   const auto probability_of = [&](int64_t row) {
-    return kind == Kind::kProbability ? p.probability + p.target_layout.offset(row) : nullptr;
+    return kind == Kind::kProbability ? p.probability + offset_of(p.target_layout, row) : nullptr;
   };
   Block<T> blocks[3];
   const auto block = [&](int64_t u) -> Block<T>& { return blocks[u % 3]; };
   const auto finish_write = [&](int64_t u, int64_t i) {
     const int64_t row = u * per_block + i;
     if (kind != Kind::kProbability && block(u).counts[i] != 0)
-      write_target(p, p.gradient + p.gradient_layout.offset(row) + p.target[row],
+      write_target(p, p.gradient + offset_of(p.gradient_layout, row) + p.target[row],
                    e_of(u, i)[p.target[row]], T(0), block(u).scale[i], block(u).hit[i]);
   };
   const auto write = [&](int64_t u, int64_t i) {
     const int64_t row = u * per_block + i;
     const RowGradient<S, kind> of(p, probability_of(row), block(u).scale[i], block(u).spread[i]);
-    write_chunk(of, p.gradient + p.gradient_layout.offset(row), kept<T>(e_of(u, i)),
+    write_chunk(of, p.gradient + offset_of(p.gradient_layout, row), kept<T>(e_of(u, i)),
                 static_cast<const T*>(nullptr), 0, classes);
     finish_write(u, i);
   };
   for (int64_t i = 0; i < rows_of(begin); ++i)
-    block(begin).max[i] = max_of(p.input + p.layout.offset(begin * per_block + i), classes);
+    block(begin).max[i] = max_of(p.input + offset_of(p.layout, begin * per_block + i), classes);
   for (int64_t u = begin; u < end; ++u) {
     const int64_t row = u * per_block, n = rows_of(u);
     Block<T>& b = block(u);
@@ -314,7 +314,7 @@ void forward_pipelined(const Problem<S>& p, int64_t begin, int64_t end,
     for (int64_t i = 0; i < n; ++i) {
       // Past the last block its own rows are read once more, into a maximum that nobody reads.
       const int64_t next = u + 1 < end && i < rows_of(u + 1) ? row + per_block + i : row + i;
-      const S* x_next = p.input + p.layout.offset(next);
+      const S* x_next = p.input + offset_of(p.layout, next);
       T& next_max = block(u + 1).max[i];
       if (keep && u > begin) {
         const int64_t before = row - per_block + i;
@@ -322,7 +322,7 @@ void forward_pipelined(const Problem<S>& p, int64_t begin, int64_t end,
                                       block(u - 1).spread[i]);
         sweep_row<S, kind, keep, true>(p, b, i, row + i, e_of(u, i), x_next, next_max, of,
                                        e_of(u - 1, i),
-                                       p.gradient + p.gradient_layout.offset(before));
+                                       p.gradient + offset_of(p.gradient_layout, before));
         finish_write(u - 1, i);
       } else {
         sweep_row<S, kind, keep, false>(p, b, i, row + i, e_of(u, i), x_next, next_max,
@@ -350,7 +350,7 @@ void backward_rows(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
   load_lse(p, b, row, n);
   for (int64_t i = 0; i < n; ++i) {
     if constexpr (kind == Kind::kProbability) {
-      const S* probability = p.probability + p.target_layout.offset(row + i);
+      const S* probability = p.probability + offset_of(p.target_layout, row + i);
       double total = 0;
       for (int64_t c0 = 0; c0 < classes; c0 += kFlush * V::size) {
         const int64_t end = std::min(classes, c0 + kFlush * V::size);
@@ -364,10 +364,10 @@ void backward_rows(const Problem<S>& p, Block<accumulate_t<S>>& b, int64_t row, 
   }
   set_coefficients<S, kind>(p, b, row, n, false);
   for (int64_t i = 0; i < n; ++i) {
-    const S* x = p.input + p.layout.offset(row + i);
-    S* gradient = p.gradient + p.gradient_layout.offset(row + i);
+    const S* x = p.input + offset_of(p.layout, row + i);
+    S* gradient = p.gradient + offset_of(p.gradient_layout, row + i);
     const S* probability =
-        kind == Kind::kProbability ? p.probability + p.target_layout.offset(row + i) : nullptr;
+        kind == Kind::kProbability ? p.probability + offset_of(p.target_layout, row + i) : nullptr;
     const int64_t y = kind == Kind::kProbability || p.is_ignored(row + i) ? -1 : p.target[row + i];
     const V lse(b.lse[i]), low(b.lse_low[i]);
     for (int64_t c0 = 0; c0 < classes; c0 += kChunk) {

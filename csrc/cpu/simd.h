@@ -24,6 +24,9 @@
 #include <torch/headeronly/util/Half.h>
 #elif defined(__AVX512F__)
 #define DLK_AVX512 1
+#if defined(__AVX512BF16__)
+#define DLK_BF16 1
+#endif
 #include <immintrin.h>
 #else
 #define DLK_AVX2 1
@@ -255,6 +258,23 @@ template <typename S, typename = std::enable_if_t<sizeof(S) == 2>>
 inline void store_first(S* p, F a, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(S{}, a));
 }
+
+#if DLK_BF16
+// Pairs of bf16 as floats, the first in the low half.
+inline F load_bits(const bf16* p, int64_t n) {  // n bf16, then zeros
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(uint32_t((uint64_t(1) << n) - 1), p));
+}
+inline F interleave(const bf16* low, const bf16* high, int64_t n) {  // high may be null, for zeros
+  const __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), low));
+  if (!high) return _mm512_castsi512_ps(a);
+  const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), high));
+  return _mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+}
+// sum + a.low·b.low + a.high·b.high; results below 2^-126 are 0.
+inline F add_products(F a, F b, F sum) {
+  return _mm512_dpbf16_ps(sum.v, __m512bh(a.v), __m512bh(b.v));
+}
+#endif
 
 // -------------------------------------------------------------------------------------------- AVX2
 #elif DLK_AVX2

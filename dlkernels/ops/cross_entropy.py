@@ -31,7 +31,8 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _TORCH_BACKWARD = "covered; the backward in torch ops, for the gradient of the probabilities"
 
-# Below this many logits stock is faster than our way through Python (benchmarks: "dispatch cost").
+# Below this many logits on a CPU stock is faster than our way through Python (benchmarks: "dispatch
+# cost"). On a GPU its many launches cost more.
 _SMALL = 2048
 
 # ------------------------------------------------------------------------------------------ schemas
@@ -287,6 +288,8 @@ def _refusal(input, target, weight, reduction, ignore_index, label_smoothing):
     device = input.device.type
     if device not in config.libraries:
         return f"no kernel for device {device}"
+    if device == "cuda" and config.is_gpu_too_old(input.device.index):
+        return "no kernel for a GPU older than sm_80"
     if target.device != input.device or (weight is not None and weight.device != input.device):
         return "tensors on different devices"
     if reduction not in _REDUCTIONS or type(ignore_index) is bool:
@@ -347,8 +350,8 @@ def _choose(input, target, weight, reduction, ignore_index, label_smoothing, ext
     if torch.compiler.is_compiling():
         return "own", "covered"
     if target.requires_grad and torch.is_grad_enabled():
-        return f"{input.device.type}/{config.libraries[input.device.type]}", _TORCH_BACKWARD
-    return f"{input.device.type}/{config.libraries[input.device.type]}", "covered"
+        return config.owner(input.device.type), _TORCH_BACKWARD
+    return config.owner(input.device.type), "covered"
 
 
 def _upcast(tensor):

@@ -1,0 +1,342 @@
+// Linear: act(X·Wᵀ + b) and its gradients, on the products of gemm.h; bias and activation are in
+// the epilogue. With Z' = upstream gradient · act'(Y):
+//   dX = Z'·W      dW = Z'ᵀ·X      db = Σ_rows Z'
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../check.h"
+#include "gemm.h"
+
+namespace dlkernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+constexpr const char* kOp = "linear";
+constexpr int64_t kGrain = 1 << 16;  // fewest multiply-adds worth a second thread
+
+enum class Activation { kNone, kRelu, kLeakyRelu, kTanh, kSigmoid };
+constexpr double kSlope = 0.01;  // of leaky_relu
+
+Activation parse(const std::string& name) {
+  constexpr std::array<const char*, 5> kNames{"none", "relu", "leaky_relu", "tanh", "sigmoid"};
+  const auto* found = std::find(kNames.begin(), kNames.end(), name);
+  DLK_CHECK(found != kNames.end(), kOp,
+            ": expected activation none, relu, leaky_relu, tanh or sigmoid, got ", name);
+  return Activation(found - kNames.begin());
+}
+
+template <typename Body>
+void for_activation(Activation activation, const Body& body) {
+  const auto with = [&](auto tag) { body(tag); };
+  switch (activation) {
+    case Activation::kNone:
+      return with(std::integral_constant<Activation, Activation::kNone>());
+    case Activation::kRelu:
+      return with(std::integral_constant<Activation, Activation::kRelu>());
+    case Activation::kLeakyRelu:
+      return with(std::integral_constant<Activation, Activation::kLeakyRelu>());
+    case Activation::kTanh:
+      return with(std::integral_constant<Activation, Activation::kTanh>());
+    case Activation::kSigmoid:
+      return with(std::integral_constant<Activation, Activation::kSigmoid>());
+  }
+}
+
+template <typename Body>
+void for_dtype(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::BFloat16:
+      return body(bf16{});
+    default:
+      return body(f16{});
+  }
+}
+
+template <Activation activation, typename T>
+Vec<T> activate(Vec<T> x) {
+  using V = Vec<T>;
+  const V zero(T(0)), one(T(1));
+  if constexpr (activation == Activation::kRelu) return select(less(x, zero), zero, x);
+  if constexpr (activation == Activation::kLeakyRelu)
+    return select(less(x, zero), V(T(kSlope)) * x, x);
+  if constexpr (activation == Activation::kTanh) return tanh(x);
+  if constexpr (activation == Activation::kSigmoid) return one / (one + exp(zero - x));
+  return x;
+}
+
+// act'(x) from y = act(x).
+template <Activation activation, typename T>
+Vec<T> derivative(Vec<T> y) {
+  using V = Vec<T>;
+  const V zero(T(0)), one(T(1));
+  if constexpr (activation == Activation::kRelu) return select(less(zero, y), one, zero);
+  if constexpr (activation == Activation::kLeakyRelu)
+    return select(less(zero, y), one, V(T(kSlope)));
+  if constexpr (activation == Activation::kTanh) return one - y * y;
+  if constexpr (activation == Activation::kSigmoid) return y * (one - y);
+  return one;
+}
+
+// --------------------------------------------------------------------------------------- arguments
+
+// The leading dimensions of (…, k) as one; nothing where no single stride steps through them.
+std::optional<int64_t> row_stride(const Tensor& x) {
+  int64_t stride = 0, rows = 1;
+  for (int64_t d = x.dim() - 1; d-- > 0;) {
+    if (x.size(d) == 1) continue;
+    if (rows == 1)
+      stride = x.stride(d);
+    else if (x.stride(d) != stride * rows)
+      return std::nullopt;
+    rows *= x.size(d);
+  }
+  return stride;
+}
+
+// x as rows × columns, itself or a contiguous copy, which `keep` holds.
+template <typename S>
+gemm::Matrix<S> as_matrix(const Tensor& x, Tensor& keep) {
+  const auto stride = row_stride(x);
+  keep = stride ? x : torch::stable::contiguous(x);
+  const int64_t columns = x.size(x.dim() - 1);
+  return {static_cast<const S*>(keep.const_data_ptr()), stride.value_or(columns),
+          stride ? x.stride(x.dim() - 1) : 1};
+}
+
+int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+  return rows;
+}
+
+template <typename S>
+gemm::Matrix<S> transposed(const gemm::Matrix<S>& a) {
+  return {a.data, a.column_stride, a.row_stride};
+}
+
+void check_arguments(const Tensor& input, const Tensor& weight, const Optional& bias) {
+  check_cpu(kOp, "input", input);
+  check_cpu(kOp, "weight", weight);
+  const ScalarType dtype = input.scalar_type();
+  DLK_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+            kOp, ": expected input of dtype float32, float64, bfloat16 or float16, got ",
+            torch::headeronly::toString(dtype));
+  check_dtype(kOp, "weight", weight, dtype);
+  DLK_CHECK(input.dim() >= 1, kOp, ": expected input with at least 1 dimension, got a scalar");
+  DLK_CHECK(weight.dim() == 2, kOp, ": expected weight with 2 dimensions, got shape ",
+            shape_string(weight.sizes()));
+  DLK_CHECK(input.size(input.dim() - 1) == weight.size(1), kOp, ": expected input of shape [..., ",
+            weight.size(1), "] for weight of shape ", shape_string(weight.sizes()), ", got ",
+            shape_string(input.sizes()));
+  if (bias) {
+    check_cpu(kOp, "bias", *bias);
+    check_dtype(kOp, "bias", *bias, dtype);
+    check_shape(kOp, "bias", *bias, std::vector<int64_t>{weight.size(0)});
+  }
+}
+
+std::vector<int64_t> output_shape(const Tensor& input, const Tensor& weight) {
+  const auto size = input.sizes();
+  std::vector<int64_t> shape(size.begin(), size.end());
+  shape.back() = weight.size(0);
+  return shape;
+}
+
+// ---------------------------------------------------------------------------------------- products
+
+// Every vector of C[m×n] = A·B goes to store_c(i, j, lanes, value), over all threads.
+template <typename S, typename Store>
+void multiply(const gemm::Matrix<S>& a, const gemm::Matrix<S>& b, int64_t m, int64_t n, int64_t k,
+              const Store& store_c) {
+  using T = accumulate_t<S>;
+  if (m == 0 || n == 0) return;
+  const bool few = gemm::has_few_rows(a, b, m, k);
+  const int64_t most = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t threads = std::clamp<int64_t>(m * n * std::max<int64_t>(k, 1) / kGrain, 1, most);
+  gemm::Grid grid(few ? 1 : m, n, threads, gemm::kColumns<T>);
+  if (few) grid.rows = 1, grid.columns = threads;
+  const int64_t height = gemm::round_up((m + grid.rows - 1) / grid.rows, gemm::kRows);
+  const int64_t width = gemm::round_up((n + grid.columns - 1) / grid.columns, gemm::kColumns<T>);
+  const int64_t size =
+      few ? 0 : gemm::round_up(gemm::scratch_size<S>(std::min(width, n), k), 64 / sizeof(T));
+  // Allocated here: an exception inside the region would lose its text.
+  constexpr std::align_val_t kLine{64};
+  const auto release = [](T* data) { ::operator delete[](data, kLine); };
+  const std::unique_ptr<T[], decltype(release)> memory(new (kLine) T[threads * size], release);
+  std::atomic<int64_t> callers{0};
+  torch::stable::parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
+    T* const scratch = memory.get() + callers.fetch_add(1) * size;
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t i = t / grid.columns * height, j = t % grid.columns * width;
+      if (i >= m || j >= n) continue;
+      if (few)
+        gemm::run_few_rows(a, b, m, j, std::min(n, j + width), k, store_c);
+      else
+        gemm::run(a, b, i, std::min(m, i + height), j, std::min(n, j + width), k, scratch, store_c);
+    }
+  });
+}
+
+// Σ over the rows of x[m×n], in float over kBlock rows and in double over blocks, in order.
+template <typename S>
+void sum_rows(const gemm::Matrix<S>& x, int64_t m, int64_t n, S* to) {
+  using T = accumulate_t<S>;
+  using V = Vec<T>;
+  constexpr int64_t kBlock = 64, kWidth = 4 * V::size;
+  torch::stable::parallel_for(
+      0, (n + kWidth - 1) / kWidth,
+      std::max<int64_t>(1, kGrain / (kWidth * std::max<int64_t>(m, 1))),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t j = begin * kWidth; j < std::min(n, end * kWidth); j += kWidth) {
+          const int64_t width = std::min(kWidth, n - j);
+          double total[kWidth] = {};
+          for (int64_t i0 = 0; i0 < m; i0 += kBlock) {
+            T part[kWidth] = {};
+            for (int64_t i = i0; i < std::min(m, i0 + kBlock); ++i)
+              if (x.column_stride == 1)
+                for (int64_t c = 0; c < width; c += V::size) {
+                  const int64_t lanes = std::min(V::size, width - c);
+                  store(part + c, load(part + c) + load(x.at(i, j + c), lanes));
+                }
+              else
+                for (int64_t c = 0; c < width; ++c) part[c] += widen(*x.at(i, j + c));
+            for (int64_t c = 0; c < width; ++c) total[c] += double(part[c]);
+          }
+          for (int64_t c = 0; c < width; ++c) to[j + c] = narrow<S>(T(total[c]));
+        }
+      });
+}
+
+// ------------------------------------------------------------------------------------ host entries
+
+Tensor linear_forward(Tensor input, Tensor weight, Optional bias, std::string activation) {
+  check_arguments(input, weight, bias);
+  const Activation act = parse(activation);
+  const Tensor output = torch::stable::new_empty(input, output_shape(input, weight));
+  const int64_t m = rows_of(input), n = weight.size(0), k = weight.size(1);
+  if (m == 0 || n == 0) return output;
+  for_dtype(input.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    using V = Vec<accumulate_t<S>>;
+    Tensor keep, flat_bias;
+    const auto x = as_matrix<S>(input, keep);
+    const gemm::Matrix<S> w{static_cast<const S*>(weight.const_data_ptr()), weight.stride(0),
+                            weight.stride(1)};
+    const S* b = nullptr;
+    if (bias) {
+      flat_bias = torch::stable::contiguous(*bias);
+      b = static_cast<const S*>(flat_bias.const_data_ptr());
+    }
+    S* y = static_cast<S*>(output.mutable_data_ptr());
+    for_activation(act, [&](auto which) {
+      multiply(x, transposed(w), m, n, k, [=](int64_t i, int64_t j, int64_t lanes, V value) {
+        if (b) value = value + load(b + j, lanes);
+        store(y + i * n + j, activate<which.value>(value), lanes);
+      });
+    });
+  });
+  return output;
+}
+
+// Upstream gradient · act'(output), contiguous.
+Tensor before_activation(const Tensor& grad_output, const Tensor& output, Activation act) {
+  const Tensor grad = torch::stable::contiguous(grad_output), y = torch::stable::contiguous(output);
+  const Tensor result = torch::stable::empty_like(grad);
+  for_dtype(grad.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    using V = Vec<accumulate_t<S>>;
+    const S* g = static_cast<const S*>(grad.const_data_ptr());
+    const S* out = static_cast<const S*>(y.const_data_ptr());
+    S* z = static_cast<S*>(result.mutable_data_ptr());
+    const int64_t n = grad.numel();
+    for_activation(act, [&](auto which) {
+      torch::stable::parallel_for(
+          0, (n + V::size - 1) / V::size, kGrain / V::size, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin * V::size; i < std::min(n, end * V::size); i += V::size) {
+              const int64_t lanes = std::min(V::size, n - i);
+              store(z + i, load(g + i, lanes) * derivative<which.value>(load(out + i, lanes)),
+                    lanes);
+            }
+          });
+    });
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor input, Tensor weight,
+                                                   Optional output, std::string activation,
+                                                   bool want_input, bool want_weight,
+                                                   bool want_bias) {
+  check_arguments(input, weight, std::nullopt);
+  const Activation act = parse(activation);
+  const std::vector<int64_t> shape = output_shape(input, weight), none{0};
+  check_cpu(kOp, "grad_output", grad_output);
+  check_dtype(kOp, "grad_output", grad_output, input.scalar_type());
+  check_shape(kOp, "grad_output", grad_output, shape);
+  DLK_CHECK((act != Activation::kNone) == output.has_value(), kOp,
+            ": expected the output where there is an activation, and only there");
+  if (output) {
+    check_cpu(kOp, "output", *output);
+    check_dtype(kOp, "output", *output, input.scalar_type());
+    check_shape(kOp, "output", *output, shape);
+  }
+  const int64_t m = rows_of(input), n = weight.size(0), k = weight.size(1);
+  const auto size = input.sizes();
+  const std::vector<int64_t> input_shape(size.begin(), size.end());
+  const Tensor grad_input = torch::stable::new_empty(input, want_input ? input_shape : none);
+  const Tensor grad_weight =
+      torch::stable::new_empty(input, want_weight ? std::vector<int64_t>{n, k} : none);
+  const Tensor grad_bias =
+      torch::stable::new_empty(input, want_bias ? std::vector<int64_t>{n} : none);
+  const Tensor grad = output ? before_activation(grad_output, *output, act) : grad_output;
+  for_dtype(input.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    using V = Vec<accumulate_t<S>>;
+    Tensor keep_input, keep_grad;
+    const auto z = as_matrix<S>(grad, keep_grad);
+    const auto write = [](const Tensor& to, int64_t columns) {
+      S* data = static_cast<S*>(to.mutable_data_ptr());
+      return [=](int64_t i, int64_t j, int64_t lanes, V value) {
+        store(data + i * columns + j, value, lanes);
+      };
+    };
+    if (want_input) {
+      const gemm::Matrix<S> w{static_cast<const S*>(weight.const_data_ptr()), weight.stride(0),
+                              weight.stride(1)};
+      multiply(z, w, m, k, n, write(grad_input, k));
+    }
+    if (want_weight) {
+      const auto x = as_matrix<S>(input, keep_input);
+      multiply(transposed(z), x, n, k, m, write(grad_weight, k));
+    }
+    if (want_bias) sum_rows(z, m, n, static_cast<S*>(grad_bias.mutable_data_ptr()));
+  });
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+}  // namespace dlkernels
+
+STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
+  m.impl("linear", TORCH_BOX(&dlkernels::linear_forward));
+  m.impl("linear_forward", TORCH_BOX(&dlkernels::linear_forward));
+  m.impl("linear_backward", TORCH_BOX(&dlkernels::linear_backward));
+}

@@ -1,0 +1,1 @@
+"""Triton kernels, for machines whose build has no CUDA library. Importing needs triton."""
