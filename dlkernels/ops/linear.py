@@ -215,7 +215,7 @@ def _refusal(input, weight, bias):
     if not (_is_plain(input) and _is_plain(weight) and (bias is None or _is_plain(bias))):
         return "an argument is not a plain dense tensor"
     device = input.device.type
-    if device not in config.libraries:
+    if device != "cpu":
         return _CUBLAS if device == "cuda" else f"no kernel for device {device}"
     if weight.device != input.device or (bias is not None and bias.device != input.device):
         return "tensors on different devices"
@@ -261,7 +261,7 @@ def _choose(input, weight, bias, activation):
         return "own", "covered"
     if torch._C._get_tracing_state() is not None:
         return torchs, "torch.jit is tracing: its graph must run without us"
-    return f"{input.device.type}/{config.libraries[input.device.type]}", "covered"
+    return config.owner("cpu"), "covered"
 
 
 # ---------------------------------------------------------------------------------------- on a GPU
