@@ -224,9 +224,7 @@ class BuildLibraries(Command):
         text, nvcc, built = "", "", {"cpu": {}, "cuda": None}
         for name, features in self.isas.items():
             isa = " ".join(f"-m{word}" for word in features) or "-DDLKERNELS_SIMD_PLAIN"
-            if name.startswith(
-                "avx512"
-            ):  # gcc 12 takes the undefined values of its own header for faults
+            if name.startswith("avx512"):  # gcc 12: its own header's undefined values are faults
                 isa += " -Wno-uninitialized -Wno-maybe-uninitialized"
             built["cpu"][name] = {"isa": features, "flags": f"{flags} {isa}"}
             text += edges(f"cpu_{name}", "cpu/*.cpp", f"{flags} {isa}")

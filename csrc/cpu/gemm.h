@@ -59,13 +59,12 @@ template <typename S>
 struct Word {
   using T = accumulate_t<S>;
   using V = Vec<T>;
-  static constexpr int64_t kTerms = 1;
+  static constexpr bool kPair = false;
   // n words along k, which is contiguous.
   static V along(const S* from, int64_t n, int64_t) { return load(from, n); }
   // A word of each of n neighbours; k is `stride` apart.
   static V across(const S* from, int64_t, int64_t, int64_t n) { return load(from, n); }
   static T one(const S* from, int64_t, int64_t) { return widen(*from); }
-  static V multiply_add(V a, V b, V sum) { return fma(a, b, sum); }
 };
 
 #if DLK_BF16
@@ -73,7 +72,7 @@ template <>
 struct Word<bf16> {
   using T = float;
   using V = Vec<float>;
-  static constexpr int64_t kTerms = 2;
+  static constexpr bool kPair = true;
   static V along(const bf16* from, int64_t n, int64_t size) {
     return load_bits(from, std::min(2 * n, size));
   }
@@ -83,13 +82,20 @@ struct Word<bf16> {
   static T one(const bf16* from, int64_t stride, int64_t size) {
     return bit_cast<float>(uint32_t(from->bits) | (size > 1 ? from[stride].bits << 16 : 0));
   }
-  static V multiply_add(V a, V b, V sum) { return add_products(a, b, sum); }
 };
 #endif
 
+template <typename T, bool pair>
+inline Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> sum) {
+#if DLK_BF16
+  if constexpr (pair) return add_products(a, b, sum);
+#endif
+  return fma(a, b, sum);
+}
+
 template <typename S>
 constexpr int64_t words(int64_t k) {
-  return (k + Word<S>::kTerms - 1) / Word<S>::kTerms;
+  return Word<S>::kPair ? (k + 1) / 2 : k;
 }
 
 // ----------------------------------------------------------------------------------------- packing
@@ -101,7 +107,7 @@ void pack_a(const Matrix<S>& a, int64_t i, int64_t rows, int64_t p, int64_t dept
   using W = Word<S>;
   using T = accumulate_t<S>;
   using V = Vec<T>;
-  constexpr int64_t terms = W::kTerms;
+  constexpr int64_t terms = W::kPair ? 2 : 1;
   if (a.column_stride == 1) {
     for (int64_t r = 0; r < rows; ++r, to += kPitch)
       for (int64_t d = 0; d < depth; d += V::size) {
@@ -143,7 +149,7 @@ void pack_columns(const Matrix<S>& b, int64_t p, int64_t depth, int64_t k, int64
   using W = Word<S>;
   using T = accumulate_t<S>;
   using V = Vec<T>;
-  constexpr int64_t terms = W::kTerms, step = kColumns<T>;
+  constexpr int64_t terms = W::kPair ? 2 : 1, step = kColumns<T>;
   if (b.column_stride == 1) {
     for (int64_t d = 0; d < depth; ++d) {
       const int64_t at = (p + d) * terms;
@@ -187,12 +193,10 @@ void pack_b(const Matrix<S>& b, int64_t p, int64_t depth, int64_t k, int64_t j, 
 
 // ------------------------------------------------------------------------------------ micro-kernel
 
-// rows × vectors of C over `depth` of k; `partial`, if given, is what earlier blocks of k left.
-// Hands each vector to sink(row, vector, value).
-template <typename S, int rows, int vectors, typename Sink>
-inline void multiply(const accumulate_t<S>* a, const accumulate_t<S>* b, int64_t depth,
-                     const accumulate_t<S>* partial, int64_t pitch, const Sink& sink) {
-  using T = accumulate_t<S>;
+// rows × vectors of C over `depth` words into `sums`, or on top of them. They are in L1: reading
+// them back for the epilogue costs less than a kernel for each epilogue would.
+template <typename T, bool pair, int rows, int vectors>
+void multiply(const T* a, const T* b, int64_t depth, bool add, T* sums, int64_t pitch) {
   using V = Vec<T>;
   V sum[rows][vectors];
 #pragma GCC unroll 12
@@ -208,28 +212,26 @@ inline void multiply(const accumulate_t<S>* a, const accumulate_t<S>* b, int64_t
       const V row(a[r * kPitch + k]);
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v)
-        sum[r][v] = Word<S>::multiply_add(row, column[v], sum[r][v]);
+        sum[r][v] = multiply_add<T, pair>(row, column[v], sum[r][v]);
     }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v)
-      sink(r, v, partial ? load(partial + r * pitch + v * V::size) + sum[r][v] : sum[r][v]);
+    for (int v = 0; v < vectors; ++v) {
+      T* to = sums + r * pitch + v * V::size;
+      store(to, add ? load(to) + sum[r][v] : sum[r][v]);
+    }
 }
 
-// multiply<S, rows, vectors> for the number of rows and vectors that there are.
-template <typename S, typename Sink, int... rows>
-inline void multiply_rows(int64_t n, bool second, const accumulate_t<S>* a,
-                          const accumulate_t<S>* b, int64_t depth, const accumulate_t<S>* partial,
-                          int64_t pitch, const Sink& sink, std::integer_sequence<int, rows...>) {
-  const auto of = [&](auto r) {
-    if (second)
-      multiply<S, r.value, kVectors>(a, b, depth, partial, pitch, sink);
-    else
-      multiply<S, r.value, 1>(a, b, depth, partial, pitch, sink);
-  };
-  (void)((n == rows + 1 && (of(std::integral_constant<int, rows + 1>()), true)) || ...);
+// multiply for the number of rows and vectors that there are.
+template <typename T, bool pair, int... rows>
+void multiply_rows(int64_t n, bool second, const T* a, const T* b, int64_t depth, bool add, T* sums,
+                   int64_t pitch, std::integer_sequence<int, rows...>) {
+  using Kernel = void (*)(const T*, const T*, int64_t, bool, T*, int64_t);
+  constexpr Kernel kKernels[2][sizeof...(rows)] = {{&multiply<T, pair, rows + 1, 1>...},
+                                                   {&multiply<T, pair, rows + 1, kVectors>...}};
+  kKernels[second][n - 1](a, b, depth, add, sums, pitch);
 }
 
 // ------------------------------------------------------------------------------------------- whole
@@ -246,8 +248,7 @@ int64_t block_columns(int64_t k) {
 template <typename S>
 int64_t scratch_size(int64_t n, int64_t k) {
   const int64_t columns = round_up(std::min(n, block_columns<S>(k)), kColumns<accumulate_t<S>>);
-  return words<S>(k) * columns + kBlockRows * kPitch +
-         (words<S>(k) > kDepth ? kBlockRows * columns : 0);
+  return words<S>(k) * columns + kBlockRows * kPitch + kBlockRows * columns;
 }
 
 // Rows [i0, i1) and columns [j0, j1) of A·B on the calling thread. Each vector of C goes once to
@@ -263,7 +264,7 @@ void run(const Matrix<S>& a, const Matrix<S>& b, int64_t i0, int64_t i1, int64_t
     const int64_t pitch = round_up(columns, kColumns<T>);
     T* const packed_b = scratch;
     T* const packed_a = packed_b + depth * pitch;
-    T* const partial = packed_a + kBlockRows * kPitch;
+    T* const sums = packed_a + kBlockRows * kPitch;
     for (int64_t p = 0; p < depth; p += kDepth)
       pack_b(b, p, std::min(kDepth, depth - p), k, j, columns, packed_b + p * pitch);
     for (int64_t i = i0; i < i1; i += kBlockRows) {
@@ -275,22 +276,17 @@ void run(const Matrix<S>& a, const Matrix<S>& b, int64_t i0, int64_t i1, int64_t
         pack_a(a, i, rows, p, n, k, packed_a);
         for (int64_t r = 0; r < rows; r += kRows)
           for (int64_t c = 0; c < columns; c += kColumns<T>) {
-            T* const sums = partial + r * pitch + c;
-            const auto each = [&](const auto& sink) {
-              multiply_rows<S>(std::min(kRows, rows - r), columns - c > V::size,
-                               packed_a + r * kPitch, packed_b + p * pitch + c * n, n,
-                               p > 0 ? sums : nullptr, pitch, sink,
-                               std::make_integer_sequence<int, int(kRows)>());
-            };
-            if (p + n == depth)
-              each([&](int64_t row, int64_t v, V value) {
-                const int64_t at = c + v * V::size;
-                store_c(i + r + row, j + at, std::min(V::size, columns - at), value);
-              });
-            else
-              each([&](int64_t row, int64_t v, V value) {
-                store(sums + row * pitch + v * V::size, value);
-              });
+            const int64_t height = std::min(kRows, rows - r);
+            const int64_t width = std::min(kColumns<T>, columns - c);
+            T* const tile = sums + r * pitch + c;
+            multiply_rows<T, Word<S>::kPair>(height, width > V::size, packed_a + r * kPitch,
+                                             packed_b + p * pitch + c * n, n, p > 0, tile, pitch,
+                                             std::make_integer_sequence<int, int(kRows)>());
+            if (p + n < depth) continue;
+            for (int64_t y = 0; y < height; ++y)
+              for (int64_t x = 0; x < width; x += V::size)
+                store_c(i + r + y, j + c + x, std::min(V::size, width - x),
+                        load(tile + y * pitch + x));
           }
         p += n;
       } while (p < depth);
@@ -300,72 +296,54 @@ void run(const Matrix<S>& a, const Matrix<S>& b, int64_t i0, int64_t i1, int64_t
 
 // -------------------------------------------------------------------------------------- few rows
 
-// B's columns contiguous along k: dot products of rows × 4 columns, lanes over k.
-template <typename S, int rows, typename Store>
-void dot_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t j0, int64_t j1, int64_t k,
-              const Store& store_c) {
+// One vector of columns from column j on, of which `columns` are there, as rows of `to`.
+// B's columns contiguous along k: dot products, lanes over k.
+template <typename S, int rows>
+void dot_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t j, int64_t columns, int64_t k,
+              accumulate_t<S>* to) {
   using T = accumulate_t<S>;
   using V = Vec<T>;
   constexpr int kAtOnce = 4;
-  for (int64_t j = j0; j < j1; j += V::size) {
-    const int64_t columns = std::min(V::size, j1 - j);
-    T result[rows][V::size] = {};
-    for (int64_t c = 0; c < columns; c += kAtOnce) {
-      // Past the last column its own is read once more.
-      const S* column[kAtOnce];
-      for (int q = 0; q < kAtOnce; ++q) column[q] = b.at(0, j + std::min(c + q, columns - 1));
-      V sum_of[rows][kAtOnce];
-      for (auto& row : sum_of) std::fill(row, row + kAtOnce, V(T(0)));
-      const auto step = [&](int64_t p, int64_t lanes) {
-        V x[rows];
+  for (int64_t c = 0; c < columns; c += kAtOnce) {
+    // Past the last column its own is read once more.
+    const S* column[kAtOnce];
+    for (int q = 0; q < kAtOnce; ++q) column[q] = b.at(0, j + std::min(c + q, columns - 1));
+    V sum_of[rows][kAtOnce];
+    for (auto& row : sum_of) std::fill(row, row + kAtOnce, V(T(0)));
+    const auto step = [&](int64_t p, int64_t lanes) {
+      V x[rows];
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) x[r] = load(a.at(r, p), lanes);
+      for (int r = 0; r < rows; ++r) x[r] = load(a.at(r, p), lanes);
 #pragma GCC unroll 4
-        for (int q = 0; q < kAtOnce; ++q) {
-          const V w = load(column[q] + p, lanes);
+      for (int q = 0; q < kAtOnce; ++q) {
+        const V w = load(column[q] + p, lanes);
 #pragma GCC unroll 4
-          for (int r = 0; r < rows; ++r) sum_of[r][q] = fma(x[r], w, sum_of[r][q]);
-        }
-      };
-      int64_t p = 0;
-      for (; p + V::size <= k; p += V::size) step(p, V::size);
-      if (p < k) step(p, k - p);
-      for (int r = 0; r < rows; ++r)
-        for (int q = 0; q < kAtOnce && c + q < columns; ++q) result[r][c + q] = sum(sum_of[r][q]);
-    }
-    for (int r = 0; r < rows; ++r) store_c(r, j, columns, load(result[r]));
+        for (int r = 0; r < rows; ++r) sum_of[r][q] = fma(x[r], w, sum_of[r][q]);
+      }
+    };
+    int64_t p = 0;
+    for (; p + V::size <= k; p += V::size) step(p, V::size);
+    if (p < k) step(p, k - p);
+    for (int r = 0; r < rows; ++r)
+      for (int q = 0; q < kAtOnce && c + q < columns; ++q)
+        to[r * V::size + c + q] = sum(sum_of[r][q]);
   }
 }
 
-// B's rows contiguous: lanes over columns, kAtOnce vectors of them.
-template <typename S, int rows, typename Store>
-void scale_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t j0, int64_t j1, int64_t k,
-                const Store& store_c) {
+// The same where B's rows are contiguous: lanes over columns.
+template <typename S, int rows>
+void scale_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t j, int64_t columns, int64_t k,
+                accumulate_t<S>* to) {
   using T = accumulate_t<S>;
   using V = Vec<T>;
-  constexpr int kAtOnce = 2;
-  for (int64_t j = j0; j < j1; j += kAtOnce * V::size) {
-    int64_t lanes[kAtOnce];
-    for (int q = 0; q < kAtOnce; ++q)
-      lanes[q] = std::clamp<int64_t>(j1 - j - q * V::size, 0, V::size);
-    V sum_of[rows][kAtOnce];
-    for (auto& row : sum_of) std::fill(row, row + kAtOnce, V(T(0)));
-    for (int64_t p = 0; p < k; ++p) {
-      const S* from = b.at(p, j);
-      V w[kAtOnce];
-#pragma GCC unroll 2
-      for (int q = 0; q < kAtOnce; ++q)
-        w[q] = lanes[q] > 0 ? load(from + q * V::size, lanes[q]) : V(T(0));
+  V sum_of[rows];
+  std::fill(sum_of, sum_of + rows, V(T(0)));
+  for (int64_t p = 0; p < k; ++p) {
+    const V w = load(b.at(p, j), columns);
 #pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 2
-        for (int q = 0; q < kAtOnce; ++q)
-          sum_of[r][q] = fma(V(widen(*a.at(r, p))), w[q], sum_of[r][q]);
-    }
-    for (int r = 0; r < rows; ++r)
-      for (int q = 0; q < kAtOnce; ++q)
-        if (lanes[q] > 0) store_c(r, j + q * V::size, lanes[q], sum_of[r][q]);
+    for (int r = 0; r < rows; ++r) sum_of[r] = fma(V(widen(*a.at(r, p))), w, sum_of[r]);
   }
+  for (int r = 0; r < rows; ++r) store(to + r * V::size, sum_of[r]);
 }
 
 // Whether a product is one for run_few_rows, which needs no scratch.
@@ -378,22 +356,18 @@ bool has_few_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t m, int64_t k) 
 template <typename S, typename Store>
 void run_few_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t m, int64_t j0, int64_t j1,
                   int64_t k, const Store& store_c) {
-  static_assert(kFewRows == 4);
-  const auto of = [&](auto rows) {
-    if (b.row_stride == 1 && a.column_stride == 1)
-      dot_rows<S, rows.value>(a, b, j0, j1, k, store_c);
-    else
-      scale_rows<S, rows.value>(a, b, j0, j1, k, store_c);
-  };
-  switch (m) {
-    case 1:
-      return of(std::integral_constant<int, 1>());
-    case 2:
-      return of(std::integral_constant<int, 2>());
-    case 3:
-      return of(std::integral_constant<int, 3>());
-    default:
-      return of(std::integral_constant<int, 4>());
+  using T = accumulate_t<S>;
+  using V = Vec<T>;
+  using Kernel = void (*)(const Matrix<S>&, const Matrix<S>&, int64_t, int64_t, int64_t, T*);
+  constexpr Kernel kKernels[2][kFewRows] = {
+      {&scale_rows<S, 1>, &scale_rows<S, 2>, &scale_rows<S, 3>, &scale_rows<S, 4>},
+      {&dot_rows<S, 1>, &dot_rows<S, 2>, &dot_rows<S, 3>, &dot_rows<S, 4>}};
+  const Kernel kernel = kKernels[b.row_stride == 1 && a.column_stride == 1][m - 1];
+  T result[kFewRows * V::size] = {};
+  for (int64_t j = j0; j < j1; j += V::size) {
+    const int64_t columns = std::min(V::size, j1 - j);
+    kernel(a, b, j, columns, k, result);
+    for (int64_t r = 0; r < m; ++r) store_c(r, j, columns, load(result + r * V::size));
   }
 }
 

@@ -39,23 +39,6 @@ Activation parse(const std::string& name) {
 }
 
 template <typename Body>
-void for_activation(Activation activation, const Body& body) {
-  const auto with = [&](auto tag) { body(tag); };
-  switch (activation) {
-    case Activation::kNone:
-      return with(std::integral_constant<Activation, Activation::kNone>());
-    case Activation::kRelu:
-      return with(std::integral_constant<Activation, Activation::kRelu>());
-    case Activation::kLeakyRelu:
-      return with(std::integral_constant<Activation, Activation::kLeakyRelu>());
-    case Activation::kTanh:
-      return with(std::integral_constant<Activation, Activation::kTanh>());
-    case Activation::kSigmoid:
-      return with(std::integral_constant<Activation, Activation::kSigmoid>());
-  }
-}
-
-template <typename Body>
 void for_dtype(ScalarType dtype, const Body& body) {
   switch (dtype) {
     case ScalarType::Float:
@@ -69,29 +52,41 @@ void for_dtype(ScalarType dtype, const Body& body) {
   }
 }
 
-template <Activation activation, typename T>
-Vec<T> activate(Vec<T> x) {
+template <typename T>
+Vec<T> activate(Activation activation, Vec<T> x) {
   using V = Vec<T>;
   const V zero(T(0)), one(T(1));
-  if constexpr (activation == Activation::kRelu) return select(less(x, zero), zero, x);
-  if constexpr (activation == Activation::kLeakyRelu)
-    return select(less(x, zero), V(T(kSlope)) * x, x);
-  if constexpr (activation == Activation::kTanh) return tanh(x);
-  if constexpr (activation == Activation::kSigmoid) return one / (one + exp(zero - x));
-  return x;
+  switch (activation) {
+    case Activation::kNone:
+      return x;
+    case Activation::kRelu:
+      return select(less(x, zero), zero, x);
+    case Activation::kLeakyRelu:
+      return select(less(x, zero), V(T(kSlope)) * x, x);
+    case Activation::kTanh:
+      return tanh(x);
+    default:
+      return one / (one + exp(zero - x));
+  }
 }
 
 // act'(x) from y = act(x).
-template <Activation activation, typename T>
-Vec<T> derivative(Vec<T> y) {
+template <typename T>
+Vec<T> derivative(Activation activation, Vec<T> y) {
   using V = Vec<T>;
   const V zero(T(0)), one(T(1));
-  if constexpr (activation == Activation::kRelu) return select(less(zero, y), one, zero);
-  if constexpr (activation == Activation::kLeakyRelu)
-    return select(less(zero, y), one, V(T(kSlope)));
-  if constexpr (activation == Activation::kTanh) return one - y * y;
-  if constexpr (activation == Activation::kSigmoid) return y * (one - y);
-  return one;
+  switch (activation) {
+    case Activation::kNone:
+      return one;
+    case Activation::kRelu:
+      return select(less(zero, y), one, zero);
+    case Activation::kLeakyRelu:
+      return select(less(zero, y), one, V(T(kSlope)));
+    case Activation::kTanh:
+      return one - y * y;
+    default:
+      return y * (one - y);
+  }
 }
 
 // --------------------------------------------------------------------------------------- arguments
@@ -246,11 +241,9 @@ Tensor linear_forward(Tensor input, Tensor weight, Optional bias, std::string ac
       b = static_cast<const S*>(flat_bias.const_data_ptr());
     }
     S* y = static_cast<S*>(output.mutable_data_ptr());
-    for_activation(act, [&](auto which) {
-      multiply(x, transposed(w), m, n, k, [=](int64_t i, int64_t j, int64_t lanes, V value) {
-        if (b) value = value + load(b + j, lanes);
-        store(y + i * n + j, activate<which.value>(value), lanes);
-      });
+    multiply(x, transposed(w), m, n, k, [=](int64_t i, int64_t j, int64_t lanes, V value) {
+      if (b) value = value + load(b + j, lanes);
+      store(y + i * n + j, activate(act, value), lanes);
     });
   });
   return output;
@@ -267,16 +260,13 @@ Tensor before_activation(const Tensor& grad_output, const Tensor& output, Activa
     const S* out = static_cast<const S*>(y.const_data_ptr());
     S* z = static_cast<S*>(result.mutable_data_ptr());
     const int64_t n = grad.numel();
-    for_activation(act, [&](auto which) {
-      torch::stable::parallel_for(
-          0, (n + V::size - 1) / V::size, kGrain / V::size, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin * V::size; i < std::min(n, end * V::size); i += V::size) {
-              const int64_t lanes = std::min(V::size, n - i);
-              store(z + i, load(g + i, lanes) * derivative<which.value>(load(out + i, lanes)),
-                    lanes);
-            }
-          });
-    });
+    torch::stable::parallel_for(
+        0, (n + V::size - 1) / V::size, kGrain / V::size, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin * V::size; i < std::min(n, end * V::size); i += V::size) {
+            const int64_t lanes = std::min(V::size, n - i);
+            store(z + i, load(g + i, lanes) * derivative(act, load(out + i, lanes)), lanes);
+          }
+        });
   });
   return result;
 }
