@@ -46,6 +46,12 @@ SHAPES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A second thread only waits here, on a machine that is busy; the tests of threads set more."""
+    torch.set_num_threads(1)
+
+
 def transposed(x):
     return x.transpose(-1, -2).contiguous().transpose(-1, -2)
 
@@ -743,7 +749,7 @@ def test_refusals_of_raw_ops():
     """No path into a kernel is unchecked."""
     x, weight, bias = problem((4, 6), 5, torch.float32)
     bad = {
-        "weight of shape": (x, weight[:, :5], bias, "none"),
+        "input of shape \\[..., 5\\] .* got \\[4, 6\\]": (x, weight[:, :5], bias, "none"),
         "bias of shape \\[5\\], got \\[4\\]": (x, weight, bias[:4], "none"),
         "weight of dtype Float, got Double": (x, weight.double(), bias, "none"),
         "bias of dtype Float, got Double": (x, weight, bias.double(), "none"),
@@ -761,12 +767,11 @@ def test_refusals_of_raw_ops():
     for at, value, message in (
         (0, output.double(), "grad_output of dtype Float, got Double"),
         (0, output[:3], "grad_output of shape \\[4, 5\\], got \\[3, 5\\]"),
-        (0, torch.ones(5, 4).t(), "contiguous grad_output"),
-        (1, x[:, :5], "weight of shape"),
+        (1, x[:, :5], "input of shape"),
         (2, weight.double(), "weight of dtype"),
         (3, output[:3], "output of shape \\[4, 5\\], got \\[3, 5\\]"),
         (3, output.double(), "output of dtype"),
-        (3, None, "output"),
+        (3, None, "the output"),
         (4, "gelu", "activation"),
     ):
         with pytest.raises(RuntimeError, match=f"linear: expected .*{message}"):
@@ -905,13 +910,13 @@ def test_four_threads_at_once(own):
 
 def _in_child(queue, tensors, upstream):
     torch.set_num_threads(1)
-    queue.put([result.sum().item() for result in evaluate(linear, tensors, upstream)])
+    queue.put([result[:3].tolist() for result in evaluate(linear, tensors, upstream)])
 
 
 def test_in_a_forked_child(own):
     """As a DataLoader's worker: forked after the parent has used its threads, and set to one."""
     tensors, upstream = problem((300, 500), 200, torch.float32), torch.randn(300, 200)
-    wanted = [result.sum().item() for result in evaluate(linear, tensors, upstream)]
+    wanted = [result[:3].tolist() for result in evaluate(linear, tensors, upstream)]
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     child = context.Process(target=_in_child, args=(queue, tensors, upstream))

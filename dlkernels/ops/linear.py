@@ -248,6 +248,8 @@ def _choose(input, weight, bias, activation):
         return torchs, "a functorch transform is active"
     if torch.autograd.forward_ad._current_level >= 0:
         return torchs, "forward-mode AD is active"
+    if torch._C._get_tracing_state() is not None:
+        return torchs, "torch.jit is tracing: its graph must run without us"
     kernels = config.forced()
     if kernels == "stock":
         return torchs, "dlkernels.config.kernels is 'stock'"
@@ -259,8 +261,6 @@ def _choose(input, weight, bias, activation):
         return "stock" if refusal == _CUBLAS else torchs, refusal
     if torch.compiler.is_compiling():
         return "own", "covered"
-    if torch._C._get_tracing_state() is not None:
-        return torchs, "torch.jit is tracing: its graph must run without us"
     return config.owner("cpu"), "covered"
 
 
