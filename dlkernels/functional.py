@@ -6,8 +6,9 @@ Every other public name of ``torch.nn.functional`` is here too: this module can 
 import torch
 
 from dlkernels.ops.cross_entropy import cross_entropy
+from dlkernels.ops.linear import linear
 
-__all__ = ["cross_entropy"]
+__all__ = ["cross_entropy", "linear"]
 
 
 def __getattr__(name: str):

@@ -86,7 +86,25 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
 
-_OURS = ("CrossEntropyLoss", "functional")
+class Linear(torch.nn.Linear):
+    """``torch.nn.Linear`` on ``dlkernels.functional.linear``.
+
+    ``forward(input)``: ``input`` (..., in_features), floating point. Errors are those of the
+    functional form, raised at the call, as stock's are. TorchScript can trace it, not script it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., out_features)."""
+        return functional.linear(input, self.weight, self.bias)
+
+
+class LazyLinear(torch.nn.LazyLinear):
+    """``torch.nn.LazyLinear`` that becomes ours: a ``Linear`` with its first input's features."""
+
+    cls_to_become = Linear
+
+
+_OURS = ("CrossEntropyLoss", "LazyLinear", "Linear", "functional")
 __all__ = sorted({*_OURS, *(name for name in dir(torch.nn) if not name.startswith("_"))})
 
 

@@ -46,6 +46,7 @@ TWINS: list[Twin] = [
         nn.CrossEntropyLoss,
         extras=("softcap", "z_loss", "return_lse"),
     ),
+    Twin("linear", torch.nn.Linear, nn.Linear),
 ]
 
 
@@ -155,6 +156,10 @@ def _obstacle(module: torch.nn.Module) -> tuple[Twin, str] | None:
         elif cls is twin.stock or isinstance(module, twin.ours):
             continue
         elif isinstance(module, twin.stock):
+            if becomes := getattr(cls, "cls_to_become", None):
+                if becomes is twin.ours:
+                    continue
+                return twin, f"lazy: it becomes a {stock} at its first call, swap it after that"
             if torch.nn.utils.parametrize.is_parametrized(module):
                 names = ", ".join(module.parametrizations)
                 return twin, f"parametrized ({names}): its class is made per instance"
@@ -166,6 +171,8 @@ def _left(module: torch.nn.Module) -> str:
     """Why a module has no kernel of ours."""
     if obstacle := _obstacle(module):
         return obstacle[1]
+    if getattr(type(module), "cls_to_become", None) in [twin.ours for twin in TWINS]:
+        return "lazy: it becomes ours at its first call"
     if _twin(module) is None:
         return f"no kernel of ours for {type(module).__name__}"
     return "not swapped" + (": DLKERNELS_DISABLE is set" if _disabled() else "")

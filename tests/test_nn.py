@@ -33,7 +33,7 @@ def test_every_public_name_of_torch_nn_is_there():
 
 
 def test_names_without_a_kernel_are_torchs_own_objects():
-    ours = {"CrossEntropyLoss", "functional"}
+    ours = {"CrossEntropyLoss", "LazyLinear", "Linear", "functional"}
     others = [name for name in dir(torch.nn) if name[0] != "_" and name not in ours]
     assert len(others) > 100
     assert [name for name in others if getattr(nn, name) is not getattr(torch.nn, name)] == []
@@ -43,7 +43,7 @@ def test_star_import_gives_the_namespace():
     names: dict = {}
     exec("from dlkernels.nn import *", names)
     assert names["CrossEntropyLoss"] is nn.CrossEntropyLoss
-    assert names["Linear"] is torch.nn.Linear
+    assert names["Linear"] is nn.Linear and names["Bilinear"] is torch.nn.Bilinear
     assert "sys" not in names and "torch" not in names
 
 
@@ -56,6 +56,7 @@ def test_a_name_that_neither_has_is_an_attribute_error():
 def test_functional_is_ours_completed_by_torchs():
     assert nn.functional is dlkernels.functional
     assert nn.functional.cross_entropy is not torch.nn.functional.cross_entropy
+    assert nn.functional.linear is not torch.nn.functional.linear
     assert nn.functional.relu is torch.nn.functional.relu
     assert "max_pool2d" in dir(nn.functional)
 
@@ -80,7 +81,7 @@ def test_a_network_takes_the_namespace():
     ours.load_state_dict(stock.state_dict())
     assert list(ours.state_dict()) == list(stock.state_dict())
     x, target = torch.randn(4, 5), torch.tensor([0, 2, 1, 1])
-    assert type(ours.loss) is nn.CrossEntropyLoss
+    assert type(ours.loss) is nn.CrossEntropyLoss and type(ours.fc) is nn.Linear
     torch.testing.assert_close(ours(x, target), stock(x, target))
 
 
@@ -182,3 +183,96 @@ def test_refusals_are_stocks():
             torch.nn.CrossEntropyLoss(**settings)(*inputs)
         with pytest.raises(stock.type):
             nn.CrossEntropyLoss(**settings)(*inputs)
+
+
+# --- Linear -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Linear", "LazyLinear"])
+def test_constructor_of_linear_is_stocks(name):
+    ours, stock = getattr(nn, name), getattr(torch.nn, name)
+    assert issubclass(ours, stock)
+    assert inspect.signature(ours) == inspect.signature(stock)
+    settings = {"bias": False, "dtype": torch.float64, "device": "meta"}
+    arguments = (5,) if name == "LazyLinear" else (3, 5)
+    made = ours(*arguments, **settings), stock(*arguments, **settings)
+    assert repr(made[0]) == repr(made[1])
+    assert vars(made[0]).keys() == vars(made[1]).keys()
+    assert made[0].weight.dtype is torch.float64 and made[0].weight.is_meta
+
+
+def test_one_seed_gives_linear_the_same_weights():
+    layers = []
+    for namespace in (torch.nn, nn):
+        torch.manual_seed(3)
+        layers.append(namespace.Linear(7, 5))
+    stock, ours = layers
+    assert list(ours.state_dict()) == list(stock.state_dict()) == ["weight", "bias"]
+    assert torch.equal(ours.weight, stock.weight) and torch.equal(ours.bias, stock.bias)
+    stock.load_state_dict(saved_and_loaded(ours.state_dict(), weights_only=True))
+    ours.load_state_dict(stock.state_dict())
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda m: saved_and_loaded(m, weights_only=False)]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_copies_of_linear(again, bias):
+    layer = nn.Linear(7, 5, bias=bias)
+    copied = again(layer)
+    assert type(copied) is nn.Linear and copied.weight is not layer.weight
+    assert torch.equal(copied.weight, layer.weight) and (copied.bias is not None) == bias
+    x = torch.randn(2, 7)
+    assert torch.equal(copied(x), layer(x))
+
+
+def test_linear_hands_its_parameters_to_the_function(monkeypatch):
+    monkeypatch.setattr(nn.functional, "linear", lambda *arguments: arguments)
+    layer, x = nn.Linear(7, 5), torch.randn(2, 7)
+    assert [a is b for a, b in zip(layer(x), (x, layer.weight, layer.bias), strict=True)] == [
+        True
+    ] * 3
+    layer = nn.Linear(7, 5, bias=False)
+    assert layer(x)[2] is None
+
+
+def test_lazy_linear_becomes_ours():
+    lazy = nn.LazyLinear(5)
+    assert lazy.has_uninitialized_params()
+    torch.manual_seed(1)
+    first = lazy(x := torch.randn(4, 7))
+    assert type(lazy) is nn.Linear and lazy.in_features == 7
+    assert repr(lazy) == repr(torch.nn.Linear(7, 5))
+    assert torch.equal(lazy(x), first)
+
+
+def test_hooks_and_parametrizations_of_linear(monkeypatch):
+    monkeypatch.setattr(dlkernels.config, "kernels", "own")
+    layer, stock = nn.Linear(7, 5), torch.nn.Linear(7, 5)
+    stock.load_state_dict(layer.state_dict())
+    fired = []
+    for module in (layer, stock):
+        torch.nn.utils.parametrizations.weight_norm(module)
+        module.register_forward_hook(lambda module, args, out: fired.append(module) or 2 * out)
+        module.register_full_backward_hook(lambda module, *_: fired.append(module))
+    x = torch.randn(4, 7, requires_grad=True)
+    assert isinstance(layer, nn.Linear)
+    outputs = layer(x), stock(x)
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*(torch.autograd.grad(out.sum(), x)[0] for out in outputs))
+    assert fired == [layer, stock, layer, stock]
+
+
+def test_refusals_of_linear_are_stocks():
+    x = torch.randn(2, 4)
+    for made, given in (
+        ((4, 3), x[:, :3]),
+        ((4, 3), x.double()),
+        ((4, 3), x.sum()),
+        ((4, 3), [1.0]),
+    ):
+        with pytest.raises((RuntimeError, TypeError)) as stock:
+            torch.nn.Linear(*made)(given)
+        with pytest.raises(stock.type) as ours:
+            nn.Linear(*made)(given)
+        assert str(ours.value).splitlines()[0] == str(stock.value).splitlines()[0]

@@ -1,7 +1,7 @@
 """swap, unswap, swapped, report and explain; tests of verify are in test_verify.py.
 
 The rules of swap are tested on cross_entropy, and where a rule needs a class with parameters, on a
-line for Linear that a test adds to the table: its class of ours doubles the output, to be seen.
+line for Linear that a test puts in the place of ours: its class doubles the output, to be seen.
 """
 
 import copy
@@ -25,6 +25,7 @@ from dlkernels import config, explain, report, swap, swapped, unswap
 table = importlib.import_module("dlkernels.swap")
 ROOT = Path(__file__).parent.parent
 STOCK, OURS = nn.CrossEntropyLoss, dlkernels.nn.CrossEntropyLoss
+LINEAR = dlkernels.nn.Linear
 
 
 class Net(nn.Module):
@@ -63,12 +64,13 @@ def chain(module):
 
 @pytest.fixture
 def linear(monkeypatch):
-    """The table with Linear, and with the chain Linear → ReLU, in it."""
+    """The table with a line for Linear that can be seen, and one for the chain Linear → ReLU."""
     lines = [
         table.Twin("linear", nn.Linear, Doubled),
         table.Twin("linear", nn.Sequential, Fused, fits=chain),
     ]
-    monkeypatch.setattr(table, "TWINS", [*table.TWINS, *lines])
+    others = [twin for twin in table.TWINS if twin.op != "linear"]
+    monkeypatch.setattr(table, "TWINS", [*others, *lines])
 
 
 def batch(rows=16):
@@ -87,9 +89,9 @@ def test_swap_sets_the_class_and_nothing_else():
     before = copy.deepcopy(model)
     ids = {name: id(module) for name, module in model.named_modules(remove_duplicate=False)}
     assert swap(model) is model
-    assert classes(model) == classes(before) | dict.fromkeys(
-        ["loss", "same_loss", "auxiliary"], OURS
-    )
+    ours = dict.fromkeys(["loss", "same_loss", "auxiliary"], OURS)
+    ours |= dict.fromkeys(["first", "second"], LINEAR)
+    assert classes(model) == classes(before) | ours
     after = {name: id(module) for name, module in model.named_modules(remove_duplicate=False)}
     assert after == ids
     assert repr(model) == repr(before)
@@ -216,12 +218,38 @@ def test_strict_minds_only_what_was_asked_for(linear):
 
 
 def test_report_lists_leaves_and_twins():
-    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Sequential(STOCK()), "c": Exponential()})
+    model = nn.ModuleDict({"a": nn.Tanh(), "b": nn.Sequential(STOCK()), "c": Exponential()})
     lines = {line.name: line for line in report(model)}
     assert list(lines) == ["a", "b.0", "c"]
-    assert lines["a"].reason == "no kernel of ours for Linear"
+    assert lines["a"].reason == "no kernel of ours for Tanh"
     assert lines["b.0"] == ("b.0", "torch.nn.CrossEntropyLoss", "", "not swapped")
     assert lines["c"].old == f"{__name__}.Exponential"
+
+
+def test_a_lazy_layer_is_swapped_after_its_first_call():
+    model = nn.Sequential(nn.LazyLinear(3), dlkernels.nn.LazyLinear(4))
+    x = torch.randn(2, 5)
+    with pytest.raises(ValueError, match="1 cannot be swapped: 0 .*lazy"):
+        swap(model, strict=True)
+    assert [line.reason for line in report(swap(model))] == [
+        "lazy: it becomes a Linear at its first call, swap it after that",
+        "lazy: it becomes ours at its first call",
+    ]
+    wanted = model(x)
+    assert [type(layer) for layer in model] == [nn.Linear, LINEAR]
+    assert [type(layer) for layer in swap(model, strict=True)] == [LINEAR, LINEAR]
+    assert torch.equal(model(x), wanted)
+
+
+def test_attention_keeps_its_projection():
+    """It reads the weights of its Linear and never calls it: a class of its own, that is left."""
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    swap(model)
+    assert type(model.linear1) is type(model.linear2) is LINEAR
+    assert type(model.self_attn.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
+    x = torch.randn(2, 3, 16)
+    ours = model.eval()(x)
+    assert torch.equal(unswap(model)(x), ours)
 
 
 class Capped(OURS):
@@ -363,7 +391,7 @@ def test_explain_attributes_to_the_innermost_module(linear):
 
 def test_explain_on_a_stock_model_says_not_swapped():
     reasons = {line.name: line.reason for line in explain(Net(), *batch())}
-    assert reasons["loss"] == "not swapped" and reasons["first"] == "no kernel of ours for Linear"
+    assert reasons["loss"] == reasons["first"] == "not swapped"
 
 
 def test_explain_of_a_loss_names_the_forced_kernel(monkeypatch):

@@ -1,7 +1,7 @@
-"""PyTorch's own test data for cross_entropy, OpInfo and ModuleInfo, through ours.
+"""PyTorch's own test data for cross_entropy and linear, OpInfo and ModuleInfo, through ours.
 
-The samples are a few rows of three classes. One of them says little of an error: stock is often
-exact by luck; the errors of all samples of a dtype, of several draws, are judged together.
+The samples are a few rows of three classes or outputs. One of them says little of an error: stock
+is often exact by luck; the errors of all samples of a dtype, of several draws, are judged together.
 """
 
 import copy
@@ -17,16 +17,23 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import dlkernels
-from dlkernels.functional import cross_entropy
+from dlkernels.functional import cross_entropy, linear
 
 (OP,) = (op for op in op_db if op.name == "nn.functional.cross_entropy")
 (MODULE,) = (info for info in module_db if info.module_cls is torch.nn.CrossEntropyLoss)
 DTYPES = sorted(OP.supported_dtypes("cpu"), key=str)
 MODULE_DTYPES = sorted({*MODULE.supported_dtypes("cpu"), torch.bfloat16}, key=str)
+(LINEAR,) = (op for op in op_db if op.name == "nn.functional.linear")
+(LINEAR_MODULE,) = (info for info in module_db if info.module_cls is torch.nn.Linear)
+LINEAR_DTYPES = sorted((d for d in LINEAR.supported_dtypes("cpu") if d.is_floating_point), key=str)
+OTHER_DTYPES = sorted(LINEAR.supported_dtypes("cpu") - {*LINEAR_DTYPES}, key=str)
+LINEAR_MODULE_DTYPES = sorted({*LINEAR_MODULE.supported_dtypes("cpu"), torch.bfloat16}, key=str)
 DRAWS = 3
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 by_module_dtype = pytest.mark.parametrize("dtype", MODULE_DTYPES, ids=str)
+by_linear_dtype = pytest.mark.parametrize("dtype", LINEAR_DTYPES, ids=str)
+by_linear_module_dtype = pytest.mark.parametrize("dtype", LINEAR_MODULE_DTYPES, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -52,30 +59,36 @@ def to_float64(value):
     return value.detach().double().requires_grad_(value.requires_grad)
 
 
-def loss_and_gradients(function, x, target, upstream, **arguments):
-    loss = function(x, target, **arguments)
-    inputs = differentiable(x, target)
-    upstream = upstream.to(loss.dtype).expand_as(loss)
-    return loss, *(torch.autograd.grad(loss, inputs, upstream) if inputs else ())
+def output_and_gradients(function, inputs, upstream, **arguments):
+    output = function(*inputs, **arguments)
+    inputs = differentiable(*inputs)
+    upstream = upstream.to(output.dtype).expand_as(output)
+    return output, *(torch.autograd.grad(output, inputs, upstream) if inputs else ())
 
 
 class Pool:
     """Results by name, of ours, of stock and of stock in float64, judged together at the end."""
 
+    names = "loss", "grad input", "grad target"
+    exact = staticmethod(F.cross_entropy)
+
     def __init__(self):
         self.results = {}
 
-    def add(self, ours, stock, x, target, **arguments):
-        upstream = torch.rand((), dtype=torch.float64) + 0.5
-        exact_inputs = [to_float64(t) for t in (x, target)]
+    def upstream(self, inputs):
+        return torch.rand((), dtype=torch.float64) + 0.5
+
+    def add(self, ours, stock, *inputs, **arguments):
+        exact_inputs = [to_float64(t) for t in inputs]
         exact_arguments = {name: to_float64(value) for name, value in arguments.items()}
+        upstream = self.upstream(exact_inputs)
         triples = zip(
-            loss_and_gradients(ours, x, target, upstream, **arguments),
-            loss_and_gradients(stock, x, target, upstream, **arguments),
-            loss_and_gradients(F.cross_entropy, *exact_inputs, upstream, **exact_arguments),
+            output_and_gradients(ours, inputs, upstream, **arguments),
+            output_and_gradients(stock, inputs, upstream, **arguments),
+            output_and_gradients(self.exact, exact_inputs, upstream, **exact_arguments),
             strict=True,
         )
-        for name, triple in zip(("loss", "grad input", "grad target"), triples, strict=False):
+        for name, triple in zip(self.names, triples, strict=False):
             for results, result in zip(
                 self.results.setdefault(name, ([], [], [])), triple, strict=True
             ):
@@ -397,3 +410,252 @@ def test_module_errors(dtype, own):
         ours = dlkernels.nn.CrossEntropyLoss(*made.args, **made.kwargs)
         with pytest.raises(case.error_type, match=case.error_regex):
             ours(*called.args, **called.kwargs)
+
+
+# -------------------------------------------------------------------------------- OpInfo of linear
+
+
+class LinearPool(Pool):
+    names = "output", "grad input", "grad weight", "grad bias"
+    exact = staticmethod(F.linear)
+
+    def upstream(self, inputs):
+        return torch.randn(F.linear(*inputs).shape, dtype=torch.float64)
+
+
+def linear_samples(dtype, requires_grad=False):
+    """[input, weight] or [input, weight, bias] of each sample."""
+    drawn = [*LINEAR.sample_inputs("cpu", dtype, requires_grad=requires_grad)]
+    assert len(drawn) >= 18 and not any(s.kwargs for s in drawn)
+    return [[s.input, *s.args] for s in drawn]
+
+
+@by_linear_dtype
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_linear_forward_and_gradients(dtype, requires_grad, own, poisoned):
+    """Our kernels take every sample: "own" refuses none."""
+    pool = LinearPool()
+    for _ in range(DRAWS):
+        for inputs in linear_samples(dtype, requires_grad):
+            with dlkernels.config.recording() as choices:
+                pool.add(linear, F.linear, *inputs)
+            assert [choice.kernel for choice in choices] == [dlkernels.config.owner("cpu")]
+    pool.check()
+    assert list(pool.results) == list(pool.names[: 1 + 3 * requires_grad])
+
+
+@by_linear_dtype
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_linear_gradient_of_one_input_alone(wanted, dtype, own, poisoned):
+    pool = LinearPool()
+    for _ in range(DRAWS):
+        for inputs in linear_samples(dtype):
+            inputs[wanted].requires_grad_()
+            pool.add(linear, F.linear, *inputs)
+    pool.check()
+
+
+@by_linear_dtype
+def test_references_of_linear(dtype, own):
+    pool = LinearPool()
+    for _ in range(DRAWS):
+        for sample in LINEAR.reference_inputs("cpu", dtype):
+            pool.add(linear, F.linear, sample.input, *sample.args)
+    pool.check()
+
+
+@by_linear_dtype
+def test_linear_noncontiguous(dtype, own, poisoned):
+    pool, strided = LinearPool(), 0
+    for _ in range(DRAWS):
+        for sample in LINEAR.sample_inputs("cpu", dtype, requires_grad=True):
+            other = sample.noncontiguous()
+            strided += not (other.input.is_contiguous() and other.args[0].is_contiguous())
+            pool.add(linear, F.linear, other.input, *other.args)
+    assert strided >= 12 * DRAWS
+    pool.check()
+
+
+@pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
+def test_linear_of_complex_and_integers_is_stocks(dtype):
+    for inputs in linear_samples(dtype):
+        dlkernels.config.kernels = "auto"
+        assert torch.equal(linear(*inputs), F.linear(*inputs))
+        dlkernels.config.kernels = "own"
+        with pytest.raises(NotImplementedError, match=f"no kernel for {dtype}"):
+            linear(*inputs)
+
+
+def broken_linear(x, weight, bias=None):
+    """(what is wrong, inputs), made from a good sample."""
+    yield "features", [torch.cat([x, x], -1), weight, bias]
+    yield "weight dtype", [x, weight.to(torch.complex64), bias]
+    yield "weight rank", [x, weight[None], bias]
+    yield "scalar", [x.sum(), weight, bias]
+    if bias is not None and x.dim() == 2 and len(x) > 0:
+        yield "bias size", [x, weight, torch.cat([bias, bias])]
+        yield "bias dtype", [x, weight, bias.to(torch.complex64)]
+
+
+@by_linear_dtype
+def test_linear_refusals(dtype, own):
+    """The OpInfo has no error inputs (with its first ones, this test asks for them): good samples,
+    broken in one place, are refused with the type and the words of stock."""
+    assert LINEAR.error_inputs_func is None
+    seen = set()
+    for sample in linear_samples(dtype):
+        for what, inputs in broken_linear(*sample):
+            with pytest.raises(Exception) as stock:  # noqa: B017  whatever it is, ours is the same
+                F.linear(*inputs)
+            with pytest.raises(stock.type) as ours:
+                linear(*inputs)
+            assert str(ours.value).splitlines()[0] == str(stock.value).splitlines()[0], what
+            seen.add(what)
+    assert len(seen) == 6
+
+
+def test_linear_gradcheck(own):
+    for inputs in linear_samples(torch.float64, requires_grad=True):
+        assert gradcheck(
+            linear,
+            inputs,
+            check_forward_ad=LINEAR.supports_forward_ad,
+            check_batched_grad=LINEAR.check_batched_grad,
+            check_batched_forward_grad=LINEAR.check_batched_forward_grad,
+        )
+
+
+def test_linear_gradgradcheck(own):
+    for inputs in linear_samples(torch.float64, requires_grad=True):
+        assert gradgradcheck(
+            linear,
+            inputs,
+            gen_non_contig_grad_outputs=True,
+            check_batched_grad=LINEAR.check_batched_gradgrad,
+            check_fwd_over_rev=LINEAR.supports_fwgrad_bwgrad,
+        )
+
+
+@by_linear_dtype
+def test_linear_vmap(dtype, own):
+    """Over inputs, over weights, over both; and the gradient of each of a batch."""
+    for x, weight, *bias in linear_samples(dtype):
+        xs, weights = torch.stack([x, -x]), torch.stack([weight, weight.flip(0)])
+        for in_dims in ((0, 0), (0, None), (None, 0)):
+            inputs = [all_ if d == 0 else one for d, all_, one in
+                      zip(in_dims, (xs, weights), (x, weight), strict=True)]  # fmt: skip
+            for make in (lambda f: f, torch.func.grad):
+                ours, stock = (
+                    torch.func.vmap(make(lambda x, w, f=f: f(x, w, *bias).sum()), in_dims)  # noqa: B023
+                    for f in (linear, F.linear)
+                )
+                assert torch.equal(ours(*inputs), stock(*inputs))
+
+
+@by_linear_dtype
+def test_linear_forward_mode(dtype, own):
+    """torch.func.jvp and dual numbers: stock's tangents, which are not zeros."""
+    for x, weight, *bias in linear_samples(dtype):
+        tangent = torch.randn_like(weight)
+
+        def pushed(f, x=x, weight=weight, bias=bias, tangent=tangent):
+            return torch.func.jvp(lambda w: f(x, w, *bias), (weight,), (tangent,))[1]
+
+        wanted = pushed(F.linear)
+        assert torch.equal(pushed(linear), wanted) and (x.numel() == 0 or wanted.any())
+        with forward_ad.dual_level():
+            dual = linear(x, forward_ad.make_dual(weight, tangent), *bias)
+            assert torch.equal(forward_ad.unpack_dual(dual).tangent, wanted)
+
+
+@by_linear_dtype
+def test_linear_compile(dtype, own):
+    pool = LinearPool()
+    for inputs in linear_samples(dtype, requires_grad=True)[::3]:
+        torch._dynamo.reset()
+        compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+        for _ in range(2):  # the same graph
+            pool.add(compiled, F.linear, *inputs)
+            with torch.no_grad():
+                inputs[0].copy_(torch.randn_like(inputs[0]))
+    pool.check()
+    torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------------------- ModuleInfo of Linear
+
+
+def linear_modules(dtype, requires_grad=True, training=True):
+    """(description, ours, stock's, input, reference): the modules with the same parameters."""
+    cases = LINEAR_MODULE.module_inputs_func(
+        LINEAR_MODULE, "cpu", dtype, requires_grad=requires_grad, training=training
+    )
+    assert len(cases) >= 3
+    for case in cases:
+        made = case.constructor_input
+        ours, stock = (
+            module(*made.args, **made.kwargs, dtype=dtype)
+            for module in (dlkernels.nn.Linear, torch.nn.Linear)
+        )
+        stock.load_state_dict(ours.state_dict())
+        given = case.forward_input
+        (x,) = [*given.args, *given.kwargs.values()]
+        yield case.desc, ours, stock, x.detach().requires_grad_(requires_grad), case.reference_fn
+
+
+def with_own_parameters(module):
+    """A module as a function of its parameters too, which float64 is given instead."""
+    return lambda x, *parameters: torch.func.functional_call(
+        module, dict(zip(dict(module.named_parameters()), parameters, strict=True)), (x,)
+    )
+
+
+@by_linear_module_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_linear_modules(layout, dtype, own, poisoned):
+    """Forward and gradients, training and evaluating, of every case and layout."""
+    pool = LinearPool()
+    for _, training in itertools.product(range(8), (True, False)):
+        for desc, ours, stock, x, reference in linear_modules(dtype, training=training):
+            ours.train(training), stock.train(training)
+            assert repr(ours) == repr(stock) and ours.training == stock.training
+            x = LAYOUTS[layout](x)
+            parameters = [*ours.parameters()]
+            functions = [with_own_parameters(module) for module in (ours, stock)]
+            pool.add(*functions, x, *parameters)
+            if dtype == torch.float64:
+                torch.testing.assert_close(ours(x), reference(ours, x), msg=desc)
+    pool.check()
+    assert (
+        not LINEAR_MODULE.train_and_eval_differ and not LINEAR_MODULE.module_memformat_affects_out
+    )
+
+
+def test_linear_modules_gradcheck(own):
+    for desc, ours, _, x, _ in linear_modules(torch.float64):
+        inputs = (x, *ours.parameters())
+        assert gradcheck(with_own_parameters(ours), inputs), desc
+        assert gradgradcheck(with_own_parameters(ours), inputs), desc
+
+
+@by_linear_module_dtype
+def test_linear_modules_are_saved_and_copied(dtype, own):
+    """state_dict there and back, pickle and deepcopy: the same bits from every case."""
+    for desc, ours, stock, x, _ in linear_modules(dtype):
+        assert list(ours.state_dict()) == list(stock.state_dict()), desc
+        wanted = ours(x)
+        buffer = io.BytesIO()
+        torch.save(ours, buffer)
+        buffer.seek(0)
+        for again in (torch.load(buffer, weights_only=False), copy.deepcopy(ours)):
+            assert type(again) is type(ours) and vars(again).keys() == vars(ours).keys()
+            same(again(x), wanted, desc)
+        stock.reset_parameters()
+        stock.load_state_dict(ours.state_dict())
+        ours.load_state_dict(stock.state_dict())
+        same(ours(x), wanted, desc)
+
+
+def test_linear_has_no_error_cases_of_torchs():
+    """With its first ones, this test asks for them."""
+    assert LINEAR_MODULE.module_error_inputs_func is None

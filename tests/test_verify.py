@@ -81,7 +81,9 @@ class Stopped(nn.Module):
 
 
 def line(monkeypatch, ours):
-    monkeypatch.setattr(table, "TWINS", [*table.TWINS, table.Twin("linear", nn.Linear, ours)])
+    """The table with a class for Linear in the place of ours."""
+    others = [twin for twin in table.TWINS if twin.op != "linear"]
+    monkeypatch.setattr(table, "TWINS", [*others, table.Twin("linear", nn.Linear, ours)])
 
 
 def failed(records):
@@ -167,6 +169,21 @@ def test_cross_entropy_is_ok_in_a_network_and_as_its_loss(monkeypatch, dtype):
     x, target = torch.randn(40, 20, dtype=dtype), torch.randint(300, (40,))
     records = verify(model, x, target, loss, strict=True)
     assert [(r.name, r.what) for r in records] == [("loss", "output"), ("loss", "grad input")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_linear_is_ok_with_every_gradient(monkeypatch, dtype):
+    monkeypatch.setattr(config, "kernels", "own")
+    layers = nn.Linear(70, 50), nn.LeakyReLU(inplace=True), nn.Linear(50, 40, bias=False)
+    model = dlkernels.swap(nn.Sequential(*layers)).to(dtype)
+    x = torch.randn(3, 60, 70, dtype=dtype)
+    records = verify(model, x, strict=True)
+    assert [(r.name, r.what) for r in records] == [
+        ("0", "output"), ("0", "grad weight"), ("0", "grad bias"), ("0", "grad input"),
+        ("2", "output"), ("2", "grad weight"), ("2", "grad input"),
+    ]  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(verify(model, x, strict=True)) == 7
 
 
 def test_extras_are_verified_against_the_reference(monkeypatch):

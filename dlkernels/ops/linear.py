@@ -1,0 +1,352 @@
+"""The linear layer, with an activation in its epilogue.
+
+For input x of shape (…, K), weight W (N, K) and bias b (N)::
+
+    y = f(x·Wᵀ + b)                f: identity, relu, leaky_relu (slope 0.01), tanh or sigmoid
+    d = dL/dy · f'                 f' follows from y for each of these: x·Wᵀ + b is not kept
+    dL/dx = d·W        dL/dW = Σ_rows dᵀ·x        dL/db = Σ_rows d
+
+Raw ops: ``linear_forward``, and ``linear_backward`` for those of the three gradients that are
+wanted. Products are accumulated in float32, in float64 for float64.
+
+On a GPU the product is cuBLAS's. A ReLU goes into its epilogue, where torch offers that.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn import functional as F
+
+from dlkernels import config
+
+_OP = "linear"
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_SLOPE = 0.01  # of leaky_relu: torch's default
+_CUBLAS = "cuBLAS does the product"
+
+# Below this many multiply-adds stock is done before our way through Python. To measure: the rows
+# "dispatch" of benchmarks/linear.py; it belongs where "own" and "stock" take the same time.
+_SMALL = 2**18
+
+# ------------------------------------------------------------------------------------------ schemas
+
+_INPUTS = "Tensor input, Tensor weight, Tensor? bias, str activation"
+
+for _schema in (
+    f"linear({_INPUTS}) -> Tensor",
+    f"linear_forward({_INPUTS}) -> Tensor",
+    # An unwanted gradient comes back as an empty tensor of shape (0). ``output`` is y, wanted for
+    # every activation but "none".
+    "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? output,"
+    " str activation, bool want_input, bool want_weight, bool want_bias)"
+    " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+):
+    torch.library.define(f"dlkernels::{_schema.split('(')[0]}", _schema[_schema.index("(") :])
+
+_ops = torch.ops.dlkernels
+
+
+@torch.library.register_fake("dlkernels::linear")
+@torch.library.register_fake("dlkernels::linear_forward")
+def _(input, weight, bias, activation):
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("dlkernels::linear_backward")
+def _(grad_output, input, weight, output, activation, want_input, want_weight, want_bias):
+    return (
+        input.new_empty(input.shape if want_input else 0),
+        input.new_empty(weight.shape if want_weight else 0),
+        input.new_empty(weight.shape[:1] if want_bias else 0),
+    )
+
+
+# ---------------------------------------------------------------------------------------- reference
+
+_ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "leaky_relu": lambda x: F.leaky_relu(x, _SLOPE),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def linear_reference(input, weight, bias, activation):
+    """The definition, in torch ops: differentiable any number of times."""
+    return _ACTIVATIONS[activation](F.linear(input, weight, bias))
+
+
+# ----------------------------------------------------------------------------------------- backward
+
+
+def _save(ctx, input, weight, output, activation):
+    """Keeps what the wanted gradients read, as stock does: no input for a frozen weight, and no
+    weight, which may then be changed before the backward, for an input without a gradient."""
+    of_input, of_weight, *_ = ctx.needs_input_grad
+    ctx.set_materialize_grads(False)
+    ctx.activation = activation
+    ctx.save_for_backward(
+        input if of_weight else None,
+        weight if of_input else None,
+        output if activation != "none" else None,
+    )
+
+
+def _backward(ctx, grad_output):
+    """The three gradients by the kernel; in torch ops where they are differentiated again."""
+    if grad_output is None:
+        return None, None, None
+    input, weight, output = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled() or _is_batched(grad_output) or grad_output.is_cuda:
+        return _gradients(grad_output, input, weight, output, ctx.activation, wanted)
+    # Of what was not kept only the shape counts.
+    features = weight.shape[1] if weight is not None else 0 if input is None else input.shape[-1]
+    if input is None:
+        input = grad_output.new_empty(()).expand(*grad_output.shape[:-1], features)
+    if weight is None:
+        weight = grad_output.new_empty(()).expand(grad_output.shape[-1], features)
+    with torch._C._AutoDispatchBelowAutograd():
+        gradients = _ops.linear_backward(
+            grad_output.contiguous(), input, weight, output, ctx.activation, *wanted
+        )
+    return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
+
+
+def _is_batched(gradient):
+    """By vmap over the backward alone, as ``is_grads_batched`` and ``jacobian(vectorize=True)`` do:
+    the raw ops have no batching rule."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(gradient) or functorch.is_batchedtensor(gradient)
+
+
+def _gradients(grad_output, input, weight, output, activation, wanted):
+    """The formulas at the head of this file, in torch ops."""
+    d = grad_output
+    if activation == "relu":
+        d = torch.ops.aten.threshold_backward(d, output, 0)
+    elif activation == "leaky_relu":
+        d = torch.ops.aten.leaky_relu_backward(d, output, _SLOPE, True)
+    elif activation == "tanh":
+        d = torch.ops.aten.tanh_backward(d, output)
+    elif activation == "sigmoid":
+        d = torch.ops.aten.sigmoid_backward(d, output)
+    of_input, of_weight, of_bias = wanted
+    rows = math.prod(d.shape[:-1])  # not -1: of no elements it is ambiguous
+    flat = d.reshape(rows, d.shape[-1])
+    return (
+        d.matmul(weight) if of_input else None,
+        flat.t().matmul(input.reshape(rows, input.shape[-1])) if of_weight else None,
+        flat.sum(0) if of_bias else None,
+    )
+
+
+def _forward(input, weight, bias, activation):
+    if input.is_cuda:
+        return _relu_by_cublas(input, weight, bias)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.linear_forward(input, weight, bias, activation)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, activation):
+        output = _forward(input, weight, bias, activation)
+        _save(ctx, input, weight, output, activation)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return *_backward(ctx, grad_output), None
+
+
+# The public op: functional, for export, opcheck and compile.
+
+
+def _setup_context(ctx, inputs, output):
+    input, weight, _, activation = inputs
+    _save(ctx, input, weight, output, activation)
+
+
+def _backward_of_op(ctx, grad_output):
+    return *_backward(ctx, grad_output), None
+
+
+torch.library.register_autograd("dlkernels::linear", _backward_of_op, setup_context=_setup_context)
+
+
+def _not_differentiable(name):
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"dlkernels::{name} is a raw op without a derivative;"
+            " use dlkernels.functional.linear or torch.ops.dlkernels.linear"
+        )
+
+    torch.library.register_autograd(f"dlkernels::{name}", backward)
+
+
+for _name in ("linear_forward", "linear_backward"):
+    _not_differentiable(_name)
+
+
+# ------------------------------------------------------------------------------------------- choice
+
+
+def _is_plain(tensor):
+    """A dense tensor whose memory a kernel can read, or the stand-in of one while tracing."""
+    plain = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+    return type(tensor) in plain and tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _computed_dtype(tensor, device):
+    """The dtype after autocast, which leaves float64, and what is no float, alone."""
+    if torch.is_autocast_enabled(device) and tensor.dtype in _DTYPES:
+        if tensor.dtype != torch.float64:
+            return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+def _refusal(input, weight, bias):
+    """Why our kernels do not take these arguments: torch refuses them, or only torch can."""
+    if not (_is_plain(input) and _is_plain(weight) and (bias is None or _is_plain(bias))):
+        return "an argument is not a plain dense tensor"
+    device = input.device.type
+    if device != "cpu":
+        return _CUBLAS if device == "cuda" else f"no kernel for device {device}"
+    if weight.device != input.device or (bias is not None and bias.device != input.device):
+        return "tensors on different devices"
+    dtype = _computed_dtype(input, device)
+    if dtype not in _DTYPES:
+        return f"no kernel for {dtype}"
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and _computed_dtype(tensor, device) != dtype:
+            return f"{name} of {tensor.dtype} beside input of {input.dtype}"
+    if input.dim() == 0 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
+        return f"weight of shape {tuple(weight.shape)} for input of {tuple(input.shape)}"
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        return f"bias of shape {tuple(bias.shape)} for weight of {tuple(weight.shape)}"
+    return None
+
+
+def _is_small(input, weight):
+    """Whether stock would be done before our way through Python. A traced size is not asked."""
+    if config.forced() != "auto" or torch.compiler.is_compiling():
+        return False
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and weight.dim() == 2):
+        return False
+    return input.is_cpu and input.numel() * weight.shape[0] < _SMALL
+
+
+def _choose(input, weight, bias, activation):
+    """(kernel, reason). "reference" is the definition in torch ops, for what stock lacks."""
+    torchs = "stock" if activation == "none" else "reference"
+    if torch._C._are_functorch_transforms_active():
+        return torchs, "a functorch transform is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return torchs, "forward-mode AD is active"
+    if torch._C._get_tracing_state() is not None:
+        return torchs, "torch.jit is tracing: its graph must run without us"
+    kernels = config.forced()
+    if kernels == "stock":
+        return torchs, "dlkernels.config.kernels is 'stock'"
+    refusal = _refusal(input, weight, bias)
+    if refusal is not None:
+        if kernels == "own":
+            F.linear(input, weight, bias)  # bad input is torch's to refuse
+            raise NotImplementedError(f"linear: no kernel of ours: {refusal}")
+        return "stock" if refusal == _CUBLAS else torchs, refusal
+    if torch.compiler.is_compiling():
+        return "own", "covered"
+    return config.owner("cpu"), "covered"
+
+
+# ---------------------------------------------------------------------------------------- on a GPU
+
+
+def _fits_cublas_epilogue(input, weight, bias, activation):
+    """Whether torch can hand the ReLU to cuBLAS. Compiled, inductor fuses it by itself."""
+    if activation != "relu" or torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        return False
+    tensors = (input, weight, bias)
+    if not all(isinstance(t, Tensor) and _is_plain(t) and t.is_cuda for t in tensors):
+        return False
+    dtypes = {_computed_dtype(t, "cuda") for t in tensors}
+    return (
+        len(dtypes) == 1
+        and dtypes.issubset(_DTYPES)
+        and input.dim() >= 2
+        and weight.dim() == 2
+        and input.shape[-1] == weight.shape[1]
+        and bias.shape == weight.shape[:1]
+        and input.numel() > 0
+    )
+
+
+def _relu_by_cublas(input, weight, bias):
+    """relu(x·Wᵀ + b) with the ReLU in cuBLAS's epilogue; it has no derivative of its own."""
+    rows = input.reshape(-1, input.shape[-1])
+    output = torch._addmm_activation(bias, rows, weight.t(), use_gelu=False)
+    return output.view(*input.shape[:-1], weight.shape[0])
+
+
+# ------------------------------------------------------------------------------------------- public
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """``torch.nn.functional.linear``, and an activation with it where one is named.
+
+    Args:
+        input: (…, K) with any number of leading dimensions, including none, in any strides;
+            float32, float64, bfloat16 or float16, computed in float32 (float64 for float64).
+        weight: (N, K), of the input's dtype, in any strides; (K) is stock's.
+        bias: (N), of the input's dtype; another shape that broadcasts is stock's.
+        activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"tanh"`` or ``"sigmoid"``:
+            applied before the output is rounded and written.
+
+    Returns:
+        (…, N), contiguous, of the input's dtype; under autocast, of autocast's.
+
+    Raises:
+        What torch raises, with its words: RuntimeError for shapes and dtypes, TypeError for no
+        tensor. ValueError for another activation.
+    """
+    if activation is None:
+        activation = "none"
+    elif activation not in _ACTIVATIONS or activation == "none":
+        names = ", ".join(repr(name) for name in _ACTIVATIONS if name != "none")
+        raise ValueError(f"linear: activation must be None or one of {names}, got {activation!r}")
+    if _is_small(input, weight):
+        if config.is_recording():
+            torchs = "stock" if activation == "none" else "reference"
+            config.record(_OP, torchs, "too small for our call overhead")
+        return linear_reference(input, weight, bias, activation)
+
+    kernel, reason = _choose(input, weight, bias, activation)
+    config.record(_OP, kernel, reason)
+    if kernel in ("stock", "reference") and not (
+        reason == _CUBLAS and _fits_cublas_epilogue(input, weight, bias, activation)
+    ):
+        return linear_reference(input, weight, bias, activation)
+
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = _computed_dtype(input, device)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if torch.compiler.is_compiling():
+        return _ops.linear(input, weight, bias, activation)
+    if torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Linear.apply(input, weight, bias, activation)
+    return _forward(input, weight, bias, activation)
