@@ -416,6 +416,14 @@ def _copy(value: Any) -> Any:
     return tensor.requires_grad_(value.requires_grad)
 
 
+def _no_view(value: Any) -> Any:
+    """A view that is changed in place forgets the hooks of its gradient: a copy does not. Stock's
+    linear layer gives a view for inputs of three dimensions and more."""
+    if isinstance(value, Tensor) and value.requires_grad and value._is_view():
+        return value.clone()
+    return value
+
+
 def _numbered(name: str, tree: Any) -> dict[str, Tensor]:
     tensors = _tensors(tree)
     if len(tensors) == 1:
@@ -531,13 +539,14 @@ def _run_and_record(roots, inputs, target, loss, calls: dict[torch.nn.Module, li
         if module in calls:  # a copy made for a replay has these hooks too
             running.append((module, _Call(module, classes[module], args, kwargs)))
 
-    def leave(module, args, output) -> None:
+    def leave(module, args, output) -> Any:
         while running and module in calls:
             entered, call = running.pop()
             if entered is module:
                 calls[module].append(call)
+                output = tree_map(_no_view, output)
                 call.listen(output)
-                break
+                return output
 
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
