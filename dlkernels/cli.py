@@ -23,8 +23,9 @@ import torch
 import dlkernels
 from dlkernels import config, data, info
 from dlkernels.models import NETWORKS
-from dlkernels.train import Comparison, Measured, Side, Spread, compare
+from dlkernels.train import Comparison, Measured, Score, Side, Spread, compare
 
+DATA_HELP = "a folder of MNIST IDX files, or a diabetes CSV file; gzipped or not"
 EXTRA = "pip install 'dlkernels[train]'"
 
 
@@ -70,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--device", type=device, default=torch.device("cpu"), help="default: cpu")
     c.add_argument("--seed", type=seed, default=0, help="weights and batches; default: 0")
     c.add_argument("--threads", type=whole, help="default: torch's own choice")
-    c.add_argument("--data", type=Path, metavar="DIR", help="MNIST IDX files, gzipped or not")
+    c.add_argument("--data", type=Path, metavar="PATH", help=DATA_HELP)
     c.add_argument("--out", type=Path, default=Path("compare.png"), help="default: compare.png")
     c.add_argument("--json", action="store_true", help="one JSON document on stdout, no tables")
     commands.add_parser("bench", help="time the ops: python -m benchmarks.run", add_help=False)
@@ -114,31 +115,33 @@ def run_compare(args: argparse.Namespace) -> int:
     try:
         save_picture = picture_writer(args.out)
         show_progress = progress_bars()
-        images = data.load(recipe.image_size, recipe.mean, recipe.std, args.data)
+        examples = data.load_for(recipe, args.data)
     except ModuleNotFoundError as error:
         package = (error.name or str(error)).partition(".")[0]
         raise RequestError(f"dlkernels compare needs {package}: {EXTRA}") from error
     except (OSError, ValueError) as error:
         raise RequestError(f"dlkernels compare: {error}") from error
-    epochs = args.epochs or (recipe.digits_epochs if args.data is None else recipe.epochs)
-    batch_size = min(args.batch_size or recipe.batch_size, len(images.train_images))
+    embedded = recipe.embedded_epochs if args.data is None else None
+    epochs = args.epochs or embedded or recipe.epochs
+    count = len(examples.train_inputs)
+    batch_size = min(args.batch_size or recipe.batch_size or count, count)
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
     try:
         facts = {
             "network": args.network,
-            "data": images.name,
-            "train_images": len(images.train_images),
-            "test_images": len(images.test_images),
+            "data": examples.name,
+            "train_examples": count,
+            "test_examples": len(examples.test_inputs),
             "epochs": epochs,
             "batch_size": batch_size,
             "seed": args.seed,
             "machine": machine(args.device),
         }
-        with show_progress(epochs * -(-len(images.train_images) // batch_size)) as on_step:
+        with show_progress(epochs * -(-count // batch_size)) as on_step:
             result = compare(
                 args.network,
-                images.to(args.device),
+                examples.to(args.device),
                 epochs=epochs,
                 batch_size=batch_size,
                 seed=args.seed,
@@ -215,10 +218,14 @@ def document(facts: dict, result: Comparison, out: Path) -> dict:
             "forward_ms": measured.forward_ms._asdict(),
             "forward_backward_ms": measured.forward_backward_ms._asdict(),
             "peak_memory_bytes": measured.peak_memory_bytes,
-            "test_correct": measured.correct,
-            "test_accuracy": measured.correct / measured.total,
+            **test(measured.score),
             "losses": measured.losses,
         }
+
+    def test(score: Score) -> dict:
+        if score.correct is None:
+            return {f"test_{score.metric.replace(' ', '_')}": score.value}
+        return {"test_correct": score.correct, "test_accuracy": score.value}
 
     return {
         **facts,
@@ -255,9 +262,10 @@ def print_tables(facts: dict, result: Comparison) -> None:
     def decimals(value: float) -> int:  # three significant digits
         return max(0, 2 - math.floor(math.log10(value)))
 
-    def accuracy(measured: Measured) -> Text:  # Text: a cell's own [ ] would be markup
-        percent = 100 * measured.correct / measured.total
-        return Text(f"{percent:.2f} % [{measured.correct}/{measured.total}]")
+    def cell(score: Score) -> Text:  # Text: a cell's own [ ] would be markup
+        if score.correct is None:
+            return Text(f"{score.value:.3g}")
+        return Text(f"{100 * score.value:.2f} % [{score.correct}/{score.total}]")
 
     stock, ours, ratio, m = result.stock, result.ours, ratios(result), facts["machine"]
     main_table = Table()
@@ -266,19 +274,21 @@ def print_tables(facts: dict, result: Comparison) -> None:
     for name, key in (("forward", "forward"), ("forward + backward", "forward_backward")):
         cells = (ms(getattr(side, f"{key}_ms")) for side in (stock, ours))
         main_table.add_row(f"{name}, ms", *cells, f"{ratio[key]:.2f}")
-    memory = (f"{side.peak_memory_bytes / 2**20:.3f}" for side in (stock, ours))
+    memory = [side.peak_memory_bytes / 2**20 for side in (stock, ours)]
+    memory = [f"{value:.{max(3, decimals(value))}f}" for value in memory]
     main_table.add_row("peak memory, MiB", *memory, f"{ratio['peak_memory']:.2f}")
     main_table.add_row("last loss", f"{stock.losses[-1]:.6f}", f"{ours.losses[-1]:.6f}", "")
     main_table.add_row("largest difference", "", f"{result.loss_difference:.2e}", "")
-    main_table.add_row("test accuracy", accuracy(stock), accuracy(ours), "")
+    metric = stock.score.metric.removeprefix("binary ")
+    main_table.add_row(f"test {metric}", cell(stock.score), cell(ours.score), "")
     layers = Table("layer", "class", "kernel", "why")
     for layer in result.layers:
         layers.add_row(*(Text(cell) for cell in layer))
 
     console = Console(highlight=False)
     console.print(
-        f"{facts['network']} on {facts['data']}: {facts['train_images']} training images, "
-        f"{facts['test_images']} test images, {facts['epochs']} epochs of batch size "
+        f"{facts['network']} on {facts['data']}: {facts['train_examples']} training examples, "
+        f"{facts['test_examples']} for the test, {facts['epochs']} epochs of batch size "
         f"{facts['batch_size']}, seed {facts['seed']}",
         markup=False,
     )

@@ -21,7 +21,7 @@ import torch
 
 import dlkernels.nn
 from dlkernels import config
-from dlkernels.data import Images
+from dlkernels.data import Examples
 from dlkernels.models import NETWORKS
 
 WARM_UP_STEPS = 10
@@ -46,8 +46,17 @@ class Spread(NamedTuple):
     upper_quartile: float
 
 
+class Score(NamedTuple):
+    """How a network does on a test set: right answers of all, or an error."""
+
+    metric: str  # "accuracy", "binary accuracy" or "mean squared error"
+    value: float
+    correct: int | None
+    total: int
+
+
 class Layer(NamedTuple):
-    name: str  # "conv1"
+    name: str  # "conv1"; "(model)" of a network without layers
     module: str  # "Conv2d"
     kernel: str  # "cpu/avx2", or "stock"
     reason: str
@@ -57,8 +66,7 @@ class Measured(NamedTuple):
     forward_ms: Spread
     forward_backward_ms: Spread
     peak_memory_bytes: int
-    correct: int
-    total: int
+    score: Score
     losses: list[float]  # of every step
     step_ms: list[float]  # forward + backward of every step
 
@@ -96,21 +104,22 @@ def _side(name: str, network: str, nn: ModuleType, device: torch.device) -> Side
     optimiser = getattr(torch.optim, recipe.optimiser)(
         model.parameters(), lr=recipe.lr, momentum=recipe.momentum
     )
-    return Side(name, model, getattr(nn, recipe.loss)(), optimiser)
+    loss = getattr(nn, recipe.loss)(**recipe.loss_arguments)
+    return Side(name, model, loss, optimiser)
 
 
-def step(side: Side, images: torch.Tensor, labels: torch.Tensor) -> None:
+def step(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> None:
     """One training step. Times the forward pass with the loss, and that plus the backward pass.
 
     The optimiser, which is torch's on both sides, is outside of both times. A kernel that makes
     its gradient in the forward pass pays for it there: only the sum is comparable between sides.
     """
     side.optimiser.zero_grad()
-    start = _now(images.device)
-    loss = side.loss(side.model(images), labels)
-    middle = _now(images.device)
+    start = _now(inputs.device)
+    loss = side.loss(side.model(inputs), targets)
+    middle = _now(inputs.device)
     loss.backward()
-    end = _now(images.device)
+    end = _now(inputs.device)
     side.optimiser.step()
     side.forward_ms.append((middle - start) * 1e3)
     side.forward_backward_ms.append((end - start) * 1e3)
@@ -125,7 +134,7 @@ def _now(device: torch.device) -> float:
 
 def train(
     sides: tuple[Side, Side],
-    data: Images,
+    data: Examples,
     *,
     epochs: int,
     batch_size: int,
@@ -142,11 +151,11 @@ def train(
     for side in sides:
         side.model.train()
     for _ in range(epochs):
-        order = torch.randperm(len(data.train_images), generator=generator)
-        for batch in order.to(data.train_images.device).split(batch_size):
-            images, labels = data.train_images[batch], data.train_labels[batch]
+        order = torch.randperm(len(data.train_inputs), generator=generator)
+        for batch in order.to(data.train_inputs.device).split(batch_size):
+            inputs, targets = data.train_inputs[batch], data.train_targets[batch]
             for side in sides if len(sizes) % 2 == 0 else sides[::-1]:
-                step(side, images, labels)
+                step(side, inputs, targets)
                 if not math.isfinite(side.losses[-1]):
                     raise FloatingPointError(
                         f"{side.name}: the loss of step {len(sizes) + 1} is {side.losses[-1]}"
@@ -173,18 +182,27 @@ def spread(values: list[float]) -> Spread:
     return Spread(median, lower, upper)
 
 
-def correct(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> int:
-    """How many of ``labels`` the network's largest logit gets right, in eval mode."""
+def score(
+    metric: str, model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor
+) -> Score:
+    """The network on a test set, in eval mode.
+
+    ``metric``: "accuracy", of the largest of (N, classes) against (N,); "binary accuracy", of
+    (N, 1) against 0.5; "mean squared error".
+    """
     model.eval()
-    total = 0
     with torch.no_grad():
-        for x, y in zip(images.split(256), labels.split(256), strict=True):
-            total += int((model(x).argmax(1) == y).sum())
+        outputs = torch.cat([model(x) for x in inputs.split(256)])
     model.train()
-    return total
+    if metric == "mean squared error":
+        error = (outputs.double() - targets).square().mean().item()
+        return Score(metric, error, None, len(targets))
+    answers = outputs.argmax(1) if metric == "accuracy" else (outputs >= 0.5).to(targets)
+    correct = int((answers == targets).sum())
+    return Score(metric, correct / len(targets), correct, len(targets))
 
 
-def peak_memory(side: Side, images: torch.Tensor, labels: torch.Tensor) -> int:
+def peak_memory(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> int:
     """Peak bytes of a forward and backward pass, above what was allocated before it.
 
     That is activations, what backward saves, gradients and workspace; weights, optimiser state and
@@ -195,17 +213,17 @@ def peak_memory(side: Side, images: torch.Tensor, labels: torch.Tensor) -> int:
     model = copy.deepcopy(side.model)
 
     def run() -> None:
-        side.loss(model(images), labels).backward()
+        side.loss(model(inputs), targets).backward()
 
     run()
     model.zero_grad(set_to_none=True)
-    if images.device.type == "cuda":
-        torch.cuda.synchronize(images.device)
-        torch.cuda.reset_peak_memory_stats(images.device)
-        before = torch.cuda.memory_allocated(images.device)
+    if inputs.device.type == "cuda":
+        torch.cuda.synchronize(inputs.device)
+        torch.cuda.reset_peak_memory_stats(inputs.device)
+        before = torch.cuda.memory_allocated(inputs.device)
         run()
-        torch.cuda.synchronize(images.device)
-        return torch.cuda.max_memory_allocated(images.device) - before
+        torch.cuda.synchronize(inputs.device)
+        return torch.cuda.max_memory_allocated(inputs.device) - before
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profiler:
@@ -227,7 +245,7 @@ def peak_of_trace(events: list[dict]) -> int:
     return peak
 
 
-def kernels_used(side: Side, images: torch.Tensor, labels: torch.Tensor) -> list[Layer]:
+def kernels_used(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> list[Layer]:
     """Which kernel computed each layer without children, and the loss, in one training step.
 
     What ``dlkernels.config.recording`` notes between a layer's entry and its return is that
@@ -236,26 +254,28 @@ def kernels_used(side: Side, images: torch.Tensor, labels: torch.Tensor) -> list
     model, loss = copy.deepcopy(side.model).train(), copy.deepcopy(side.loss)
     leaves = {name: m for name, m in model.named_modules() if not next(m.children(), None)}
     leaves["loss"] = loss
-    used: dict[str, config.Choice | None] = {}  # in the order of the first calls
+    used: dict[str, list[config.Choice]] = {}  # in the order of the first calls
     with config.recording() as choices:
 
         def watch(name: str, module: torch.nn.Module) -> None:
             def leave(*_: object) -> None:
-                used[name] = choices[-1] if choices else None
+                used[name] = choices[:]
 
             module.register_forward_pre_hook(lambda *_: choices.clear())
             module.register_forward_hook(leave)
 
         for name, module in leaves.items():
             watch(name, module)
-        loss(model(images), labels).backward()
-    return [layer(name, leaves[name], choice) for name, choice in used.items()]
+        loss(model(inputs), targets).backward()
+    return [layer(name or "(model)", leaves[name], choices) for name, choices in used.items()]
 
 
-def layer(name: str, module: torch.nn.Module, choice: config.Choice | None) -> Layer:
-    """The table row of a layer: by the choice it recorded, else by its class."""
-    if choice is not None:
-        return Layer(name, type(module).__name__, choice.kernel, choice.reason)
+def layer(name: str, module: torch.nn.Module, choices: list[config.Choice]) -> Layer:
+    """The table row of a layer: by the choices it recorded, each once, else by its class."""
+    if choices:
+        kernels = ", ".join(dict.fromkeys(choice.kernel for choice in choices))
+        reasons = "; ".join(dict.fromkeys(choice.reason for choice in choices))
+        return Layer(name, type(module).__name__, kernels, reasons)
     if type(module).__module__.startswith("torch."):
         return Layer(name, type(module).__name__, "stock", "no kernel of ours")
     return Layer(name, type(module).__name__, "unknown", "recorded no choice")
@@ -263,7 +283,7 @@ def layer(name: str, module: torch.nn.Module, choice: config.Choice | None) -> L
 
 def compare(
     network: str,
-    data: Images,
+    data: Examples,
     *,
     epochs: int,
     batch_size: int,
@@ -271,21 +291,20 @@ def compare(
     on_step: Callable[[Side], None] = lambda side: None,
 ) -> Comparison:
     """Trains the twins of ``network`` on ``data``, on its device, and measures both."""
-    device = data.train_images.device
+    device = data.train_inputs.device
     stock, ours = twins(network, seed, device)
     sizes = train(
         (stock, ours), data, epochs=epochs, batch_size=batch_size, seed=seed, on_step=on_step
     )
-    counted = timed(sizes)
-    images, labels = data.train_images[:batch_size], data.train_labels[:batch_size]
+    counted, metric = timed(sizes), NETWORKS[network].recipe.metric
+    inputs, targets = data.train_inputs[:batch_size], data.train_targets[:batch_size]
 
     def measured(side: Side) -> Measured:
         return Measured(
             spread([side.forward_ms[k] for k in counted]),
             spread([side.forward_backward_ms[k] for k in counted]),
-            peak_memory(side, images, labels),
-            correct(side.model, data.test_images, data.test_labels),
-            len(data.test_labels),
+            peak_memory(side, inputs, targets),
+            score(metric, side.model, data.test_inputs, data.test_targets),
             side.losses,
             side.forward_backward_ms,
         )
@@ -303,5 +322,5 @@ def compare(
         ratio(stock.forward_ms, ours.forward_ms),
         ratio(stock.forward_backward_ms, ours.forward_backward_ms),
         max(abs(a - b) for a, b in zip(stock.losses, ours.losses, strict=True)),
-        kernels_used(ours, images, labels),
+        kernels_used(ours, inputs, targets),
     )

@@ -1,6 +1,7 @@
 """``dlkernels compare``: what it measures, what it prints and writes, and what it refuses."""
 
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_data import write_mnist
+from test_data import write_diabetes, write_mnist
 
 import dlkernels
 from dlkernels import cli, config, data, info, train
@@ -34,14 +35,14 @@ def test_json_is_one_document_with_the_documented_keys(tmp_path, capsys):
     )
     document = json.loads(capsys.readouterr().out)
     assert set(document) == {
-        "network", "data", "train_images", "test_images", "epochs", "batch_size", "seed",
+        "network", "data", "train_examples", "test_examples", "epochs", "batch_size", "seed",
         "machine", "steps", "timed_steps", "torch.nn", "dlkernels.nn", "ratio",
         "largest_loss_difference", "layers", "picture",
     }  # fmt: skip
     assert document["network"] == "mnist_cnn"
     assert document["machine"]["cpu_library"] == info.cpu_library()
     assert document["machine"]["threads"] == torch.get_num_threads()
-    assert (document["train_images"], document["test_images"]) == (1437, 360)
+    assert (document["train_examples"], document["test_examples"]) == (1437, 360)
     assert (document["epochs"], document["batch_size"], document["seed"]) == (1, 400, 5)
     assert (document["steps"], document["timed_steps"]) == (4, 3)  # 400, 400, 400, 237
     stock, ours, ratio = document["torch.nn"], document["dlkernels.nn"], document["ratio"]
@@ -97,9 +98,45 @@ def test_mnist_folder_is_trained_on(tmp_path, capsys):
     argv = ["compare", "lenet", "--data", str(tmp_path), "--epochs", "2", "--json"]
     assert cli.main([*argv, "--out", str(out)]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert (document["train_images"], document["test_images"]) == (7, 5)
+    assert (document["train_examples"], document["test_examples"]) == (7, 5)
     assert (document["steps"], document["batch_size"]) == (2, 7)
     assert str(tmp_path) in document["data"]
+
+
+SCORED = {  # network: what the table says of the test, keys of the document
+    "linear_regression": ("test mean squared", {"test_mean_squared_error"}),
+    "logistic_regression": ("/3]", {"test_accuracy", "test_correct"}),
+    "diabetes_logistic": ("/88]", {"test_accuracy", "test_correct"}),
+    "diabetes_mlp": ("/88]", {"test_accuracy", "test_correct"}),
+    "mlp200": ("/360]", {"test_accuracy", "test_correct"}),
+    "mlp200_leaky": ("/360]", {"test_accuracy", "test_correct"}),
+    "mlp256": ("/360]", {"test_accuracy", "test_correct"}),
+}
+
+
+@pytest.mark.parametrize("network", SCORED)
+def test_fully_connected_networks_are_compared(tmp_path, capsys, network):
+    argv = ["compare", network, "--epochs", "2", "--out", str(tmp_path / "a.png")]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    text, keys = SCORED[network]
+    assert text in out
+    assert cli.main([*argv, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    for side in ("torch.nn", "dlkernels.nn"):
+        assert {key for key in document[side] if key.startswith("test_")} == keys
+        assert document[side]["peak_memory_bytes"] > 0
+    assert document["largest_loss_difference"] < 1e-4
+
+
+def test_a_diabetes_file_is_trained_on(tmp_path, capsys):
+    write_diabetes(tmp_path / "patients.csv", rows=40)
+    argv = ["compare", "diabetes_mlp", "--data", str(tmp_path / "patients.csv"), "--json"]
+    assert cli.main([*argv, "--out", str(tmp_path / "a.png")]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["train_examples"], document["test_examples"]) == (32, 8)
+    assert (document["epochs"], document["steps"]) == (100, 100)
+    assert "patients.csv" in document["data"]
 
 
 REFUSED = {  # id: arguments, what the line must say
@@ -117,6 +154,11 @@ REFUSED = {  # id: arguments, what the line must say
     "second cpu": (["--device", "cpu:1"], "'cpu:1' is not available"),
     "missing folder": (["--data", "nowhere"], "no folder nowhere"),
     "empty folder": (["--data", "."], "has no train-images-idx3-ubyte"),
+    "no file for three points": (
+        ["linear_regression", "--data", "."],
+        "no --data for this network: it has three points of its own",
+    ),
+    "missing diabetes file": (["diabetes_mlp", "--data", "."], ". has no diabetes.csv"),
     "unknown option": (["--speed=9"], "unrecognized arguments: --speed=9"),
     "no folder for the picture": (["--out", "nowhere/a.png"], "--out: no folder nowhere"),
     "picture is a folder": (["--out", "."], "--out: . is a folder"),
@@ -167,8 +209,8 @@ def test_missing_extra_says_what_to_install(tmp_path, monkeypatch, capsys, packa
 
 
 def test_interrupt_ends_cleanly(tmp_path, monkeypatch, capsys):
-    def interrupted(side, images, labels, step=train.step):
-        step(side, images, labels)
+    def interrupted(side, inputs, targets, step=train.step):
+        step(side, inputs, targets)
         if len(side.losses) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -231,7 +273,7 @@ def test_sides_take_turns_and_see_the_same_batches(images):
         assert torch.equal(x, y), k
     first, second = (torch.cat(seen[a][k : k + 3]).flatten(1) for k in (0, 3))
     assert not torch.equal(first, second)  # shuffled anew
-    rows = sorted(map(tuple, images.train_images.flatten(1).tolist()))
+    rows = sorted(map(tuple, images.train_inputs.flatten(1).tolist()))
     assert sorted(map(tuple, first.tolist())) == rows  # all of the set, once
 
 
@@ -258,18 +300,28 @@ def test_seed_decides_the_curves(images):
     assert losses(3) != losses(4)
 
 
-def test_accuracy_counts_right_answers():
-    class Echo(torch.nn.Module):
-        def forward(self, x):
-            assert not self.training
-            return x
+class Echo(torch.nn.Module):
+    def forward(self, x):
+        assert not self.training
+        return x
 
-    model = Echo()
-    logits = torch.randn(600, 10)
+
+def test_accuracy_counts_right_answers():
+    model, logits = Echo(), torch.randn(600, 10)
     labels = logits.argmax(1)
     labels[::3] = (labels[::3] + 1) % 10
-    assert train.correct(model, logits, labels) == 400
+    assert train.score("accuracy", model, logits, labels) == ("accuracy", 400 / 600, 400, 600)
     assert model.training
+
+
+def test_binary_accuracy_and_squared_error():
+    x = torch.tensor([[0.1], [0.5], [0.9], [0.4]])
+    y = torch.tensor([[0.0], [1.0], [0.0], [0.0]])
+    assert train.score("binary accuracy", Echo(), x, y) == ("binary accuracy", 0.75, 3, 4)
+    metric, value, correct, total = train.score("mean squared error", Echo(), x, y)
+    assert (
+        value == pytest.approx((0.01 + 0.25 + 0.81 + 0.16) / 4) and correct is None and total == 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -316,21 +368,31 @@ def test_peak_memory_is_the_highest_sum_and_not_the_total():
 
 def test_peak_memory_counts_activations_and_gradients(images):
     stock, _ = train.twins("mnist_mlp", 0, CPU)
-    x, y = images.train_images[:64, :, :28, :28], images.train_labels[:64]
+    x, y = images.train_inputs[:64, :, :28, :28], images.train_targets[:64]
     gradients = sum(p.numel() * 4 for p in stock.model.parameters())
     assert gradients <= train.peak_memory(stock, x, y) < 2 * gradients
 
 
-def test_layers_say_whose_kernel_ran(images):
+@pytest.fixture
+def small(monkeypatch):
+    """Products below 2^18 multiply-adds are stock's, whatever the constant is."""
+    monkeypatch.setattr(importlib.import_module("dlkernels.ops.linear"), "_SMALL", 2**18)
+
+
+def test_layers_say_whose_kernel_ran(images, small):
     _, ours = train.twins("lenet", 0, CPU)
     before = {key: value.clone() for key, value in ours.model.state_dict().items()}
-    x, y = images.train_images[:64], images.train_labels[:64]
+    x, y = images.train_inputs[:64], images.train_targets[:64]
     layers = train.kernels_used(ours, x, y)
     assert [layer.name for layer in layers] == [
         "conv1", "relu", "pool", "conv2", "fc1", "fc2", "fc3", "loss"
     ]  # fmt: skip
     *stock, loss = layers
-    assert {(layer.kernel, layer.reason) for layer in stock} == {("stock", "no kernel of ours")}
+    ours_too = {"fc1": "covered", "fc2": "covered", "fc3": "too small for our call overhead"}
+    for layer in stock:
+        covered = ours_too.get(layer.name) == "covered"
+        assert layer.kernel == (config.owner("cpu") if covered else "stock")
+        assert layer.reason == ours_too.get(layer.name, "no kernel of ours")
     assert loss.module == "CrossEntropyLoss" and loss.reason
     with config.recording() as choices:
         ours.loss(ours.model(x), y)
@@ -341,9 +403,22 @@ def test_layers_say_whose_kernel_ran(images):
 
 def test_layers_follow_the_forced_choice(images, monkeypatch):
     _, ours = train.twins("lenet", 0, CPU)
-    x, y = images.train_images[:64], images.train_labels[:64]
+    x, y = images.train_inputs[:64], images.train_targets[:64]
     kernels = {}
     for choice in ("own", "stock"):
         monkeypatch.setattr(config, "kernels", choice)
-        kernels[choice] = train.kernels_used(ours, x, y)[-1].kernel
-    assert kernels == {"own": f"cpu/{info.cpu_library()}", "stock": "stock"}
+        used = {layer.name: layer.kernel for layer in train.kernels_used(ours, x, y)}
+        kernels[choice] = used["fc3"], used["loss"]
+    own = f"cpu/{info.cpu_library()}"
+    assert kernels == {"own": (own, own), "stock": ("stock", "stock")}
+
+
+def test_a_network_of_bare_matrices_is_one_layer_with_all_its_choices(small):
+    _, ours = train.twins("mlp200", 0, CPU)
+    x, y = torch.randn(200, 784), torch.randint(10, (200,))
+    model, loss = train.kernels_used(ours, x, y)
+    assert (model.name, model.module, loss.name) == ("(model)", "MLP200", "loss")
+    assert model.kernel == config.owner("cpu") and model.reason == "covered"
+    model, _ = train.kernels_used(ours, x[:2], y[:2])
+    assert model.kernel == f"{config.owner('cpu')}, stock"
+    assert model.reason == "covered; too small for our call overhead"

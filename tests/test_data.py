@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dlkernels import data
-from dlkernels.data import digits, mnist
+from dlkernels.data import diabetes, digits, mnist
+from dlkernels.models import NETWORKS
 
 SIZES = {"train": 7, "t10k": 5}
 
@@ -51,13 +52,13 @@ def test_digits_are_split_once_and_for_all():
 @pytest.mark.parametrize("size", [8, 28, 32])
 def test_load_resizes_and_normalises(size):
     images = data.load(size, mean=0.25, std=0.5)
-    assert images.train_images.shape == (1437, 1, size, size)
-    assert images.test_images.shape == (360, 1, size, size)
+    assert images.train_inputs.shape == (1437, 1, size, size)
+    assert images.test_inputs.shape == (360, 1, size, size)
     raw = digits.load()[2]
     if size == 8:
-        assert torch.equal(images.test_images[:, 0], (raw - 0.25) / 0.5)
+        assert torch.equal(images.test_inputs[:, 0], (raw - 0.25) / 0.5)
     else:  # bilinear: no value outside the image's own range
-        pixels = images.test_images * 0.5 + 0.25
+        pixels = images.test_inputs * 0.5 + 0.25
         slack = 4 * torch.finfo(torch.float32).eps
         assert (pixels.amax((1, 2, 3)) <= raw.amax((1, 2)) + slack).all()
         assert (pixels.amin((1, 2, 3)) >= raw.amin((1, 2)) - slack).all()
@@ -89,8 +90,8 @@ def test_mnist_files_as_they_come(tmp_path, dot, pack, gz):
 def test_load_of_a_folder_is_resized(tmp_path):
     write_mnist(tmp_path)
     images = data.load(32, 0.1307, 0.3081, tmp_path)
-    assert images.train_images.shape == (7, 1, 32, 32)
-    assert images.test_labels.shape == (5,)
+    assert images.train_inputs.shape == (7, 1, 32, 32)
+    assert images.test_targets.shape == (5,)
     assert str(tmp_path) in images.name
 
 
@@ -153,3 +154,98 @@ def test_damaged_file_is_named_with_what_is_wrong(tmp_path, name, damage, messag
         mnist.load(tmp_path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# --- diabetes -------------------------------------------------------------------------------------
+
+
+def test_embedded_diabetes_is_scaled_split_and_balanced():
+    x, y, test_x, test_y = diabetes.load()
+    assert x.shape == (354, 8) and test_x.shape == (88, 8)
+    assert y.shape == (354, 1) and test_y.shape == (88, 1)
+    assert x.dtype == y.dtype == torch.float32
+    inputs, labels = torch.cat([x, test_x]), torch.cat([y, test_y])
+    assert (inputs.amin(0) == -1).all() and (inputs.amax(0) == 1).all()
+    assert set(labels.flatten().tolist()) == {0.0, 1.0} and abs(labels.mean() - 0.5) < 0.01
+    # A known column: the sex has two values; and a known relation: weight goes with the label.
+    assert set(inputs[:, diabetes.COLUMNS.index("sex")].tolist()) == {-1.0, 1.0}
+    weight = inputs[:, diabetes.COLUMNS.index("bmi")]
+    high, low = (weight[labels[:, 0] == value].mean() for value in (1, 0))
+    assert high > low + 0.2
+    torch.manual_seed(99)  # the split does not depend on the state of the generator
+    assert torch.equal(diabetes.load()[2], test_x)
+
+
+def write_diabetes(path, rows=12, pack=bytes):
+    table = torch.cat([torch.rand(rows, 8) * 2 - 1, torch.randint(2, (rows, 1)).float()], 1)
+    text = "".join(",".join(repr(v) for v in row) + "\n" for row in table.tolist())
+    path.write_bytes(pack(text.encode()))
+    return table
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("name", ["diabetes.csv", "diabetes.csv.gz"])
+def test_a_diabetes_file_is_read_as_it_comes(tmp_path, name, pack):
+    table = write_diabetes(tmp_path / name, pack=pack)
+    for path in (tmp_path / name, tmp_path):
+        x, y, test_x, test_y = diabetes.load(path)
+        assert len(x) == 10 and len(test_x) == 2
+        rows = torch.cat([torch.cat([x, y], 1), torch.cat([test_x, test_y], 1)])
+        assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, table.tolist()))
+
+
+GOOD = "0,0,0,0,0,0,0,0,1\n"
+DAMAGED_CSV = {  # id: content, the message
+    "columns": (GOOD + "1,2,3\n" + 5 * GOOD, ":2: 3 columns, wanted 8 and a label"),
+    "no number": (GOOD * 2 + GOOD.replace("1", "a") + GOOD * 5, ":3: could not convert"),
+    "header": ("a,b,c,d,e,f,g,h,y\n" + GOOD * 5, ":1: could not convert"),
+    "label": (GOOD * 5 + GOOD.replace("1", "2"), ":6: label 2, wanted 0 or 1"),
+    "not finite": (GOOD * 5 + "nan" + GOOD[1:], "a value is not finite"),
+    "empty": ("", "0 rows, wanted 5 at least"),
+    "few rows": (GOOD * 4 + "\n", "4 rows, wanted 5 at least"),
+    "binary": (b"\x89PNG\r\n", ":1: 1 columns"),
+    "gzip cut off": (gzip.compress(GOOD.encode() * 9)[:-9], "broken gzip file"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), DAMAGED_CSV.values(), ids=DAMAGED_CSV.keys())
+def test_a_damaged_diabetes_file_is_named_with_its_line(tmp_path, content, message):
+    path = tmp_path / "patients.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as caught:
+        diabetes.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_diabetes_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file or folder .*nowhere"):
+        diabetes.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="has no diabetes.csv nor diabetes.csv.gz"):
+        diabetes.load(tmp_path)
+
+
+# --- by recipe ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", sorted(NETWORKS))
+def test_a_recipes_data_is_what_its_loss_takes(network):
+    recipe = NETWORKS[network].recipe
+    examples = data.load_for(recipe)
+    loss = getattr(torch.nn, recipe.loss)(**recipe.loss_arguments)
+    for x, y in (examples[1:3], examples[3:5]):
+        assert len(x) == len(y) > 0
+        assert loss(NETWORKS[network](nn=torch.nn)(x), y).isfinite()
+    assert all(moved.device.type == "meta" for moved in examples.to(torch.device("meta"))[1:])
+
+
+def test_points():
+    line, step = (
+        data.load_for(NETWORKS[name].recipe)
+        for name in ("linear_regression", "logistic_regression")
+    )
+    assert line.train_inputs.tolist() == step.train_inputs.tolist() == [[1.0], [2.0], [3.0]]
+    assert line.train_targets.tolist() == [[2.0], [4.0], [6.0]]
+    assert (line.test_inputs.item(), line.test_targets.item()) == (4.0, 8.0)
+    assert step.train_targets.tolist() == step.test_targets.tolist() == [[0.0], [0.0], [1.0]]
+    with pytest.raises(ValueError, match="three points of its own, not some.csv"):
+        data.load_for(NETWORKS["linear_regression"].recipe, "some.csv")

@@ -5,21 +5,38 @@ from typing import NamedTuple
 
 import torch
 
-from dlkernels.data import digits, mnist
+from dlkernels.data import diabetes, digits, mnist, points
 
 
-class Images(NamedTuple):
+class Examples(NamedTuple):
     name: str
-    train_images: torch.Tensor  # (N, 1, H, W) float32, normalised
-    train_labels: torch.Tensor  # (N,) int64
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
+    train_inputs: torch.Tensor  # (N, ...) float32; of images (N, 1, H, W), normalised
+    train_targets: torch.Tensor  # (N,) int64 classes, or (N, 1) float32
+    test_inputs: torch.Tensor
+    test_targets: torch.Tensor
 
-    def to(self, device: torch.device) -> "Images":
-        return Images(self.name, *(tensor.to(device) for tensor in self[1:]))
+    def to(self, device: torch.device) -> "Examples":
+        return Examples(self.name, *(tensor.to(device) for tensor in self[1:]))
 
 
-def load(size: int, mean: float, std: float, folder: Path | None = None) -> Images:
+def load_for(recipe, path: Path | None = None) -> Examples:
+    """The data set that a ``dlkernels.models.Recipe`` names; from ``path`` where it is given.
+
+    Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
+    """
+    if recipe.data == "images":
+        return load(recipe.image_size, recipe.mean, recipe.std, path)
+    if recipe.data == "diabetes":
+        name = "scikit-learn diabetes" if path is None else f"diabetes file of {path}"
+        return Examples(name, *diabetes.load(path))
+    if path is not None:
+        raise ValueError(f"no --data for this network: it has three points of its own, not {path}")
+    if recipe.data == "line":
+        return Examples("y = 2x at 1, 2, 3", *points.line())
+    return Examples("0, 0, 1 at 1, 2, 3", *points.step())
+
+
+def load(size: int, mean: float, std: float, folder: Path | None = None) -> Examples:
     """The embedded digits, or the MNIST files in ``folder``, resized to ``size`` x ``size``.
 
     Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
@@ -29,7 +46,7 @@ def load(size: int, mean: float, std: float, folder: Path | None = None) -> Imag
     else:
         name, arrays = f"MNIST files of {folder}", mnist.load(folder)
     train_images, train_labels, test_images, test_labels = arrays
-    return Images(
+    return Examples(
         name,
         prepare(train_images, size, mean, std),
         train_labels,

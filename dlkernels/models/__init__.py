@@ -1,10 +1,38 @@
 """The documented networks. ``NETWORKS`` maps their command-line names to their classes."""
 
+from dlkernels.models.diabetes import DiabetesLogistic, DiabetesMLP
 from dlkernels.models.lenet import LeNet
+from dlkernels.models.linear_regression import LinearRegression
+from dlkernels.models.logistic_regression import LogisticRegression
+from dlkernels.models.mlp import MLP200, MLP256, MLP200Leaky
 from dlkernels.models.mnist_cnn import MnistCNN
 from dlkernels.models.mnist_mlp import MnistMLP
 from dlkernels.models.recipe import Recipe
 
-NETWORKS = {"lenet": LeNet, "mnist_cnn": MnistCNN, "mnist_mlp": MnistMLP}
+NETWORKS = {
+    "diabetes_logistic": DiabetesLogistic,
+    "diabetes_mlp": DiabetesMLP,
+    "lenet": LeNet,
+    "linear_regression": LinearRegression,
+    "logistic_regression": LogisticRegression,
+    "mlp200": MLP200,
+    "mlp200_leaky": MLP200Leaky,
+    "mlp256": MLP256,
+    "mnist_cnn": MnistCNN,
+    "mnist_mlp": MnistMLP,
+}
 
-__all__ = ["NETWORKS", "LeNet", "MnistCNN", "MnistMLP", "Recipe"]
+__all__ = [
+    "MLP200",
+    "MLP256",
+    "NETWORKS",
+    "DiabetesLogistic",
+    "DiabetesMLP",
+    "LeNet",
+    "LinearRegression",
+    "LogisticRegression",
+    "MLP200Leaky",
+    "MnistCNN",
+    "MnistMLP",
+    "Recipe",
+]

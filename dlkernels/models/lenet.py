@@ -15,7 +15,7 @@ class LeNet(torch.nn.Module):
     ``state_dict`` key for key.
     """
 
-    recipe = Recipe(image_size=32, epochs=10, digits_epochs=25, lr=0.03)
+    recipe = Recipe(image_size=32, epochs=10, embedded_epochs=25, lr=0.03)
 
     def __init__(self, nn: ModuleType = dlkernels.nn) -> None:
         super().__init__()

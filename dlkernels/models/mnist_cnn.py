@@ -11,7 +11,7 @@ from dlkernels.models.recipe import Recipe
 class MnistCNN(torch.nn.Module):
     """Logits (N, 10) of images (N, 1, 28, 28); ``nn`` is the namespace of the layers."""
 
-    recipe = Recipe(image_size=28, epochs=10, digits_epochs=30)
+    recipe = Recipe(epochs=10, embedded_epochs=30)
 
     def __init__(self, nn: ModuleType = dlkernels.nn) -> None:
         super().__init__()
