@@ -1,4 +1,4 @@
-"""The CPU libraries that this machine does not choose by itself, under tests of cross_entropy.
+"""The CPU libraries that this machine does not choose by itself, under tests of the ops.
 
 Each runs in a copy of the package that holds this one library, in a process of its own, with torch
 limited to the same instructions.
@@ -17,7 +17,9 @@ from instruction_sets import NAMES, ROOT, compile_library, skip_if_unable, torch
 import dlkernels
 
 # Every shape in every dtype, second derivatives, several threads.
-TESTS = "(test_index_targets and mean) or test_a_second_backward or same_bits or is_loaded"
+TESTS = "(test_index_targets and mean) or (test_shapes and no_bias) or test_a_second_backward"
+TESTS += " or same_bits or is_loaded"
+OPS = ("cross_entropy", "linear")
 CAPABILITY = {"plain": "default", "avx2": "avx2"}  # ATEN_CPU_CAPABILITY
 IS_LOADED = """\
 import dlkernels
@@ -51,7 +53,7 @@ def copy_package(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cross_entropy(name, tmp_path):
+def test_the_ops(name, tmp_path):
     skip_if_unable(name)
     if name == dlkernels.config.libraries["cpu"]:
         pytest.skip(f"{name} is the library that all tests run on here")
@@ -64,7 +66,7 @@ def test_cross_entropy(name, tmp_path):
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     if name in CAPABILITY:
         environment["ATEN_CPU_CAPABILITY"] = CAPABILITY[name]
-    files = ["tests/test_is_loaded.py", "tests/test_cross_entropy.py"]
+    files = ["tests/test_is_loaded.py", *(f"tests/test_{op}.py" for op in OPS)]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", TESTS, *files],
         cwd=tmp_path,
