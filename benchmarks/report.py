@@ -56,8 +56,8 @@ def table(rows: dict[tuple[str, str], dict[str, dict]]) -> str:
     """The Markdown table: one line per row that has a time of ours."""
     lines = [
         "| op, row | stock ms | torch.compile ms | ours ms | × stock | × compile | own × stock"
-        " | of copy | peak memory |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        " | of copy | of FMA | peak memory |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
 
     def cell(one: dict | None, name: str, form: str) -> str:
@@ -78,6 +78,7 @@ def table(rows: dict[tuple[str, str], dict[str, dict]]) -> str:
             cell(auto, "ratio_to_compile", ".2f"),
             cell(providers.get("own"), "ratio_to_best_stock", ".2f"),
             cell(auto, "copy_fraction", ".0%"),
+            cell(auto, "fma_fraction", ".0%"),
             "–" if memory is None else f"{memory:.0%}",
         ]
         lines.append("| " + " | ".join(cells) + " |")

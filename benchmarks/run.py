@@ -24,7 +24,7 @@ import torch
 from benchmarks import machine, measure, records
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ("cross_entropy",)
+OPS = ("cross_entropy", "linear")
 COLUMNS = {  # heading: field, format, factor
     "median ms": ("median_ms", ".4g", 1),
     "min": ("min_ms", ".4g", 1),
@@ -33,6 +33,7 @@ COLUMNS = {  # heading: field, format, factor
     "x stock": ("ratio_to_best_stock", ".2f", 1),
     "x compile": ("ratio_to_compile", ".2f", 1),
     "of copy": ("copy_fraction", ".0%", 1),
+    "of FMA": ("fma_fraction", ".0%", 1),
     "peak MB": ("peak_bytes", ".4g", 1e-6),
     "faults": ("page_faults", "d", 1),
 }

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import cross_entropy, machine, measure, records, report, run
+from benchmarks import cross_entropy, linear, machine, measure, records, report, run
 
 FIELDS = {
     "op": str,
@@ -123,7 +123,7 @@ def run_two(monkeypatch, tmp_path, *more):
     )
     monkeypatch.setattr(cross_entropy, "rows", lambda device: [row])
     out = tmp_path / "out.jsonl"
-    assert run.main(["--no-gate", "--out", str(out), *more]) == 0
+    assert run.main(["cross_entropy", "--no-gate", "--out", str(out), *more]) == 0
     return out
 
 
@@ -184,7 +184,7 @@ def test_a_broken_results_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["conv9d"], "no benchmark of 'conv9d': there are cross_entropy"),
+        (["conv9d"], "no benchmark of 'conv9d': there are cross_entropy, linear"),
         (["--threads", "0"], "--threads 0"),
         (["--repeats", "0"], "--repeats 0"),
         (["--rows", "no such row"], "no such row; there are 4096x1000"),
@@ -364,20 +364,62 @@ def test_data_is_fresh_for_each_sample(case):
     assert torch.equal(data.logits, data.master) and data.source.grad is None
 
 
-def test_rows_have_names_of_their_own_and_reasons():
-    rows = cross_entropy.rows("cpu")
+# The same of linear. Three passes over the data of a case, at a few numbers each.
+
+
+@pytest.mark.parametrize("case", linear.CASES, ids=by_name)
+def test_linear_counts_its_tensors_and_does_the_work_of_stock(case):
+    case = case._replace(shape=(6, 5, 4), calls=1)
+    data = linear.Data(case, "cpu")
+    data.prepare()
+    results = data.work(linear._stock(case))()
+    tensors = [data.x, *data.parameters, *results]
+    if case.work != "forward":
+        tensors.append(data.upstream)
+        assert len(results) == 1 + len(data.parameters) + (not case.first)
+    bytes_, flops = linear._counted(case)
+    assert bytes_ == sum(tensor.nbytes for tensor in tensors)
+    assert flops == 2 * 6 * 5 * 4 * (1 if case.work == "forward" else 2 if case.first else 3)
+    assert {tensor.dtype for tensor in tensors} == {case.dtype}
+    functions = [linear._ours(case)]
+    if case.work == "forward" and case.dtype != torch.float16:  # which few processors multiply
+        functions.append(linear._onednn(case))
+    for function in functions:
+        data.prepare()
+        assert measure.difference(data.work(function)(), results) < measure.WRONG
+
+
+@pytest.mark.parametrize("case", [linear.CASES[0], linear._FORWARD[0]], ids=by_name)
+def test_the_input_of_linear_is_fresh_for_each_sample(case):
+    data = linear.Data(case._replace(shape=(6, 5, 4)), "cpu")
+    data.prepare()
+    assert data.x.is_leaf == (case.work == "forward") and data.x.std() > 0.3
+    with torch.no_grad():
+        data.source.zero_()
+    data.prepare()
+    assert torch.equal(data.x, data.master)
+
+
+def test_flops_of_a_known_row():
+    case = next(case for case in linear.CASES if case.name == "1024x1024x1024 product")
+    assert linear._counted(case) == (3 * 1024**2 * 4, 2 * 1024**3)
+
+
+@pytest.mark.parametrize("op", [cross_entropy, linear], ids=lambda op: op.OP)
+def test_rows_have_names_of_their_own_and_reasons(op):
+    rows = op.rows("cpu")
     assert len({row.name for row in rows}) == len(rows)
     assert all(row.reason and row.bytes > 0 and row.flops > 0 for row in rows)
 
 
-@pytest.mark.parametrize("name", ["128x10", "128x10 forward"])
+@pytest.mark.parametrize("name", ["128x10", "128x10 forward", "1x64x64", "1x64x64 forward"])
 def test_a_row_runs_from_end_to_end(quick, tmp_path, name):
     out = tmp_path / "out.jsonl"
     arguments = ["--no-gate", "--rows", f"^{name}$", "--providers", "^(own|auto)$", "--repeats=1"]
     assert run.main([*arguments, "--out", str(out)]) == 0
     objects = {one["provider"]: one for one in records.read(out)}
     assert set(objects) == {"stock", "own", "auto"}
-    assert objects["stock"]["kernel"] == "stock"
+    assert objects["stock"]["kernel"] == objects["auto"]["kernel"] == "stock"  # too small
     assert objects["own"]["kernel"].startswith("cpu/")
     assert all(one["missing"] is None and one["median_ms"] > 0 for one in objects.values())
 
@@ -443,7 +485,9 @@ def results(quick, tmp_path):
 def test_the_report_takes_the_newest_green_run(results):
     lines = report.table(report.newest(records.read(results))).splitlines()
     assert len(lines) == 3
-    assert lines[2] == "| cross_entropy a row | 6 | 4 | 2 | **3.00** | 2.00 | 3.00 | 0% | 33% |"
+    assert (
+        lines[2] == "| cross_entropy a row | 6 | 4 | 2 | **3.00** | 2.00 | 3.00 | 0% | 0% | 33% |"
+    )
 
 
 def test_the_report_writes_between_its_comments(results, tmp_path):

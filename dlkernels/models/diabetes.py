@@ -14,6 +14,7 @@ class DiabetesMLP(torch.nn.Module):
     recipe = Recipe(
         data="diabetes",
         epochs=100,
+        embedded_epochs=500,  # of fewer rows: until it has left the plateau of its sigmoids
         loss="BCELoss",
         lr=0.1,
         momentum=0.0,

@@ -27,8 +27,9 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SLOPE = 0.01  # of leaky_relu: torch's default
 _CUBLAS = "cuBLAS does the product"
 
-# Below this many multiply-adds stock is done before our way through Python. To measure: the rows
-# "dispatch" of benchmarks/linear.py; it belongs where "own" and "stock" take the same time.
+# Below this many multiply-adds stock is done before our way through Python: where "own" and "stock"
+# take the same time in the rows of benchmarks/linear.py whose reason is what calling costs. Not
+# measured yet.
 _SMALL = 2**18
 
 # ------------------------------------------------------------------------------------------ schemas
