@@ -251,6 +251,21 @@ inline __m512d _mm512_maskz_loadu_pd(__mmask8 mask, const void* p) {
 inline __m256i _mm256_maskz_loadu_epi16(__mmask16 mask, const void* p) {
   return avx512::load<int16_t>(__m256i{}, mask, p);
 }
+inline __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void* p) {
+  return avx512::load<int16_t>(__m512i{}, mask, p);
+}
+// One multiply-add after the other, the low halves last.
+inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+  const auto number = [](__m512bh v, int at) {
+    uint16_t bits;
+    std::memcpy(&bits, reinterpret_cast<const char*>(&v) + 2 * at, 2);
+    return avx512::as<float>(uint32_t(bits) << 16);
+  };
+  for (int i = 0; i < 16; ++i)
+    for (int at = 2 * i + 1; at >= 2 * i; --at)
+      sum[i] = __builtin_fmaf(number(a, at), number(b, at), sum[i]);
+  return sum;
+}
 inline void _mm512_storeu_ps(void* p, __m512 a) { std::memcpy(p, &a, sizeof(a)); }
 inline void _mm512_storeu_pd(void* p, __m512d a) { std::memcpy(p, &a, sizeof(a)); }
 inline void _mm512_mask_storeu_ps(void* p, __mmask16 mask, __m512 a) {

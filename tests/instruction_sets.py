@@ -1,7 +1,7 @@
 """Every instruction set of the CPU libraries, for tests that compile C++ of their own.
 
-`avx512_emulated` is the AVX-512 source on an AVX2 CPU, by avx512_on_avx2.h: most machines that run
-the tests have no AVX-512.
+`avx512_emulated` and `avx512bf16_emulated` are the AVX-512 source on an AVX2 CPU, by
+avx512_on_avx2.h: most machines that run the tests have no AVX-512.
 """
 
 import json
@@ -18,12 +18,13 @@ import dlkernels
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = json.loads((Path(dlkernels.__file__).parent / "lib" / "build.json").read_text())["cpu"]
 EMULATION = Path(__file__).with_name("avx512_on_avx2.h")
-NAMES = ["plain", "avx2", "avx512", "avx512_emulated"]
+EMULATED = ("avx512_emulated", "avx512bf16_emulated")
+NAMES = ["plain", "avx2", "avx512", "avx512bf16", *EMULATED]
 
 
 def words(name: str) -> list[str]:
     """What the CPU must have, by the names of /proc/cpuinfo."""
-    if name == "avx512_emulated":
+    if name in EMULATED:
         return [word for word in words("avx512") if not word.startswith("avx512")]
     return BUILT[name]["isa"]
 
@@ -48,7 +49,9 @@ def compile_library(name: str, sources: list[Path], output: Path, *extra: str) -
     flags = [word for at, word in enumerate(flags) if at not in dropped]
     for path in include_paths():
         flags += ["-isystem", path]
-    if name == "avx512_emulated":
+    if name in EMULATED:
+        if "-mavx512bf16" in flags:
+            flags.append("-D__AVX512BF16__=1")
         flags = [word for word in flags if not word.startswith("-mavx512")]
         flags += ["-include", str(EMULATION), "-Wno-psabi"]
     compiler = shlex.split(os.environ.get("CXX") or "g++")

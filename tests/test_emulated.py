@@ -27,7 +27,8 @@ RUNS = {
     ("90", "1"): ([LOADED, OP, PATHS], None),
     ("90", "2"): (
         [LOADED, PATHS, DATA],
-        "is_loaded or paths or forward_and_gradients or noncontiguous or references",
+        "not linear and"
+        " (is_loaded or paths or forward_and_gradients or noncontiguous or references)",
     ),
     ("80", "3"): (
         [LOADED, OP, PATHS],

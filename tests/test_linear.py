@@ -138,7 +138,8 @@ def evaluate(function, tensors, upstream, activation=None, dtype=None):
 def check(draw, activation=None, factor=2.0, numbers=300):
     """Ours against stock; ``draw()`` gives (input, weight, bias).
 
-    Errors are pooled over so many outputs (in at most 24 draws): of few, stock gets some by luck.
+    Errors are pooled over so many numbers of the smallest result (in at most 24 draws): of few,
+    stock gets some by luck.
     """
     results, drawn = [], 0
     while drawn < numbers and len(results) < 3 * 24:
@@ -146,7 +147,7 @@ def check(draw, activation=None, factor=2.0, numbers=300):
         upstream = upstream_of(tensors, activation)
         for function, dtype in ((linear, None), (stock, None), (stock, torch.float64)):
             results.append(evaluate(function, tensors, upstream, activation, dtype))
-        drawn += results[-1][0].numel()
+        drawn += min(result.numel() for result in results[-1])
     for i, name in enumerate(
         ("output", "grad input", "grad weight", "grad bias")[: len(results[0])]
     ):
@@ -192,7 +193,7 @@ def test_layouts(layout, dtype, own, poisoned):
         check(draw, "tanh" if len(size) == 3 else None)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     data=st.data(),
     leading=st.lists(st.integers(1, 12), max_size=4).filter(lambda s: math.prod(s) < 800),
@@ -220,7 +221,7 @@ def test_drawn_shapes_and_strides(
         x = x.permute(order).contiguous().permute(inverse)
         return x.repeat_interleave(step, dim)[every], weight_layout(weight), b
 
-    check(draw, activation, factor=4.0, numbers=1)  # hypothesis looks for the worst luck
+    check(draw, activation, factor=4.0, numbers=100)  # hypothesis looks for the worst luck
 
 
 def test_more_than_two_to_the_31_elements(own):
