@@ -246,6 +246,10 @@ class Data:
         self.source.grad = None
         with torch.no_grad():
             self.source.copy_(self.master)
+        self.attach()
+
+    def attach(self) -> None:
+        """Logits without a graph behind them but for the view of the leaf."""
         self.logits = self.source
         if self.wants_gradient and not self.leaf:
             with torch.enable_grad():
@@ -316,10 +320,14 @@ def _triton(input, target) -> torch.Tensor:
 
 
 class _Graph:
-    """A call that is captured when it is first made, and then replayed."""
+    """A call that is captured when it is first made, and then replayed.
 
-    def __init__(self, call: Callable):
-        self.call, self.graph = call, None
+    ``attach`` is called before each: autograd runs a view's backward on the stream that made the
+    view, and another stream than the captured one must not be drawn in.
+    """
+
+    def __init__(self, call: Callable, attach: Callable[[], None]):
+        self.call, self.attach, self.graph = call, attach, None
 
     def __call__(self):
         if self.graph is None:
@@ -327,10 +335,12 @@ class _Graph:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # what allocates or compiles once must not be captured
                 for _ in range(3):
+                    self.attach()
                     self.call()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
+                self.attach()
                 self.results = self.call()
             self.graph = graph
         self.graph.replay()
@@ -370,7 +380,9 @@ def _providers(case: Case, device: str) -> list[Provider]:
 
     def of(name: str, function: Callable, **more) -> Provider:
         call = data.work(function)
-        return Provider(name, _Graph(call) if case.graph else call, data.prepare, **more)
+        return Provider(
+            name, _Graph(call, data.attach) if case.graph else call, data.prepare, **more
+        )
 
     providers = [of("stock", F.cross_entropy, eager_stock=True)]
     if len(case.shape) == 4:

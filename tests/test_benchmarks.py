@@ -644,3 +644,28 @@ def test_the_closing_table(gpu_state, capsys):
     gpu_check.show(gpu_state, gpu_check.targets([]))
     printed = capsys.readouterr().out
     assert "1 failed" in printed and printed.count("not measured") == 6
+
+
+def test_a_row_that_fails_leaves_the_others(quick, monkeypatch, tmp_path, capsys):
+    def breaks():
+        raise RuntimeError("a bug")
+
+    broken = row_of(provider("stock", breaks, eager_stock=True), name="broken")
+    whole = row_of(provider("stock", eager_stock=True), provider("own"), name="whole")
+    take = measure.measure
+    fields = machine.describe("cpu", 2) | dict.fromkeys(machine.PRODUCTS, 1.0)
+    monkeypatch.setattr(machine, "describe", lambda device, threads: fields)
+    monkeypatch.setattr(gpu_check, "rows", lambda: [broken, whole])
+    monkeypatch.setattr(measure, "measure", lambda row, device, *more: take(row, "cpu", *more))
+    out = tmp_path / "out.jsonl"
+    assert gpu_check.run_rows(out, "red", 600) == 1
+    objects = records.read(out)
+    assert [(one["row"], one["provider"]) for one in objects] == [
+        ("whole", "stock"),
+        ("whole", "own"),
+    ]
+    assert all(one["gate"] == "red" for one in objects)
+    assert gpu_check.run_rows(out, "green", 0) == 0
+    assert records.read(out) == objects
+    printed = capsys.readouterr().out
+    assert "broken: RuntimeError: a bug" in printed and "no time left for whole" in printed
