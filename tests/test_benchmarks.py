@@ -410,14 +410,13 @@ def test_flops_of_a_known_row():
     assert linear._counted(case) == (3 * 1024**2 * 4, 2 * 1024**3)
 
 
-@pytest.mark.parametrize("op", [cross_entropy, linear], ids=lambda op: op.OP)
-def test_rows_have_names_of_their_own_and_reasons(op):
-    rows = op.rows("cpu")
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_rows_have_names_of_their_own_and_reasons(device):
-    rows = cross_entropy.rows(device)
+@pytest.mark.parametrize(
+    ("op", "device"),
+    [(cross_entropy, "cpu"), (cross_entropy, "cuda"), (linear, "cpu")],
+    ids=["cross_entropy-cpu", "cross_entropy-cuda", "linear-cpu"],
+)
+def test_rows_have_names_of_their_own_and_reasons(op, device):
+    rows = op.rows(device)
     assert len({row.name for row in rows}) == len(rows)
     assert all(row.reason and row.bytes > 0 and row.flops > 0 for row in rows)
 
