@@ -43,7 +43,7 @@ def green(request):
     def check(op: str) -> None:
         if op not in passed and not request.config.getoption("--no-gate"):
             try:
-                run.gate(op)
+                run.gate(op, request.config.getoption("--device"))
             except run.RedGate as red:
                 pytest.exit(str(red), returncode=1)
         passed.add(op)

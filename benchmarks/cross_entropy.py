@@ -10,16 +10,18 @@ show it. Forward rows run without a graph.
 **The data.** Normal logits times 3 (the spread of a half-trained classifier), never zeros: equal
 logits would skip no work, but their exponentials are the cheap ones. Before each sample the logits
 are written anew from a master copy, untimed: a linear layer would have written them just now, so as
-much of them as fits is in cache, whichever provider ran before; nor can a provider that writes
-its gradient over the logits change what the next one reads. Rotating several inputs would say
-instead that logits come from memory, which is true only where they are larger than the caches, and
-there both ways are equal. A fraction of the copy bandwidth above 1 means that the cache delivered.
+much of them as fits is in cache, whichever provider ran before; nor can a provider that writes its
+gradient over the logits change what the next one reads. Rotating several inputs would say instead
+that logits come from memory, which is true only where they are larger than the caches, and there
+both ways are equal. On a GPU L2 is flushed all the same (measure.py). A fraction of the copy
+bandwidth above 1 means that the cache delivered.
 
 **The bytes.** Logits read once, gradient written once, targets read once. **The flops**, per
 logit: maximum, subtraction, exponential and sum; for the gradient a product and a subtraction.
 """
 
 import functools
+import itertools
 import math
 import zlib
 from collections.abc import Callable
@@ -36,7 +38,8 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 class Case(NamedTuple):
     """One line of the tables below. ``options`` are those of ``F.cross_entropy`` but for
-    ``target`` ("index" or "probability") and the booleans ``weighted`` and ``leaf``."""
+    ``target`` ("index" or "probability") and the booleans ``weighted`` and ``leaf``. ``autotune``
+    adds torch.compile's max-autotune, ``graph`` times replays of a CUDA graph."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,6 +50,8 @@ class Case(NamedTuple):
     options: dict = {}  # read only
     upstream: float | str = 1.0  # a factor on the loss, or "rows" for a random one per row
     calls: int = 1
+    autotune: bool = False
+    graph: bool = False
 
 
 IMAGES, SEGMENTATION, DIGITS = (4096, 1000), (32, 21, 128, 128), (128, 10)
@@ -137,6 +142,65 @@ _FORWARD = [
 
 CASES = _PLAIN + _UPSTREAM + _DTYPES + _OPTIONS + _LEAF + _FORWARD
 
+VOCABULARIES = {
+    131072: "a row of 256 KB: a cluster of blocks for each",
+    4096: "a row of 8 KB, 268 MB of logits: far beyond L2",
+    32000: "Llama 2's vocabulary",
+    1000: "ImageNet classes; a row of 2000 bytes, little work for a block",
+    256: "bytes; 17 MB of logits, which L2 could hold",
+    262144: "Gemma's vocabulary: the longest row that a cluster keeps",
+    65536: "a row of 128 KB",
+    16384: "a row of 32 KB",
+}
+MOST_ROWS, WORKING_SET = 32768, 8  # logits, master, two results, and what stock makes on its way
+MAX_AUTOTUNE = {(131072, "forward"), (131072, "forward+gradient"), (4096, "forward")}
+MAX_AUTOTUNE |= {(4096, "forward+gradient"), (32000, "forward+gradient")}
+
+
+def rows_that_fit(classes: int, itemsize: int, memory: int) -> int:
+    """MOST_ROWS, halved until everything that a row of the benchmark keeps fits in the memory."""
+    rows = MOST_ROWS
+    while rows > 1 and WORKING_SET * rows * classes * itemsize > memory:
+        rows //= 2
+    return rows
+
+
+def gpu_cases(memory: int) -> list[Case]:
+    """The rows for a GPU of so many bytes, the most telling first: a check may be cut short."""
+    worked = {"forward": " forward", "forward+gradient": ""}
+    cases = [
+        Case(
+            "8192x131072 bfloat16",
+            (8192, 131072),
+            "the size at which libraries for language models are compared; 2.1 GB of logits",
+            dtype=torch.bfloat16,
+            autotune=True,
+        )
+    ]
+    cases += [
+        Case(
+            f"128x10{ending} graph",
+            DIGITS,
+            "digits, in a CUDA graph: no call to pay, but every kernel's start",
+            work=work,
+            calls=100,
+            graph=True,
+        )
+        for work, ending in worked.items()
+    ]
+    tables = [(torch.bfloat16, VOCABULARIES)]
+    tables += [(torch.float32, {c: VOCABULARIES[c] for c in (1000, 32000, 131072)})]
+    for dtype, table in tables:
+        for (classes, reason), (work, ending) in itertools.product(table.items(), worked.items()):
+            rows, name = rows_that_fit(classes, dtype.itemsize, memory), str(dtype)[6:]
+            half = dtype == torch.bfloat16
+            case = Case(f"{rows}x{classes} {name}{ending}", (rows, classes), reason, dtype)
+            if case.name == cases[0].name:  # little memory
+                continue
+            tuned = half and (classes, work) in MAX_AUTOTUNE
+            cases.append(case._replace(work=work, autotune=tuned))
+    return cases
+
 
 class Data:
     """The tensors of a case in one memory layout: a master copy, and the logits that are used."""
@@ -150,8 +214,13 @@ class Data:
         def drawn(*size: int) -> torch.Tensor:
             return torch.randn(*size, generator=generator)
 
-        drawn_logits = (3 * drawn(*shape)).to(device, case.dtype)
-        self.master = drawn_logits.contiguous(memory_format=LAYOUTS[layout])
+        if device == "cuda":  # gigabytes, which the CPU would draw for minutes
+            on_device = torch.Generator(device).manual_seed(generator.initial_seed())
+            logits = torch.randn(shape, generator=on_device, device=device, dtype=case.dtype)
+            logits = logits.mul_(3)
+        else:
+            logits = (3 * drawn(*shape)).to(case.dtype)
+        self.master = logits.contiguous(memory_format=LAYOUTS[layout])
         if kind == "probability":
             self.target = drawn(*shape).softmax(1).to(device, case.dtype)
         else:
@@ -177,6 +246,10 @@ class Data:
         self.source.grad = None
         with torch.no_grad():
             self.source.copy_(self.master)
+        self.attach()
+
+    def attach(self) -> None:
+        """Logits without a graph behind them but for the view of the leaf."""
         self.logits = self.source
         if self.wants_gradient and not self.leaf:
             with torch.enable_grad():
@@ -215,11 +288,70 @@ def _ours(*arguments, **options) -> torch.Tensor:
     return dlkernels.functional.cross_entropy(*arguments, **options)
 
 
-def _compiled(function: Callable) -> Callable:
+class _Twin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, target):
+        from dlkernels.kernels import cross_entropy as twin
+
+        # float16 too has its gradient ahead: what is timed is the kernels.
+        loss, _, _, ctx.gradient = twin._cross_entropy_forward_backward(
+            input, target, None, *_PLAIN_OPTIONS
+        )
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        from dlkernels.kernels import cross_entropy as twin
+
+        twin._cross_entropy_scale_(ctx.gradient, grad_loss)
+        return ctx.gradient, None
+
+
+_PLAIN_OPTIONS = (1, -100, 0.0, 0.0, 0.0)  # of the raw ops: the mean, and nothing else
+
+
+def _triton(input, target) -> torch.Tensor:
+    """The Triton twin, which has no dispatch key where there is a CUDA library."""
+    from dlkernels.kernels import cross_entropy as twin
+
+    if input.requires_grad and torch.is_grad_enabled():
+        return _Twin.apply(input, target)
+    return twin._cross_entropy_forward(input, target, None, *_PLAIN_OPTIONS)[0]
+
+
+class _Graph:
+    """A call that is captured when it is first made, and then replayed.
+
+    ``attach`` is called before each: autograd runs a view's backward on the stream that made the
+    view, and another stream than the captured one must not be drawn in.
+    """
+
+    def __init__(self, call: Callable, attach: Callable[[], None]):
+        self.call, self.attach, self.graph = call, attach, None
+
+    def __call__(self):
+        if self.graph is None:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # what allocates or compiles once must not be captured
+                for _ in range(3):
+                    self.attach()
+                    self.call()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.attach()
+                self.results = self.call()
+            self.graph = graph
+        self.graph.replay()
+        return self.results
+
+
+def _compiled(function: Callable, mode: str | None = None) -> Callable:
     # A function of its own for each row: dynamo counts the recompilations of a code object, and
     # every row is a new shape. Compiled at the first call, which is not timed.
     torch.compiler.reset()
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
 
 def _peers(case: Case) -> dict[str, Callable]:
@@ -247,7 +379,10 @@ def _providers(case: Case, device: str) -> list[Provider]:
     data = Data(case, case.layout, device)
 
     def of(name: str, function: Callable, **more) -> Provider:
-        return Provider(name, data.work(function), data.prepare, **more)
+        call = data.work(function)
+        return Provider(
+            name, _Graph(call, data.attach) if case.graph else call, data.prepare, **more
+        )
 
     providers = [of("stock", F.cross_entropy, eager_stock=True)]
     if len(case.shape) == 4:
@@ -255,13 +390,19 @@ def _providers(case: Case, device: str) -> list[Provider]:
         twin = Data(case, other, device)
         call = twin.work(F.cross_entropy)
         providers.append(Provider(f"stock {other}", call, twin.prepare, eager_stock=True))
+    providers.append(of("torch.compile", _compiled(F.cross_entropy)))
+    if case.autotune:
+        # Not plain max-autotune: its CUDA graphs would copy the logits into a place of their own.
+        tuned = _compiled(F.cross_entropy, "max-autotune-no-cudagraphs")
+        providers.append(of("torch.compile max-autotune", tuned))
     providers += [
-        of("torch.compile", _compiled(F.cross_entropy)),
         of("own", _ours, kernels="own"),
         of("auto", _ours, kernels="auto"),
         of("auto compiled", _compiled(_ours), kernels="auto"),
     ]
     if device == "cuda":
+        if len(case.shape) == 2 and not case.options:
+            providers.append(of("triton", _triton))
         providers += [of(name, function) for name, function in _peers(case).items()]
     return providers
 
@@ -278,8 +419,12 @@ def _counted(case: Case) -> tuple[int, int]:
 
 def rows(device: str) -> list[Row]:
     """All rows; their tensors are made when a row's providers are asked for."""
+    cases = CASES
+    if device == "cuda":
+        memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 1 << 40
+        cases = gpu_cases(memory) + CASES
     made = []
-    for case in CASES:
+    for case in cases:
         bytes_, flops = _counted(case)
         made.append(
             Row(

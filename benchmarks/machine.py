@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 import tempfile
 from pathlib import Path
@@ -82,27 +83,46 @@ def fma_gflops(threads: int, steps: int = 20_000_000, trials: int = 3) -> tuple[
     return _library().fma_gflops(threads, steps, trials, ctypes.byref(lanes)), lanes.value
 
 
-def _cuda_ceilings() -> tuple[float, float]:
-    """GB/s of a device copy (read + written), and GFLOP/s of a bfloat16 matrix product."""
+def median_seconds(work, trials: int = 15) -> float:
+    """The median, by CUDA events, of a call that the GPU finds queued."""
+    times = []
+    work()
+    for _ in range(trials):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(200_000)
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return statistics.median(times)
 
-    def best_seconds(work) -> float:
-        times = []
-        for _ in range(12):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e-3)
-        return min(times)
 
-    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda").fill_(1)
+PRODUCTS = {  # field: dtype, precision of float32 products
+    "gemm_gflops": (torch.bfloat16, "highest"),
+    "gemm_fp16_gflops": (torch.float16, "highest"),
+    "gemm_tf32_gflops": (torch.float32, "high"),
+    "gemm_fp32_gflops": (torch.float32, "highest"),
+}
+
+
+def cuda_ceilings(n: int = 8192, bytes_: int = 1 << 31) -> dict[str, float]:
+    """GB/s of a device copy far larger than L2 (read + written), and GFLOP/s of products of n x n
+    random matrices (of zeros they are faster): bfloat16, float16, float32 as tf32 and in full."""
+    source = torch.empty(bytes_, dtype=torch.uint8, device="cuda").fill_(1)
     to = torch.empty_like(source)
-    copy = 2 * source.numel() / best_seconds(lambda: to.copy_(source)) * 1e-9
-    n = 8192
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = torch.empty_like(a)
-    return copy, 2 * n**3 / best_seconds(lambda: torch.mm(a, b, out=product)) * 1e-9
+    ceilings = {"copy_gb_s": 2 * bytes_ / median_seconds(lambda: to.copy_(source)) * 1e-9}
+    before = torch.get_float32_matmul_precision()
+    try:
+        for name, (dtype, precision) in PRODUCTS.items():
+            torch.set_float32_matmul_precision(precision)
+            a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
+            to = torch.empty_like(a)
+            seconds = median_seconds(functools.partial(torch.mm, a, b, out=to))
+            ceilings[name] = 2 * n**3 / seconds * 1e-9
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return {name: round(value, 1) for name, value in ceilings.items()}
 
 
 def _read(path: str) -> str | None:
@@ -158,13 +178,11 @@ def describe(device: str = "cpu", threads: int = 2) -> dict:
         fields["probes_missing"] = str(missing)
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        copy, product = _cuda_ceilings()
         fields |= {
             "gpu": properties.name,
             "sm": f"{properties.major}{properties.minor}",
             "cuda": torch.version.cuda,
-            "copy_gb_s": round(copy, 1),
-            "gemm_gflops": round(product, 1),
+            **cuda_ceilings(),
         }
         return fields
     try:

@@ -70,15 +70,20 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def gate(op: str) -> None:
-    """Runs the tests of an op.
+def test_command(op: str, device: str) -> list[str]:
+    """pytest, over an op's tests on a device."""
+    plugin = ["-p", "tests.on_cuda"] if device == "cuda" else []
+    return [sys.executable, "-m", "pytest", "-q", *plugin, f"tests/test_{op}.py"]
+
+
+def gate(op: str, device: str = "cpu") -> None:
+    """Runs the tests of an op on a device.
 
     Raises:
         RedGate: they failed, or there are none; the message ends with pytest's last lines.
     """
-    tests = f"tests/test_{op}.py"
-    command = [sys.executable, "-m", "pytest", "-x", "-q", tests]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    tests, command = f"tests/test_{op}.py", test_command(op, device)
+    done = subprocess.run([*command, "-x"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
         raise RedGate(
@@ -142,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.no_gate:
         for op in ops:
             try:
-                gate(op)
+                gate(op, options.device)
             except RedGate as red:
                 print(red, file=sys.stderr)
                 return 1

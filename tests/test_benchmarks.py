@@ -2,14 +2,16 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-from benchmarks import cross_entropy, linear, machine, measure, records, report, run
+from benchmarks import cross_entropy, gpu_check, linear, machine, measure, records, report, run
 
 FIELDS = {
     "op": str,
@@ -323,7 +325,10 @@ def by_name(case):
     return case.name.replace(" ", "_")
 
 
-@pytest.mark.parametrize("case", cross_entropy.CASES, ids=by_name)
+GPU_CASES = cross_entropy.gpu_cases(1 << 40)
+
+
+@pytest.mark.parametrize("case", cross_entropy.CASES + GPU_CASES, ids=by_name)
 def test_bytes_are_those_of_the_tensors(case):
     data = cross_entropy.Data(small(case), case.layout, "cpu")
     data.prepare()
@@ -405,9 +410,13 @@ def test_flops_of_a_known_row():
     assert linear._counted(case) == (3 * 1024**2 * 4, 2 * 1024**3)
 
 
-@pytest.mark.parametrize("op", [cross_entropy, linear], ids=lambda op: op.OP)
-def test_rows_have_names_of_their_own_and_reasons(op):
-    rows = op.rows("cpu")
+@pytest.mark.parametrize(
+    ("op", "device"),
+    [(cross_entropy, "cpu"), (cross_entropy, "cuda"), (linear, "cpu")],
+    ids=["cross_entropy-cpu", "cross_entropy-cuda", "linear-cpu"],
+)
+def test_rows_have_names_of_their_own_and_reasons(op, device):
+    rows = op.rows(device)
     assert len({row.name for row in rows}) == len(rows)
     assert all(row.reason and row.bytes > 0 and row.flops > 0 for row in rows)
 
@@ -516,3 +525,194 @@ def test_the_report_refuses(results, tmp_path, capsys):
     records.append(ungated, measured_rows(machine.describe("cpu", 2), gate="skipped"))
     assert report.main([str(ungated), "--readme", str(readme)]) == 1
     assert "behind a green gate" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- gpu_check
+
+
+@pytest.fixture
+def gpu_state(tmp_path):
+    return gpu_check.State(tmp_path / "a-gpu.jsonl")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_check_refuses_in_one_line(capsys):
+    assert gpu_check.main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "gpu_check: torch sees no CUDA device\n" and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--minutes", "9"], "--minutes 9: more than 0, at most 8"),
+        (["--minutes", "0"], "--minutes 0"),
+        (["--minutes", "nan"], "--minutes nan"),
+        (["--out", "/no/such/folder/x.jsonl"], "there is no folder /no/such/folder"),
+        (["--stage", "none"], "invalid choice"),
+    ],
+)
+def test_refusals_of_gpu_check(arguments, message, capsys):
+    with pytest.raises(SystemExit) as refused:
+        gpu_check.main(arguments)
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_stages_keep_to_the_deadline(gpu_state, capsys):
+    now, given = [0.0], []
+
+    def takes(seconds):
+        def work(state, most):
+            given.append(most)
+            now[0] += min(seconds, most)
+
+        return work
+
+    stages = [
+        gpu_check.Stage("first", takes(40), 0.5),
+        gpu_check.Stage("long", takes(1000), 0.5),
+        gpu_check.Stage("rest", takes(1000), 1.0),
+        gpu_check.Stage("too late", takes(0), 1.0),
+    ]
+    gpu_check.run_stages(gpu_state, gpu_check.Deadline(105, lambda: now[0]), stages)
+    assert given == [50, 30, 30] and now[0] == 100  # CLOSING is left
+    assert gpu_state.said == [("too late", "skipped: no time left", None)]
+    assert "too late: skipped" in capsys.readouterr().out
+
+
+def test_the_order_of_the_stages():
+    names = ["build", "environment", "tests", "sanitizer", "benchmarks"]
+    assert [stage.name for stage in gpu_check.STAGES] == names
+    assert all(0 < stage.share <= 1 for stage in gpu_check.STAGES)
+
+
+def test_a_command_is_cut_off_with_its_children():
+    code = "import subprocess, sys; print('begun', flush=True); subprocess.run(['sleep', '60'])"
+    begin = time.monotonic()
+    done = gpu_check.call([sys.executable, "-c", code], 3, quiet=True)
+    assert done.status is None and time.monotonic() - begin < 30
+    assert done.output == "begun\n" and gpu_check.verdict(done).startswith("cut off after")
+    assert gpu_check.call([sys.executable, "-c", "raise SystemExit(3)"], 60).status == 3
+
+
+@pytest.mark.parametrize(
+    "output, found",
+    [
+        ("every shape ran\n========= ERROR SUMMARY: 0 errors\n", True),
+        ("every shape ran\n========= ERROR SUMMARY: 1 error\n", False),
+        ("every shape ran\n= RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n", True),
+        ("every shape ran\n= RACECHECK SUMMARY: 2 hazards displayed (2 errors)\n", False),
+        ("few: ran\n========= ERROR SUMMARY: 0 errors\n", False),
+        ("========= Error: Device not supported\n= ERROR SUMMARY: 0 errors\n", None),
+        ("no such program\n", None),
+    ],
+)
+def test_what_the_sanitizer_says(output, found):
+    assert gpu_check.clean(output) is found
+
+
+def test_the_shapes_of_the_sanitizer_run(capsys):
+    gpu_check.run_shapes("cpu")
+    assert capsys.readouterr().out.endswith("every shape ran\n")
+
+
+def test_what_is_left_out_on_a_gpu_exists():
+    from tests import on_cuda
+
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    files = sorted({f"tests/{name.partition('::')[0]}" for name in on_cuda.LEFT_OUT})
+    there = subprocess.run([*command, *files], cwd=run.ROOT, capture_output=True, text=True).stdout
+    ids = {line.rpartition("/")[2] for line in there.splitlines() if "::" in line}
+    ids |= {name.partition("[")[0] for name in ids}
+    assert sorted(on_cuda.LEFT_OUT.keys() - ids) == []
+    assert all(on_cuda.LEFT_OUT.values())
+    assert files == sorted(set(files) & set(gpu_check.TESTS))
+
+
+def test_the_plugin_leaves_out_and_sets_the_device(tmp_path):
+    (tmp_path / "test_cross_entropy.py").write_text(
+        "import torch\ndef test_choice(): assert False\n"
+        "def test_other(): assert torch.get_default_device().type == 'meta'\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.on_cuda", str(tmp_path)]
+    environment = {**os.environ, "DLKERNELS_TESTS_ON": "meta"}
+    done = subprocess.run(command, cwd=run.ROOT, env=environment, capture_output=True, text=True)
+    assert "1 passed, 1 deselected" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("memory, rows", [(150 << 30, 32768), (80 << 30, 16384), (1 << 10, 1)])
+def test_rows_that_fit(memory, rows):
+    assert cross_entropy.rows_that_fit(262144, 2, memory) == rows
+
+
+def test_at_most_six_rows_are_tuned():
+    assert 0 < sum(case.autotune for case in GPU_CASES) <= 6
+    classes = {case.shape[1] for case in GPU_CASES if case.dtype == torch.bfloat16}
+    assert min(classes) == 256 and max(classes) == 262144
+
+
+def of_a_gpu(name, work, shape, **medians):
+    row = row_of(name=name, work=work, shape=shape, dtype="bfloat16", bytes=10**9)
+    seen = [
+        measure.Measured(provider.replace("_", " "), provider == "stock", [ms])
+        for provider, ms in medians.items()
+    ]
+    for one in seen:
+        one.samples *= 2
+    measured = {"providers": seen, "batches": 1, "steady": True}
+    measured |= {"core_latency_ns": None, "busy_elsewhere": None}
+    about = {"machine": {"copy_gb_s": 4000.0}, "gate": "green", "date": "", "commit": None}
+    return records.of_row(row, measured, about | {"command": ""})
+
+
+def test_targets():
+    made = of_a_gpu("32768x4096 bfloat16 forward", "forward", (32768, 4096), stock=1.0, own=0.26)
+    made += of_a_gpu("32768x65536 bfloat16 forward", "forward", (32768, 65536), stock=1.0, own=0.3)
+    made += of_a_gpu("8192x131072 bfloat16", "forward+gradient", (8192, 131072), stock=9.0, own=2.0)
+    made += of_a_gpu("128x10 graph", "forward+gradient", (128, 10), stock=1.0, own=1.25)
+    copy, thousand, long, stock, compiled, graph = gpu_check.targets(made)
+    assert copy.got == "83% (32768x65536 bfloat16 forward)" and copy.met is False
+    assert thousand.got == "not measured" and thousand.met is None
+    assert long.got == "2 ms" and long.met is True
+    assert stock.got == "3.33 (32768x65536 bfloat16 forward)" and stock.met is True
+    assert compiled.met is None and graph.got == "0.80 (128x10 graph)" and graph.met is False
+
+
+def test_the_best_of_compile_counts():
+    medians = {"stock": 1.0, "torch.compile": 0.5, "torch.compile_max-autotune": 0.3, "own": 0.25}
+    made = of_a_gpu("32768x1000 bfloat16", "forward+gradient", (32768, 1000), **medians)
+    (compiled,) = [one for one in gpu_check.targets(made) if "compile" in one.what]
+    assert compiled.got == "1.20 (32768x1000 bfloat16)" and compiled.met is False
+
+
+def test_the_closing_table(gpu_state, capsys):
+    gpu_state.say("tests", "1 failed", False)
+    gpu_check.show(gpu_state, gpu_check.targets([]))
+    printed = capsys.readouterr().out
+    assert "1 failed" in printed and printed.count("not measured") == 6
+
+
+def test_a_row_that_fails_leaves_the_others(quick, monkeypatch, tmp_path, capsys):
+    def breaks():
+        raise RuntimeError("a bug")
+
+    broken = row_of(provider("stock", breaks, eager_stock=True), name="broken")
+    whole = row_of(provider("stock", eager_stock=True), provider("own"), name="whole")
+    take = measure.measure
+    fields = machine.describe("cpu", 2) | dict.fromkeys(machine.PRODUCTS, 1.0)
+    monkeypatch.setattr(machine, "describe", lambda device, threads: fields)
+    monkeypatch.setattr(gpu_check, "rows", lambda: [broken, whole])
+    monkeypatch.setattr(measure, "measure", lambda row, device, *more: take(row, "cpu", *more))
+    out = tmp_path / "out.jsonl"
+    assert gpu_check.run_rows(out, "red", 600) == 1
+    objects = records.read(out)
+    assert [(one["row"], one["provider"]) for one in objects] == [
+        ("whole", "stock"),
+        ("whole", "own"),
+    ]
+    assert all(one["gate"] == "red" for one in objects)
+    assert gpu_check.run_rows(out, "green", 0) == 0
+    assert records.read(out) == objects
+    printed = capsys.readouterr().out
+    assert "broken: RuntimeError: a bug" in printed and "no time left for whole" in printed

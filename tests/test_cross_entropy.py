@@ -674,8 +674,6 @@ def test_refusals_of_raw_ops():
     for message, arguments in bad.items():
         with pytest.raises(RuntimeError, match=message):
             ops.cross_entropy_forward(*arguments)
-    with pytest.raises(IndexError, match="Target 77 is out of bounds"):
-        ops.cross_entropy_forward(x, torch.full((4,), 77), None, *options)
     with pytest.raises(RuntimeError, match="mean or sum"):
         ops.cross_entropy_forward_backward(x, target, None, 0, *options[1:])
     loss, lse, total = ops.cross_entropy_forward(x, target, None, *options)
@@ -694,6 +692,13 @@ def test_refusals_of_raw_ops():
         ops.cross_entropy_scale_(x[:, ::2], torch.tensor(2.0))
     with pytest.raises(RuntimeError, match="grad_loss of shape"):
         ops.cross_entropy_scale_(x, torch.rand(2))
+
+
+def test_raw_ops_refuse_a_target_out_of_range():
+    with pytest.raises(IndexError, match="Target 77 is out of bounds"):
+        ops.cross_entropy_forward(
+            torch.randn(4, 6), torch.full((4,), 77), None, 1, -100, 0.0, 0.0, 0.0
+        )
 
 
 def test_legacy_arguments():
