@@ -1,18 +1,16 @@
 // Matrix products: the one packing and the one micro-kernel under linear, convolution and LSTM.
 //
 //   C[m×n] = A[m×k]·B[k×n], A and B in any strides, elements float, double, bf16 or f16, sums in
-//   float (double for double). Each sum runs over k in order, in blocks of kDepth: the same bits
-//   however rows and columns are split over threads.
+//   float (double for double). Each sum runs over k in order, in blocks of kFlush, so that its
+//   error grows with the root of their number: the same bits however threads share rows and
+//   columns.
 //
 // Tiling (Goto and van de Geijn, 2008, with A and B changed about, for an L1 that does not hold a
 // panel of B):
-//   micro-kernel  kRows × kVectors vectors of C in registers; per k a load of each vector of B and
-//   a
-//                 broadcast of each row of A
+//   micro-kernel  kRows × kVectors vectors of C in registers; per k a load of each vector of B
+//                 and a broadcast of each row of A
 //   panel of A    kRows × kDepth, packed row by row, in L1 while all panels of B pass by
-//   panel of B    kDepth × (kVectors vectors), packed k by k, from L2: a panel's bytes are read
-//   once
-//                 for kRows·kVectors multiply-adds per k, 2 · kRows / 4 flops a byte
+//   panel of B    kDepth × (kVectors vectors), packed k by k, from L2: 2·kRows/4 flops a byte
 //   block         kBlockRows × kBlockColumns of C, whose B is packed once
 // Packing converts to the accumulation type, or to pairs of bf16 where the processor multiplies
 // those; rows and columns beyond the matrix are zeros. Few rows are not worth the packing of B:
@@ -45,6 +43,7 @@ constexpr int64_t kRows = 6, kVectors = 2;  // 12 of 16
 constexpr int64_t kDepth = 256, kPitch = kDepth + 16;
 constexpr int64_t kBlockRows = 8 * kRows, kBlockColumns = 512;
 constexpr int64_t kFewRows = 4;
+constexpr int64_t kFlush = 64;  // words that are summed before they join the sum of all
 
 template <typename T>
 constexpr int64_t kColumns = kVectors * Vec<T>::size;
@@ -198,30 +197,33 @@ void pack_b(const Matrix<S>& b, int64_t p, int64_t depth, int64_t k, int64_t j, 
 template <typename T, bool pair, int rows, int vectors>
 void multiply(const T* a, const T* b, int64_t depth, bool add, T* sums, int64_t pitch) {
   using V = Vec<T>;
-  V sum[rows][vectors];
+  for (int64_t k0 = 0; k0 < std::max<int64_t>(depth, 1); k0 += kFlush, add = true) {
+    V sum[rows][vectors];
 #pragma GCC unroll 12
-  for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) sum[r][v] = V(T(0));
-  for (int64_t k = 0; k < depth; ++k, b += kColumns<T>) {
-    V column[vectors];
+      for (int v = 0; v < vectors; ++v) sum[r][v] = V(T(0));
+    const int64_t end = std::min(depth, k0 + kFlush);
+    for (int64_t k = k0; k < end; ++k, b += kColumns<T>) {
+      V column[vectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) column[v] = load(b + v * V::size);
+      for (int v = 0; v < vectors; ++v) column[v] = load(b + v * V::size);
 #pragma GCC unroll 12
-    for (int r = 0; r < rows; ++r) {
-      const V row(a[r * kPitch + k]);
+      for (int r = 0; r < rows; ++r) {
+        const V row(a[r * kPitch + k]);
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v)
-        sum[r][v] = multiply_add<T, pair>(row, column[v], sum[r][v]);
+        for (int v = 0; v < vectors; ++v)
+          sum[r][v] = multiply_add<T, pair>(row, column[v], sum[r][v]);
+      }
     }
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) {
+        T* to = sums + r * pitch + v * V::size;
+        store(to, add ? load(to) + sum[r][v] : sum[r][v]);
+      }
   }
-#pragma GCC unroll 12
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) {
-      T* to = sums + r * pitch + v * V::size;
-      store(to, add ? load(to) + sum[r][v] : sum[r][v]);
-    }
 }
 
 // multiply for the number of rows and vectors that there are.
@@ -336,14 +338,20 @@ void scale_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t j, int64_t colum
                 accumulate_t<S>* to) {
   using T = accumulate_t<S>;
   using V = Vec<T>;
-  V sum_of[rows];
-  std::fill(sum_of, sum_of + rows, V(T(0)));
-  for (int64_t p = 0; p < k; ++p) {
-    const V w = load(b.at(p, j), columns);
+  V total[rows];
+  std::fill(total, total + rows, V(T(0)));
+  for (int64_t p0 = 0; p0 < k; p0 += kFlush) {
+    V part[rows];
+    std::fill(part, part + rows, V(T(0)));
+    for (int64_t p = p0; p < std::min(k, p0 + kFlush); ++p) {
+      const V w = load(b.at(p, j), columns);
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) sum_of[r] = fma(V(widen(*a.at(r, p))), w, sum_of[r]);
+      for (int r = 0; r < rows; ++r) part[r] = fma(V(widen(*a.at(r, p))), w, part[r]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) total[r] = total[r] + part[r];
   }
-  for (int r = 0; r < rows; ++r) store(to + r * V::size, sum_of[r]);
+  for (int r = 0; r < rows; ++r) store(to + r * V::size, total[r]);
 }
 
 // Whether a product is one for run_few_rows, which needs no scratch.

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -78,8 +79,8 @@ Vec<T> derivative(Activation activation, Vec<T> y) {
   switch (activation) {
     case Activation::kNone:
       return one;
-    case Activation::kRelu:
-      return select(less(zero, y), one, zero);
+    case Activation::kRelu:  // y ≤ 0; stock hands the gradient through a NaN
+      return select(less(y, V(std::numeric_limits<T>::denorm_min())), zero, one);
     case Activation::kLeakyRelu:
       return select(less(zero, y), one, V(T(kSlope)));
     case Activation::kTanh:
@@ -195,7 +196,7 @@ template <typename S>
 void sum_rows(const gemm::Matrix<S>& x, int64_t m, int64_t n, S* to) {
   using T = accumulate_t<S>;
   using V = Vec<T>;
-  constexpr int64_t kBlock = 64, kWidth = 4 * V::size;
+  constexpr int64_t kBlock = 16, kWidth = 4 * V::size;
   torch::stable::parallel_for(
       0, (n + kWidth - 1) / kWidth,
       std::max<int64_t>(1, kGrain / (kWidth * std::max<int64_t>(m, 1))),
