@@ -271,6 +271,9 @@ def test_the_gradient_at_special_outputs_is_stocks(activation, own):
     ours, wanted = (evaluate(f, tensors, upstream, activation) for f in (linear, stock))
     torch.testing.assert_close(ours[0], wanted[0], equal_nan=True)
     torch.testing.assert_close(ours[3], wanted[3], equal_nan=True)
+    infinite = torch.full((3, 7), float("inf"))
+    ours, wanted = (evaluate(f, tensors, infinite, activation)[3] for f in (linear, stock))
+    torch.testing.assert_close(ours, wanted, equal_nan=True)
 
 
 def test_sums_of_float16_are_in_float32(own):

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -71,22 +70,23 @@ Vec<T> activate(Activation activation, Vec<T> x) {
   }
 }
 
-// act'(x) from y = act(x).
+// g · act'(x) from y = act(x). As stock's: where a ReLU is 0 an infinite g is too, and where it is
+// NaN g passes.
 template <typename T>
-Vec<T> derivative(Activation activation, Vec<T> y) {
+Vec<T> through(Activation activation, Vec<T> g, Vec<T> y) {
   using V = Vec<T>;
   const V zero(T(0)), one(T(1));
   switch (activation) {
     case Activation::kNone:
-      return one;
-    case Activation::kRelu:  // y ≤ 0; stock hands the gradient through a NaN
-      return select(less(y, V(std::numeric_limits<T>::denorm_min())), zero, one);
+      return g;
+    case Activation::kRelu:
+      return select(less(zero, y), g, select(less(y, one), zero, g));
     case Activation::kLeakyRelu:
-      return select(less(zero, y), one, V(T(kSlope)));
+      return select(less(zero, y), g, V(T(kSlope)) * g);
     case Activation::kTanh:
-      return one - y * y;
+      return g * (one - y * y);
     default:
-      return y * (one - y);
+      return g * (y * (one - y));
   }
 }
 
@@ -265,7 +265,7 @@ Tensor before_activation(const Tensor& grad_output, const Tensor& output, Activa
         0, (n + V::size - 1) / V::size, kGrain / V::size, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin * V::size; i < std::min(n, end * V::size); i += V::size) {
             const int64_t lanes = std::min(V::size, n - i);
-            store(z + i, load(g + i, lanes) * derivative(act, load(out + i, lanes)), lanes);
+            store(z + i, through(act, load(g + i, lanes), load(out + i, lanes)), lanes);
           }
         });
   });
