@@ -196,8 +196,9 @@ void for_ranges(const Problem<S>& p, const Units<S>& units, bool keep, const Bod
   if (units.count == 0) return;
   const bool rows = p.walk == Walk::kRows;
   const int64_t classes = p.layout.classes, block = units.block;
+  const int64_t blocks = keep && is_pipelined(classes, p.options.softcap) ? 2 : 1;
   const auto padded = [](int64_t n) { return (n + 15) / 16 * 16; };
-  const int64_t whole = padded(classes * (rows ? 2 * block : columns_pitch(p)));
+  const int64_t whole = padded(classes * (rows ? blocks * block : columns_pitch(p)));
   const int64_t e = keep || !rows ? whole : kChunk;
   const int64_t squashed = p.cap() == 0 ? 0 : keep || !rows ? whole : kChunk;
   const int64_t mass = p.probability && !rows ? whole : 0;

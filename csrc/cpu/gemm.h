@@ -14,7 +14,8 @@
 //   block         kBlockRows × kBlockColumns of C, whose B is packed once
 // Packing converts to the accumulation type, or to pairs of bf16 where the processor multiplies
 // those; rows and columns beyond the matrix are zeros. Few rows are not worth the packing of B:
-// they go through kernels of their own, which read it as it lies.
+// they go through kernels of their own, which read it as it lies; few columns are the few rows of
+// Cᵀ = Bᵀ·Aᵀ.
 //
 // Measured, one thread of an AMD EPYC with AVX-512 of 114 GF/s: 99-107 GF/s at 1024³ and 2048³,
 // 98-104 at 64×784×512 (m×k×n); bf16 190-200; AVX2, of 116: 98-106.
@@ -33,6 +34,7 @@ struct Matrix {
   const S* data;
   int64_t row_stride, column_stride;
   const S* at(int64_t i, int64_t j) const { return data + i * row_stride + j * column_stride; }
+  Matrix transposed() const { return {data, column_stride, row_stride}; }
 };
 
 #if DLK_AVX512
@@ -52,8 +54,8 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 
 // ------------------------------------------------------------------------------------------- words
 
-// What is packed: words of the size of T, each of kTerms elements that follow each other in k.
-// `size` is what is left of k from `from` on: beyond it are zeros.
+// What is packed: words of the size of T, each of one element or, with kPair, of two that follow
+// each other in k. `size` is what is left of k from `from` on: beyond it are zeros.
 template <typename S>
 struct Word {
   using T = accumulate_t<S>;
@@ -149,7 +151,9 @@ void pack_columns(const Matrix<S>& b, int64_t p, int64_t depth, int64_t k, int64
   using T = accumulate_t<S>;
   using V = Vec<T>;
   constexpr int64_t terms = W::kPair ? 2 : 1, step = kColumns<T>;
-  if (b.column_stride == 1) {
+  if (n == 0) {
+    for (int64_t d = 0; d < depth; ++d) store(to + d * step, V(T(0)));
+  } else if (b.column_stride == 1) {
     for (int64_t d = 0; d < depth; ++d) {
       const int64_t at = (p + d) * terms;
       store(to + d * step, W::across(b.at(at, j), b.row_stride, k - at, n));
@@ -361,21 +365,46 @@ bool has_few_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t m, int64_t k) 
          (b.column_stride == 1 || (b.row_stride == 1 && a.column_stride == 1));
 }
 
-template <typename S, typename Store>
-void run_few_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t m, int64_t j0, int64_t j1,
-                  int64_t k, const Store& store_c) {
-  using T = accumulate_t<S>;
-  using V = Vec<T>;
-  using Kernel = void (*)(const Matrix<S>&, const Matrix<S>&, int64_t, int64_t, int64_t, T*);
+// rows × Vec::size of A·B from column j on, of which `columns` are there.
+template <typename S>
+void few_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t rows, int64_t j, int64_t columns,
+              int64_t k, accumulate_t<S>* to) {
+  using Kernel =
+      void (*)(const Matrix<S>&, const Matrix<S>&, int64_t, int64_t, int64_t, accumulate_t<S>*);
   constexpr Kernel kKernels[2][kFewRows] = {
       {&scale_rows<S, 1>, &scale_rows<S, 2>, &scale_rows<S, 3>, &scale_rows<S, 4>},
       {&dot_rows<S, 1>, &dot_rows<S, 2>, &dot_rows<S, 3>, &dot_rows<S, 4>}};
-  const Kernel kernel = kKernels[b.row_stride == 1 && a.column_stride == 1][m - 1];
-  T result[kFewRows * V::size] = {};
+  kKernels[b.row_stride == 1 && a.column_stride == 1][rows - 1](a, b, j, columns, k, to);
+}
+
+// As run, for products that has_few_rows: all rows, columns [j0, j1).
+template <typename S, typename Store>
+void run_few_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t m, int64_t j0, int64_t j1,
+                  int64_t k, const Store& store_c) {
+  using V = Vec<accumulate_t<S>>;
+  accumulate_t<S> result[kFewRows * V::size] = {};
   for (int64_t j = j0; j < j1; j += V::size) {
     const int64_t columns = std::min(V::size, j1 - j);
-    kernel(a, b, j, columns, k, result);
+    few_rows(a, b, m, j, columns, k, result);
     for (int64_t r = 0; r < m; ++r) store_c(r, j, columns, load(result + r * V::size));
+  }
+}
+
+// As run, for products whose transpose has_few_rows: rows [i0, i1), all columns.
+template <typename S, typename Store>
+void run_few_columns(const Matrix<S>& a, const Matrix<S>& b, int64_t n, int64_t i0, int64_t i1,
+                     int64_t k, const Store& store_c) {
+  using T = accumulate_t<S>;
+  using V = Vec<T>;
+  T result[kFewRows * V::size] = {};
+  for (int64_t i = i0; i < i1; i += V::size) {
+    const int64_t rows = std::min(V::size, i1 - i);
+    few_rows(b.transposed(), a.transposed(), n, i, rows, k, result);
+    for (int64_t r = 0; r < rows; ++r) {
+      T row[kFewRows];
+      for (int64_t c = 0; c < n; ++c) row[c] = result[c * V::size + r];
+      store_c(i + r, 0, n, load(row, n));
+    }
   }
 }
 

@@ -122,11 +122,6 @@ int64_t rows_of(const Tensor& x) {
   return rows;
 }
 
-template <typename S>
-gemm::Matrix<S> transposed(const gemm::Matrix<S>& a) {
-  return {a.data, a.column_stride, a.row_stride};
-}
-
 void check_arguments(const Tensor& input, const Tensor& weight, const Optional& bias) {
   check_cpu(kOp, "input", input);
   check_cpu(kOp, "weight", weight);
@@ -164,15 +159,19 @@ void multiply(const gemm::Matrix<S>& a, const gemm::Matrix<S>& b, int64_t m, int
               const Store& store_c) {
   using T = accumulate_t<S>;
   if (m == 0 || n == 0) return;
-  const bool few = gemm::has_few_rows(a, b, m, k);
+  const bool few_rows = gemm::has_few_rows(a, b, m, k);
+  const bool few_columns = !few_rows && gemm::has_few_rows(b.transposed(), a.transposed(), n, k);
   const int64_t most = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t threads = std::clamp<int64_t>(m * n * std::max<int64_t>(k, 1) / kGrain, 1, most);
-  gemm::Grid grid(few ? 1 : m, n, threads, gemm::kColumns<T>);
-  if (few) grid.rows = 1, grid.columns = threads;
+  gemm::Grid grid(m, n, threads, gemm::kColumns<T>);
+  if (few_rows) grid.rows = 1, grid.columns = threads;
+  if (few_columns) grid.rows = threads, grid.columns = 1;
   const int64_t height = gemm::round_up((m + grid.rows - 1) / grid.rows, gemm::kRows);
   const int64_t width = gemm::round_up((n + grid.columns - 1) / grid.columns, gemm::kColumns<T>);
   const int64_t size =
-      few ? 0 : gemm::round_up(gemm::scratch_size<S>(std::min(width, n), k), 64 / sizeof(T));
+      few_rows || few_columns
+          ? 0
+          : gemm::round_up(gemm::scratch_size<S>(std::min(width, n), k), 64 / sizeof(T));
   // Allocated here: an exception inside the region would lose its text.
   constexpr std::align_val_t kLine{64};
   const auto release = [](T* data) { ::operator delete[](data, kLine); };
@@ -183,10 +182,13 @@ void multiply(const gemm::Matrix<S>& a, const gemm::Matrix<S>& b, int64_t m, int
     for (int64_t t = begin; t < end; ++t) {
       const int64_t i = t / grid.columns * height, j = t % grid.columns * width;
       if (i >= m || j >= n) continue;
-      if (few)
-        gemm::run_few_rows(a, b, m, j, std::min(n, j + width), k, store_c);
+      const int64_t i1 = std::min(m, i + height), j1 = std::min(n, j + width);
+      if (few_rows)
+        gemm::run_few_rows(a, b, m, j, j1, k, store_c);
+      else if (few_columns)
+        gemm::run_few_columns(a, b, n, i, i1, k, store_c);
       else
-        gemm::run(a, b, i, std::min(m, i + height), j, std::min(n, j + width), k, scratch, store_c);
+        gemm::run(a, b, i, i1, j, j1, k, scratch, store_c);
     }
   });
 }
@@ -242,7 +244,7 @@ Tensor linear_forward(Tensor input, Tensor weight, Optional bias, std::string ac
       b = static_cast<const S*>(flat_bias.const_data_ptr());
     }
     S* y = static_cast<S*>(output.mutable_data_ptr());
-    multiply(x, transposed(w), m, n, k, [=](int64_t i, int64_t j, int64_t lanes, V value) {
+    multiply(x, w.transposed(), m, n, k, [=](int64_t i, int64_t j, int64_t lanes, V value) {
       if (b) value = value + load(b + j, lanes);
       store(y + i * n + j, activate(act, value), lanes);
     });
@@ -316,7 +318,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor in
     }
     if (want_weight) {
       const auto x = as_matrix<S>(input, keep_input);
-      multiply(transposed(z), x, n, k, m, write(grad_weight, k));
+      multiply(z.transposed(), x, n, k, m, write(grad_weight, k));
     }
     if (want_bias) sum_rows(z, m, n, static_cast<S*>(grad_bias.mutable_data_ptr()));
   });
