@@ -27,6 +27,14 @@ struct Options {
   double label_smoothing, softcap, z_loss;
 };
 
+inline void check_options(const char* op, const Options& options) {
+  DLK_CHECK(options.reduction >= kNone && options.reduction <= kSum, op,
+            ": expected reduction 0, 1 or 2, got ", options.reduction);
+  DLK_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, op,
+            ": expected label_smoothing between 0 and 1, got ", options.label_smoothing);
+  DLK_CHECK(options.softcap >= 0, op, ": expected softcap of at least 0, got ", options.softcap);
+}
+
 // A tensor of logits as outer × classes × inner, each with its stride; row = outer index · inner +
 // inner index.
 struct Layout {
@@ -100,11 +108,7 @@ Target check_arguments(const Tensor& input, const Tensor& target, const Optional
   const int64_t classes = input.size(input.dim() > 1 ? 1 : 0);
   DLK_CHECK(classes >= 1, kOp, ": expected at least one class, got input of shape ",
             shape_string(input.sizes()));
-  DLK_CHECK(options.reduction >= kNone && options.reduction <= kSum, kOp,
-            ": expected reduction 0, 1 or 2, got ", options.reduction);
-  DLK_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, kOp,
-            ": expected label_smoothing between 0 and 1, got ", options.label_smoothing);
-  DLK_CHECK(options.softcap >= 0, kOp, ": expected softcap of at least 0, got ", options.softcap);
+  check_options(kOp, options);
   if (weight) {
     check_device("weight", *weight);
     check_dtype(kOp, "weight", *weight, dtype);

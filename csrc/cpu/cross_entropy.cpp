@@ -8,18 +8,17 @@
 // any number of threads.
 #include "cross_entropy.h"
 
-#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
-#include <memory>
 #include <optional>
 #include <tuple>
 
 #include "../check.h"
 #include "cross_entropy_columns.h"
 #include "cross_entropy_rows.h"
+#include "memory.h"
 
 namespace dlkernels {
 namespace {
@@ -29,15 +28,6 @@ using namespace cross_entropy;
 constexpr int64_t kGrain = 1 << 15;  // fewest elements worth a second thread
 
 // --------------------------------------------------------------------------------------- arguments
-
-// Memory that is fresh from the system costs a fault for every page: ask for large ones before the
-// first touch.
-void advise_huge_pages(void* data, size_t bytes) {
-  constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
 
 void on_cpu(const char* argument, const Tensor& tensor) { check_cpu(kOp, argument, tensor); }
 
@@ -55,53 +45,7 @@ void for_dtype(ScalarType dtype, const Body& body) {
   }
 }
 
-template <typename Body>
-void for_kind(bool is_probability, double label_smoothing, const Body& body) {
-  if (is_probability) return body(std::integral_constant<Kind, Kind::kProbability>{});
-  if (label_smoothing > 0) return body(std::integral_constant<Kind, Kind::kSmooth>{});
-  return body(std::integral_constant<Kind, Kind::kIndex>{});
-}
-
 // ------------------------------------------------------------------------------------- preparation
-
-// Σ w_y over the rows that count. Every target is in range when this returns.
-template <typename S>
-double sum_target_weights(const Problem<S>& p) {
-  constexpr int64_t kUnit = 1 << 14;
-  const int64_t units = (p.rows + kUnit - 1) / kUnit;
-  std::vector<double> partial(units, 0.0);
-  std::vector<int64_t> outside(units, 0);
-  const auto is_outside = [&](int64_t y) {
-    return y != p.options.ignore_index && uint64_t(y) >= uint64_t(p.layout.classes);
-  };
-  torch::stable::parallel_for(0, units, 2, [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) {
-      const int64_t first = u * kUnit, last = std::min(p.rows, first + kUnit);
-      int64_t counted = 0, wrong = 0;
-      for (int64_t r = first; r < last; ++r) {
-        counted += p.target[r] != p.options.ignore_index;
-        wrong += is_outside(p.target[r]);
-      }
-      double total = double(counted);
-      if (p.weighted && wrong == 0) {
-        total = 0;
-        for (int64_t r = first; r < last; ++r)
-          if (!p.is_ignored(r)) total += double(p.weight[p.target[r]]);
-      }
-      partial[u] = total;
-      outside[u] = wrong;
-    }
-  });
-  double total = 0;
-  for (int64_t u = 0; u < units; ++u) {
-    if (outside[u] > 0) {
-      const int64_t* y = std::find_if(p.target + u * kUnit, p.target + p.rows, is_outside);
-      DLK_CHECK_INDEX(false, "Target ", *y, " is out of bounds.");
-    }
-    total += partial[u];
-  }
-  return total;
-}
 
 // The problem of a call, and the tensors it points into. The gradient is laid out like the input.
 // Where no walk takes the input as it lies, or input, target and gradient differ in walk,
@@ -142,17 +86,7 @@ struct Prepared {
       p.probability = static_cast<const S*>(target.tensor.const_data_ptr());
     else
       p.target = static_cast<const int64_t*>(target.tensor.const_data_ptr());
-    p.weighted = weight.has_value();
-    p.weight.assign(x->classes, T(1));
-    if (weight) {
-      const Tensor w = torch::stable::contiguous(*weight);
-      const S* data = static_cast<const S*>(w.const_data_ptr());
-      std::transform(data, data + x->classes, p.weight.begin(),
-                     [](S value) { return widen(value); });
-    }
-    double total = 0;
-    for (const T w : p.weight) total += double(w);
-    p.total_class_weight = total;
+    set_class_weights(p, weight);
     total_weight = target.is_probability ? double(p.rows) : sum_target_weights(p);
     if (with_gradient) {
       p.gradient = static_cast<S*>(written->mutable_data_ptr());
@@ -205,13 +139,9 @@ void for_ranges(const Problem<S>& p, const Units<S>& units, bool keep, const Bod
   const int64_t buffer = p.walk == Walk::kColumns ? 0 : kChunk;
   const int64_t shift = rows ? padded(std::max(block, (classes + kChunk - 1) / kChunk)) : 0;
   const int64_t per_thread = e + squashed + mass + buffer + shift;
-  // Allocated here: an exception inside the region would lose its text. A region never has more
-  // callers than this.
+  // A region never has more callers than this.
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  constexpr std::align_val_t kLine{64};
-  const auto release = [](T* data) { ::operator delete[](data, kLine); };
-  const std::unique_ptr<T[], decltype(release)> memory(new (kLine) T[threads * per_thread],
-                                                       release);
+  const Aligned<T> memory(threads * per_thread);
   std::atomic<int64_t> callers{0};
   const int64_t grain = std::max<int64_t>(1, kGrain / (block * classes));
   torch::stable::parallel_for(0, units.count, grain, [&](int64_t begin, int64_t end) {

@@ -235,4 +235,68 @@ void write_target(const Problem<S>& p, S* gradient, accumulate_t<S> e, accumulat
   *gradient = narrow<S>(v);
 }
 
+// ---------------------------------------------------------------------------- for the host entries
+
+template <typename Body>
+void for_kind(bool is_probability, double label_smoothing, const Body& body) {
+  if (is_probability) return body(std::integral_constant<Kind, Kind::kProbability>{});
+  if (label_smoothing > 0) return body(std::integral_constant<Kind, Kind::kSmooth>{});
+  return body(std::integral_constant<Kind, Kind::kIndex>{});
+}
+
+// Ones where the caller gives none.
+template <typename S>
+void set_class_weights(Problem<S>& p, const Optional& weight) {
+  using T = accumulate_t<S>;
+  p.weighted = weight.has_value();
+  p.weight.assign(p.layout.classes, T(1));
+  if (weight) {
+    const Tensor w = torch::stable::contiguous(*weight);
+    const S* data = static_cast<const S*>(w.const_data_ptr());
+    std::transform(data, data + p.layout.classes, p.weight.begin(),
+                   [](S value) { return widen(value); });
+  }
+  p.total_class_weight = 0;
+  for (const T w : p.weight) p.total_class_weight += double(w);
+}
+
+// Σ w_y over the rows that count. Every target is in range when this returns.
+template <typename S>
+double sum_target_weights(const Problem<S>& p) {
+  constexpr int64_t kUnit = 1 << 14;
+  const int64_t units = (p.rows + kUnit - 1) / kUnit;
+  std::vector<double> partial(units, 0.0);
+  std::vector<int64_t> outside(units, 0);
+  const auto is_outside = [&](int64_t y) {
+    return y != p.options.ignore_index && uint64_t(y) >= uint64_t(p.layout.classes);
+  };
+  torch::stable::parallel_for(0, units, 2, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) {
+      const int64_t first = u * kUnit, last = std::min(p.rows, first + kUnit);
+      int64_t counted = 0, wrong = 0;
+      for (int64_t r = first; r < last; ++r) {
+        counted += p.target[r] != p.options.ignore_index;
+        wrong += is_outside(p.target[r]);
+      }
+      double total = double(counted);
+      if (p.weighted && wrong == 0) {
+        total = 0;
+        for (int64_t r = first; r < last; ++r)
+          if (!p.is_ignored(r)) total += double(p.weight[p.target[r]]);
+      }
+      partial[u] = total;
+      outside[u] = wrong;
+    }
+  });
+  double total = 0;
+  for (int64_t u = 0; u < units; ++u) {
+    if (outside[u] > 0) {
+      const int64_t* y = std::find_if(p.target + u * kUnit, p.target + p.rows, is_outside);
+      DLK_CHECK_INDEX(false, "Target ", *y, " is out of bounds.");
+    }
+    total += partial[u];
+  }
+  return total;
+}
+
 }  // namespace dlkernels::cross_entropy

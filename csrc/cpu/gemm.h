@@ -11,7 +11,7 @@
 //                 and a broadcast of each row of A
 //   panel of A    kRows × kDepth, packed row by row, in L1 while all panels of B pass by
 //   panel of B    kDepth × (kVectors vectors), packed k by k, from L2: 2·kRows/4 flops a byte
-//   block         kBlockRows × kBlockColumns of C, whose B is packed once
+//   block         kBlockRows × kBlockColumns of C, whose B is packed once (or in deep panels)
 // Packing converts to the accumulation type, or to pairs of bf16 where the processor multiplies
 // those; rows and columns beyond the matrix are zeros. Few rows are not worth the packing of B:
 // they go through kernels of their own, which read it as it lies; few columns are the few rows of
@@ -21,10 +21,15 @@
 // 98-104 at 64×784×512 (m×k×n); bf16 190-200; AVX2, of 116: 98-106.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
+#include "memory.h"
 #include "simd.h"
 
 namespace dlkernels::gemm {
@@ -188,18 +193,30 @@ void pack_b(const Matrix<S>& b, int64_t p, int64_t depth, int64_t k, int64_t j, 
             accumulate_t<S>* to) {
   using T = accumulate_t<S>;
   using V = Vec<T>;
-  for (int64_t c = 0; c < columns; c += kColumns<T>, to += depth * kColumns<T>)
-    for (int64_t v = 0; v < kColumns<T>; v += V::size)
-      pack_columns(b, p, depth, k, j + c + v, std::clamp<int64_t>(columns - c - v, 0, V::size),
-                   to + v);
+  // Rows that are contiguous are read along, a few side by side: memory's own prefetching sees
+  // them.
+  const int64_t at_once = b.column_stride == 1 ? 4 : depth;
+  for (int64_t d = 0; d < depth; d += at_once)
+    for (int64_t c = 0; c < columns; c += kColumns<T>)
+      for (int64_t v = 0; v < kColumns<T>; v += V::size)
+        pack_columns(b, p + d, std::min(at_once, depth - d), k, j + c + v,
+                     std::clamp<int64_t>(columns - c - v, 0, V::size),
+                     to + c * depth + d * kColumns<T> + v);
 }
 
 // ------------------------------------------------------------------------------------ micro-kernel
 
+// Memory that is asked for under the arithmetic: `step` bytes from `from` on for each k.
+struct Ahead {
+  const char* from;
+  int64_t step;
+};
+
 // rows × vectors of C over `depth` words into `sums`, or on top of them. They are in L1: reading
 // them back for the epilogue costs less than a kernel for each epilogue would.
 template <typename T, bool pair, int rows, int vectors>
-void multiply(const T* a, const T* b, int64_t depth, bool add, T* sums, int64_t pitch) {
+void multiply_tile(const T* a, const T* b, int64_t depth, bool add, T* sums, int64_t pitch,
+                   Ahead ahead) {
   using V = Vec<T>;
   for (int64_t k0 = 0; k0 < std::max<int64_t>(depth, 1); k0 += kFlush, add = true) {
     V sum[rows][vectors];
@@ -209,6 +226,7 @@ void multiply(const T* a, const T* b, int64_t depth, bool add, T* sums, int64_t 
       for (int v = 0; v < vectors; ++v) sum[r][v] = V(T(0));
     const int64_t end = std::min(depth, k0 + kFlush);
     for (int64_t k = k0; k < end; ++k, b += kColumns<T>) {
+      __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
       V column[vectors];
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) column[v] = load(b + v * V::size);
@@ -230,89 +248,166 @@ void multiply(const T* a, const T* b, int64_t depth, bool add, T* sums, int64_t 
   }
 }
 
-// multiply for the number of rows and vectors that there are.
+// multiply_tile for the number of rows and vectors that there are.
 template <typename T, bool pair, int... rows>
 void multiply_rows(int64_t n, bool second, const T* a, const T* b, int64_t depth, bool add, T* sums,
-                   int64_t pitch, std::integer_sequence<int, rows...>) {
-  using Kernel = void (*)(const T*, const T*, int64_t, bool, T*, int64_t);
-  constexpr Kernel kKernels[2][sizeof...(rows)] = {{&multiply<T, pair, rows + 1, 1>...},
-                                                   {&multiply<T, pair, rows + 1, kVectors>...}};
-  kKernels[second][n - 1](a, b, depth, add, sums, pitch);
+                   int64_t pitch, Ahead ahead, std::integer_sequence<int, rows...>) {
+  using Kernel = void (*)(const T*, const T*, int64_t, bool, T*, int64_t, Ahead);
+  constexpr Kernel kKernels[2][sizeof...(rows)] = {
+      {&multiply_tile<T, pair, rows + 1, 1>...}, {&multiply_tile<T, pair, rows + 1, kVectors>...}};
+  kKernels[second][n - 1](a, b, depth, add, sums, pitch, ahead);
 }
 
 // ------------------------------------------------------------------------------------------- whole
 
-// Columns of a block, whose packed B is to stay in the nearer caches.
+// How a product of k terms is cut: into blocks of columns, whose packed B is to stay in the nearer
+// caches; where B is deep, also into panels of it, with the sums of as many rows in memory.
 template <typename S>
-int64_t block_columns(int64_t k) {
-  constexpr int64_t kBytes = 2 << 20, kLeast = 128;
-  const int64_t fit = kBytes / int64_t(sizeof(accumulate_t<S>)) / std::max<int64_t>(1, words<S>(k));
-  return std::clamp(fit / kLeast * kLeast, kLeast, kBlockColumns);
+struct Cut {
+  int64_t columns, panel, rows;
+
+  explicit Cut(int64_t k) {
+    constexpr int64_t kBytes = 2 << 20, kLeast = 128;
+    const int64_t fit = kBytes / int64_t(sizeof(accumulate_t<S>)), depth = words<S>(k);
+    if (is_deep(depth))
+      columns = kBlockColumns, panel = fit / kBlockColumns / kDepth * kDepth, rows = 8 * kBlockRows;
+    else
+      columns =
+          std::clamp(fit / std::max<int64_t>(1, depth) / kLeast * kLeast, kLeast, kBlockColumns),
+      panel = depth, rows = kBlockRows;
+  }
+  static bool is_deep(int64_t depth) {
+    return depth * 128 * int64_t(sizeof(accumulate_t<S>)) > 2 << 20;
+  }
+};
+
+// Scratch of one thread for run on m rows, n columns and k terms, in elements of T.
+template <typename S>
+int64_t scratch_size(int64_t m, int64_t n, int64_t k) {
+  const Cut<S> cut(k);
+  const int64_t columns = round_up(std::min(n, cut.columns), kColumns<accumulate_t<S>>);
+  const int64_t rows = std::min(round_up(m, kRows), cut.rows);
+  return cut.panel * columns + kBlockRows * kPitch + rows * columns;
 }
 
-// Scratch of one thread for products of n columns and k terms, in elements of T.
+// The product of rows [i, i + rows), at most kBlockRows, with `columns` columns from j on over
+// words [p0, p1), on top of what is in `sums` from p0 > 0 on. `packed_b` begins at p0. If these are
+// the last words each vector of C goes to store_c; A's rows have been read by then: C may lie over
+// them.
+template <typename A, typename Store>
+void multiply_block(const Matrix<A>& a, const accumulate_t<A>* packed_b, int64_t i, int64_t rows,
+                    int64_t j, int64_t columns, int64_t p0, int64_t p1, int64_t k,
+                    accumulate_t<A>* packed_a, accumulate_t<A>* sums, const Store& store_c,
+                    const void* next = nullptr, int64_t size = 0) {
+  using T = accumulate_t<A>;
+  using V = Vec<T>;
+  const int64_t pitch = round_up(columns, kColumns<T>), depth = words<A>(k);
+  const int64_t tiles = (rows + kRows - 1) / kRows * (pitch / kColumns<T>);
+  const int64_t step = size / std::max<int64_t>(1, tiles * (p1 - p0));
+  const char* from = static_cast<const char*>(next);
+  int64_t p = p0;
+  do {  // a product of no terms is a block of zeros
+    const int64_t n = std::min(kDepth, p1 - p);
+    pack_a(a, i, rows, p, n, k, packed_a);
+    const T* const panel = packed_b + (p - p0) * pitch;
+    for (int64_t r = 0; r < rows; r += kRows)
+      for (int64_t c = 0; c < columns; c += kColumns<T>) {
+        const int64_t height = std::min(kRows, rows - r);
+        const int64_t width = std::min(kColumns<T>, columns - c);
+        T* const tile = sums + r * pitch + c;
+        const Ahead ahead{from ? from : reinterpret_cast<const char*>(tile), step};
+        multiply_rows<T, Word<A>::kPair>(height, width > V::size, packed_a + r * kPitch,
+                                         panel + c * n, n, p > 0, tile, pitch, ahead,
+                                         std::make_integer_sequence<int, int(kRows)>());
+        if (from) from += n * step;
+        if (p + n < depth) continue;
+        for (int64_t y = 0; y < height; ++y)
+          for (int64_t x = 0; x < width; x += V::size)
+            store_c(i + r + y, j + c + x, std::min(V::size, width - x), load(tile + y * pitch + x));
+      }
+    p += n;
+  } while (p < p1);
+}
+
+// Words [p0, p1) of columns [j, j + columns) of B, as multiply_block reads them.
 template <typename S>
-int64_t scratch_size(int64_t n, int64_t k) {
-  const int64_t columns = round_up(std::min(n, block_columns<S>(k)), kColumns<accumulate_t<S>>);
-  return words<S>(k) * columns + kBlockRows * kPitch + kBlockRows * columns;
+void pack_panels(const Matrix<S>& b, int64_t p0, int64_t p1, int64_t k, int64_t j, int64_t columns,
+                 accumulate_t<S>* to) {
+  const int64_t pitch = round_up(columns, kColumns<accumulate_t<S>>);
+  for (int64_t p = p0; p < p1; p += kDepth)
+    pack_b(b, p, std::min(kDepth, p1 - p), k, j, columns, to + (p - p0) * pitch);
 }
 
 // Rows [i0, i1) and columns [j0, j1) of A·B on the calling thread. Each vector of C goes once to
-// store_c(i, j, lanes, value): columns j … j + lanes − 1 of row i.
-template <typename S, typename Store>
-void run(const Matrix<S>& a, const Matrix<S>& b, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-         int64_t k, accumulate_t<S>* scratch, const Store& store_c) {
-  using T = accumulate_t<S>;
-  using V = Vec<T>;
-  const int64_t depth = words<S>(k), most_columns = block_columns<S>(k);
-  for (int64_t j = j0; j < j1; j += most_columns) {
-    const int64_t columns = std::min(most_columns, j1 - j);
-    const int64_t pitch = round_up(columns, kColumns<T>);
+// store_c(i, j, lanes, value): columns j … j + lanes − 1 of row i. A and B may differ in type where
+// their words are alike.
+template <typename A, typename B, typename Store>
+void run(const Matrix<A>& a, const Matrix<B>& b, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+         int64_t k, accumulate_t<A>* scratch, const Store& store_c) {
+  using T = accumulate_t<A>;
+  static_assert(Word<A>::kPair == Word<B>::kPair && std::is_same_v<T, accumulate_t<B>>);
+  const Cut<A> cut(k);
+  const int64_t depth = words<A>(k);
+  const bool deep = cut.panel < depth;
+  for (int64_t j = j0; j < j1; j += cut.columns) {
+    const int64_t columns = std::min(cut.columns, j1 - j), pitch = round_up(columns, kColumns<T>);
     T* const packed_b = scratch;
-    T* const packed_a = packed_b + depth * pitch;
+    T* const packed_a = packed_b + cut.panel * pitch;
     T* const sums = packed_a + kBlockRows * kPitch;
-    for (int64_t p = 0; p < depth; p += kDepth)
-      pack_b(b, p, std::min(kDepth, depth - p), k, j, columns, packed_b + p * pitch);
-    for (int64_t i = i0; i < i1; i += kBlockRows) {
-      const int64_t rows = std::min(kBlockRows, i1 - i);
-      // do: a product of no terms is a block of zeros
-      int64_t p = 0;
-      do {
-        const int64_t n = std::min(kDepth, depth - p);
-        pack_a(a, i, rows, p, n, k, packed_a);
-        for (int64_t r = 0; r < rows; r += kRows)
-          for (int64_t c = 0; c < columns; c += kColumns<T>) {
-            const int64_t height = std::min(kRows, rows - r);
-            const int64_t width = std::min(kColumns<T>, columns - c);
-            T* const tile = sums + r * pitch + c;
-            multiply_rows<T, Word<S>::kPair>(height, width > V::size, packed_a + r * kPitch,
-                                             packed_b + p * pitch + c * n, n, p > 0, tile, pitch,
-                                             std::make_integer_sequence<int, int(kRows)>());
-            if (p + n < depth) continue;
-            for (int64_t y = 0; y < height; ++y)
-              for (int64_t x = 0; x < width; x += V::size)
-                store_c(i + r + y, j + c + x, std::min(V::size, width - x),
-                        load(tile + y * pitch + x));
-          }
-        p += n;
-      } while (p < depth);
-    }
+    if (!deep) pack_panels(b, 0, depth, k, j, columns, packed_b);
+    const int64_t height = deep ? cut.rows : i1 - i0;
+    for (int64_t top = i0; top < i1; top += height)
+      for (int64_t p = 0; p < std::max<int64_t>(depth, 1); p += std::max<int64_t>(cut.panel, 1)) {
+        const int64_t end = std::min(depth, p + cut.panel);
+        if (deep) pack_panels(b, p, end, k, j, columns, packed_b);
+        for (int64_t i = top; i < std::min(i1, top + height); i += kBlockRows)
+          multiply_block(a, packed_b, i, std::min(kBlockRows, i1 - i), j, columns, p, end, k,
+                         packed_a, sums + (deep ? (i - top) * pitch : 0), store_c);
+      }
   }
+}
+
+// The whole of a B that many products share, packed once: words(k) × round_up(n, kColumns).
+template <typename S>
+struct Packed {
+  const accumulate_t<S>* data;
+  int64_t n, k;
+
+  static int64_t size(int64_t n, int64_t k) {
+    return words<S>(k) * round_up(n, kColumns<accumulate_t<S>>);
+  }
+  Packed(const Matrix<S>& b, int64_t n, int64_t k, accumulate_t<S>* to) : data(to), n(n), k(k) {
+    pack_panels(b, 0, words<S>(k), k, 0, n, to);
+  }
+  // Of run_block, for each of its threads.
+  int64_t scratch_size() const {
+    return kBlockRows * (kPitch + round_up(n, kColumns<accumulate_t<S>>));
+  }
+};
+
+// Rows [i, i + rows) of A·B, at most kBlockRows, all columns, on the calling thread; as run. C may
+// lie over A; meanwhile `size` bytes from `next` on come nearer.
+template <typename A, typename B, typename Store>
+void run_block(const Matrix<A>& a, const Packed<B>& b, int64_t i, int64_t rows,
+               accumulate_t<A>* scratch, const Store& store_c, const void* next, int64_t size) {
+  static_assert(Word<A>::kPair == Word<B>::kPair);
+  multiply_block(a, b.data, i, rows, 0, b.n, 0, words<A>(b.k), b.k, scratch,
+                 scratch + kBlockRows * kPitch, store_c, next, size);
 }
 
 // -------------------------------------------------------------------------------------- few rows
 
 // One vector of columns from column j on, of which `columns` are there, as rows of `to`.
 // B's columns contiguous along k: dot products, lanes over k.
-template <typename S, int rows>
-void dot_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t j, int64_t columns, int64_t k,
-              accumulate_t<S>* to) {
-  using T = accumulate_t<S>;
+template <typename A, typename B, int rows>
+void dot_rows(const Matrix<A>& a, const Matrix<B>& b, int64_t j, int64_t columns, int64_t k,
+              accumulate_t<A>* to) {
+  using T = accumulate_t<A>;
   using V = Vec<T>;
   constexpr int kAtOnce = 4;
   for (int64_t c = 0; c < columns; c += kAtOnce) {
     // Past the last column its own is read once more.
-    const S* column[kAtOnce];
+    const B* column[kAtOnce];
     for (int q = 0; q < kAtOnce; ++q) column[q] = b.at(0, j + std::min(c + q, columns - 1));
     V sum_of[rows][kAtOnce];
     for (auto& row : sum_of) std::fill(row, row + kAtOnce, V(T(0)));
@@ -337,10 +432,10 @@ void dot_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t j, int64_t columns
 }
 
 // The same where B's rows are contiguous: lanes over columns.
-template <typename S, int rows>
-void scale_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t j, int64_t columns, int64_t k,
-                accumulate_t<S>* to) {
-  using T = accumulate_t<S>;
+template <typename A, typename B, int rows>
+void scale_rows(const Matrix<A>& a, const Matrix<B>& b, int64_t j, int64_t columns, int64_t k,
+                accumulate_t<A>* to) {
+  using T = accumulate_t<A>;
   using V = Vec<T>;
   V total[rows];
   std::fill(total, total + rows, V(T(0)));
@@ -359,30 +454,30 @@ void scale_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t j, int64_t colum
 }
 
 // Whether a product is one for run_few_rows, which needs no scratch.
-template <typename S>
-bool has_few_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t m, int64_t k) {
+template <typename A, typename B>
+bool has_few_rows(const Matrix<A>& a, const Matrix<B>& b, int64_t m, int64_t k) {
   return m <= kFewRows && k > 0 &&
          (b.column_stride == 1 || (b.row_stride == 1 && a.column_stride == 1));
 }
 
 // rows × Vec::size of A·B from column j on, of which `columns` are there.
-template <typename S>
-void few_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t rows, int64_t j, int64_t columns,
-              int64_t k, accumulate_t<S>* to) {
+template <typename A, typename B>
+void few_rows(const Matrix<A>& a, const Matrix<B>& b, int64_t rows, int64_t j, int64_t columns,
+              int64_t k, accumulate_t<A>* to) {
   using Kernel =
-      void (*)(const Matrix<S>&, const Matrix<S>&, int64_t, int64_t, int64_t, accumulate_t<S>*);
+      void (*)(const Matrix<A>&, const Matrix<B>&, int64_t, int64_t, int64_t, accumulate_t<A>*);
   constexpr Kernel kKernels[2][kFewRows] = {
-      {&scale_rows<S, 1>, &scale_rows<S, 2>, &scale_rows<S, 3>, &scale_rows<S, 4>},
-      {&dot_rows<S, 1>, &dot_rows<S, 2>, &dot_rows<S, 3>, &dot_rows<S, 4>}};
+      {&scale_rows<A, B, 1>, &scale_rows<A, B, 2>, &scale_rows<A, B, 3>, &scale_rows<A, B, 4>},
+      {&dot_rows<A, B, 1>, &dot_rows<A, B, 2>, &dot_rows<A, B, 3>, &dot_rows<A, B, 4>}};
   kKernels[b.row_stride == 1 && a.column_stride == 1][rows - 1](a, b, j, columns, k, to);
 }
 
 // As run, for products that has_few_rows: all rows, columns [j0, j1).
-template <typename S, typename Store>
-void run_few_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t m, int64_t j0, int64_t j1,
+template <typename A, typename B, typename Store>
+void run_few_rows(const Matrix<A>& a, const Matrix<B>& b, int64_t m, int64_t j0, int64_t j1,
                   int64_t k, const Store& store_c) {
-  using V = Vec<accumulate_t<S>>;
-  accumulate_t<S> result[kFewRows * V::size] = {};
+  using V = Vec<accumulate_t<A>>;
+  accumulate_t<A> result[kFewRows * V::size] = {};
   for (int64_t j = j0; j < j1; j += V::size) {
     const int64_t columns = std::min(V::size, j1 - j);
     few_rows(a, b, m, j, columns, k, result);
@@ -391,10 +486,10 @@ void run_few_rows(const Matrix<S>& a, const Matrix<S>& b, int64_t m, int64_t j0,
 }
 
 // As run, for products whose transpose has_few_rows: rows [i0, i1), all columns.
-template <typename S, typename Store>
-void run_few_columns(const Matrix<S>& a, const Matrix<S>& b, int64_t n, int64_t i0, int64_t i1,
+template <typename A, typename B, typename Store>
+void run_few_columns(const Matrix<A>& a, const Matrix<B>& b, int64_t n, int64_t i0, int64_t i1,
                      int64_t k, const Store& store_c) {
-  using T = accumulate_t<S>;
+  using T = accumulate_t<A>;
   using V = Vec<T>;
   T result[kFewRows * V::size] = {};
   for (int64_t i = i0; i < i1; i += V::size) {
@@ -409,6 +504,8 @@ void run_few_columns(const Matrix<S>& a, const Matrix<S>& b, int64_t n, int64_t 
 }
 
 // ----------------------------------------------------------------------------------------- threads
+
+constexpr int64_t kGrain = 1 << 16;  // fewest multiply-adds worth a second thread
 
 // How many threads share the rows and how many the columns of C: each packs what it needs of A and
 // of B, so that nobody waits.
@@ -428,5 +525,42 @@ struct Grid {
     }
   }
 };
+
+// Every vector of C[m×n] = A·B goes to store_c(i, j, lanes, value), over all threads.
+template <typename A, typename B, typename Store>
+void multiply(const Matrix<A>& a, const Matrix<B>& b, int64_t m, int64_t n, int64_t k,
+              const Store& store_c) {
+  using T = accumulate_t<A>;
+  if (m == 0 || n == 0) return;
+  const bool few_rows = has_few_rows(a, b, m, k);
+  const bool few_columns = !few_rows && has_few_rows(b.transposed(), a.transposed(), n, k);
+  const int64_t most = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t threads = std::clamp<int64_t>(m * n * std::max<int64_t>(k, 1) / kGrain, 1, most);
+  Grid grid(m, n, threads, kColumns<T>);
+  if (few_rows) grid.rows = 1, grid.columns = threads;
+  if (few_columns) grid.rows = threads, grid.columns = 1;
+  const int64_t height = round_up((m + grid.rows - 1) / grid.rows, kRows);
+  const int64_t width = round_up((n + grid.columns - 1) / grid.columns, kColumns<T>);
+  const int64_t size =
+      few_rows || few_columns
+          ? 0
+          : Aligned<T>::padded(scratch_size<A>(std::min(height, m), std::min(width, n), k));
+  const Aligned<T> memory(threads * size);
+  std::atomic<int64_t> callers{0};
+  torch::stable::parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
+    T* const scratch = memory.get() + callers.fetch_add(1) * size;
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t i = t / grid.columns * height, j = t % grid.columns * width;
+      if (i >= m || j >= n) continue;
+      const int64_t i1 = std::min(m, i + height), j1 = std::min(n, j + width);
+      if (few_rows)
+        run_few_rows(a, b, m, j, j1, k, store_c);
+      else if (few_columns)
+        run_few_columns(a, b, n, i, i1, k, store_c);
+      else
+        run(a, b, i, i1, j, j1, k, scratch, store_c);
+    }
+  });
+}
 
 }  // namespace dlkernels::gemm

@@ -7,8 +7,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
-#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -25,7 +23,7 @@ using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
 constexpr const char* kOp = "linear";
-constexpr int64_t kGrain = 1 << 16;  // fewest multiply-adds worth a second thread
+constexpr int64_t kGrain = 1 << 16;  // fewest elements worth a second thread
 
 enum class Activation { kNone, kRelu, kLeakyRelu, kTanh, kSigmoid };
 constexpr double kSlope = 0.01;  // of leaky_relu
@@ -153,46 +151,6 @@ std::vector<int64_t> output_shape(const Tensor& input, const Tensor& weight) {
 
 // ---------------------------------------------------------------------------------------- products
 
-// Every vector of C[m×n] = A·B goes to store_c(i, j, lanes, value), over all threads.
-template <typename S, typename Store>
-void multiply(const gemm::Matrix<S>& a, const gemm::Matrix<S>& b, int64_t m, int64_t n, int64_t k,
-              const Store& store_c) {
-  using T = accumulate_t<S>;
-  if (m == 0 || n == 0) return;
-  const bool few_rows = gemm::has_few_rows(a, b, m, k);
-  const bool few_columns = !few_rows && gemm::has_few_rows(b.transposed(), a.transposed(), n, k);
-  const int64_t most = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const int64_t threads = std::clamp<int64_t>(m * n * std::max<int64_t>(k, 1) / kGrain, 1, most);
-  gemm::Grid grid(m, n, threads, gemm::kColumns<T>);
-  if (few_rows) grid.rows = 1, grid.columns = threads;
-  if (few_columns) grid.rows = threads, grid.columns = 1;
-  const int64_t height = gemm::round_up((m + grid.rows - 1) / grid.rows, gemm::kRows);
-  const int64_t width = gemm::round_up((n + grid.columns - 1) / grid.columns, gemm::kColumns<T>);
-  const int64_t size =
-      few_rows || few_columns
-          ? 0
-          : gemm::round_up(gemm::scratch_size<S>(std::min(width, n), k), 64 / sizeof(T));
-  // Allocated here: an exception inside the region would lose its text.
-  constexpr std::align_val_t kLine{64};
-  const auto release = [](T* data) { ::operator delete[](data, kLine); };
-  const std::unique_ptr<T[], decltype(release)> memory(new (kLine) T[threads * size], release);
-  std::atomic<int64_t> callers{0};
-  torch::stable::parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
-    T* const scratch = memory.get() + callers.fetch_add(1) * size;
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t i = t / grid.columns * height, j = t % grid.columns * width;
-      if (i >= m || j >= n) continue;
-      const int64_t i1 = std::min(m, i + height), j1 = std::min(n, j + width);
-      if (few_rows)
-        gemm::run_few_rows(a, b, m, j, j1, k, store_c);
-      else if (few_columns)
-        gemm::run_few_columns(a, b, n, i, i1, k, store_c);
-      else
-        gemm::run(a, b, i, i1, j, j1, k, scratch, store_c);
-    }
-  });
-}
-
 // Σ over the rows of x[m×n], in float over kBlock rows and in double over blocks, in order.
 template <typename S>
 void sum_rows(const gemm::Matrix<S>& x, int64_t m, int64_t n, S* to) {
@@ -244,7 +202,7 @@ Tensor linear_forward(Tensor input, Tensor weight, Optional bias, std::string ac
       b = static_cast<const S*>(flat_bias.const_data_ptr());
     }
     S* y = static_cast<S*>(output.mutable_data_ptr());
-    multiply(x, w.transposed(), m, n, k, [=](int64_t i, int64_t j, int64_t lanes, V value) {
+    gemm::multiply(x, w.transposed(), m, n, k, [=](int64_t i, int64_t j, int64_t lanes, V value) {
       if (b) value = value + load(b + j, lanes);
       store(y + i * n + j, activate(act, value), lanes);
     });
@@ -314,11 +272,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor in
     if (want_input) {
       const gemm::Matrix<S> w{static_cast<const S*>(weight.const_data_ptr()), weight.stride(0),
                               weight.stride(1)};
-      multiply(z, w, m, k, n, write(grad_input, k));
+      gemm::multiply(z, w, m, k, n, write(grad_input, k));
     }
     if (want_weight) {
       const auto x = as_matrix<S>(input, keep_input);
-      multiply(z.transposed(), x, n, k, m, write(grad_weight, k));
+      gemm::multiply(z.transposed(), x, n, k, m, write(grad_weight, k));
     }
     if (want_bias) sum_rows(z, m, n, static_cast<S*>(grad_bias.mutable_data_ptr()));
   });
