@@ -1,5 +1,5 @@
-// The checks of every host entry. A message names the op, the argument, what was wanted and what
-// was got.
+// The checks of every host entry, and its switch over dtypes. A message names the op, the argument,
+// what was wanted and what was got.
 //
 // DLK_CHECK raises RuntimeError, DLK_CHECK_INDEX IndexError (std::out_of_range crosses the stable
 // ABI as that). Use them on the calling thread only: an exception that leaves a parallel region
@@ -57,6 +57,33 @@ inline void check_dtype(const char* op, const char* argument, const torch::stabl
   DLK_CHECK(tensor.scalar_type() == wanted, op, ": expected ", argument, " of dtype ",
             torch::headeronly::toString(wanted), ", got ",
             torch::headeronly::toString(tensor.scalar_type()));
+}
+
+inline void check_floating(const char* op, const char* argument,
+                           const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = tensor.scalar_type();
+  DLK_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+            op, ": expected ", argument, " of dtype float32, float64, bfloat16 or float16, got ",
+            torch::headeronly::toString(dtype));
+}
+
+// body(S{}) for the type S of the elements of a tensor that check_floating lets through. Bf16 and
+// F16 are the types that the device's kernels have for those dtypes.
+template <typename Bf16, typename F16, typename Body>
+void for_dtype(torch::headeronly::ScalarType dtype, const Body& body) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::BFloat16:
+      return body(Bf16{});
+    default:
+      return body(F16{});
+  }
 }
 
 inline void check_cpu(const char* op, const char* argument, const torch::stable::Tensor& tensor) {
