@@ -20,7 +20,6 @@ bandwidth above 1 means that the cache delivered.
 logit: maximum, subtraction, exponential and sum; for the gradient a product and a subtraction.
 """
 
-import functools
 import itertools
 import math
 import zlib
@@ -30,7 +29,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import Provider, Row
+from benchmarks.measure import Provider, Row, rows_of
 
 OP = "cross_entropy"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -418,27 +417,9 @@ def _counted(case: Case) -> tuple[int, int]:
 
 
 def rows(device: str) -> list[Row]:
-    """All rows; their tensors are made when a row's providers are asked for."""
+    """All rows."""
     cases = CASES
     if device == "cuda":
         memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 1 << 40
         cases = gpu_cases(memory) + CASES
-    made = []
-    for case in cases:
-        bytes_, flops = _counted(case)
-        made.append(
-            Row(
-                op=OP,
-                name=case.name,
-                reason=case.reason,
-                work=case.work,
-                dtype=str(case.dtype).removeprefix("torch."),
-                shape=case.shape,
-                layout=case.layout,
-                bytes=bytes_,
-                flops=flops,
-                providers=functools.partial(_providers, case, device),
-                calls=case.calls,
-            )
-        )
-    return made
+    return rows_of(OP, cases, _counted, _providers, device)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import Provider, Row
+from benchmarks.measure import Provider, Row, rows_of
 
 OP = "linear"
 FORWARD, GRADIENT = "forward", "forward+gradient"
@@ -243,23 +243,5 @@ def _counted(case: Case) -> tuple[int, int]:
 
 
 def rows(device: str) -> list[Row]:
-    """All rows; their tensors are made when a row's providers are asked for."""
-    made = []
-    for case in CASES:
-        bytes_, flops = _counted(case)
-        made.append(
-            Row(
-                op=OP,
-                name=case.name,
-                reason=case.reason,
-                work=case.work,
-                dtype=str(case.dtype).removeprefix("torch."),
-                shape=case.shape,
-                layout="contiguous",
-                bytes=bytes_,
-                flops=flops,
-                providers=functools.partial(_providers, case, device),
-                calls=case.calls,
-            )
-        )
-    return made
+    """All rows."""
+    return rows_of(OP, CASES, _counted, _providers, device)

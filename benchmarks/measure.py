@@ -83,6 +83,30 @@ class Row:
         return self.work != "forward"
 
 
+def rows_of(op: str, cases: list, counted: Callable, providers: Callable, device: str) -> list[Row]:
+    """A row for each case of an op's tables, whose fields have a row's names. ``counted(case)``
+    gives bytes and flops. Tensors are made when a row's providers are asked for."""
+    made = []
+    for case in cases:
+        bytes_, flops = counted(case)
+        made.append(
+            Row(
+                op=op,
+                name=case.name,
+                reason=case.reason,
+                work=case.work,
+                dtype=str(case.dtype).removeprefix("torch."),
+                shape=case.shape,
+                layout=getattr(case, "layout", "contiguous"),
+                bytes=bytes_,
+                flops=flops,
+                providers=functools.partial(providers, case, device),
+                calls=case.calls,
+            )
+        )
+    return made
+
+
 @dataclass
 class Measured:
     """What was seen of one provider. ``missing`` says why there are no times, if there are none."""

@@ -1,11 +1,14 @@
-// What the host entries of cross_entropy share on every device: options, layouts, checks.
+// What the host entries of cross_entropy share on every device: options, layouts, checks, and the
+// raw ops themselves on top of a device's forward and backward.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <limits>
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -99,11 +102,8 @@ Target check_arguments(const Tensor& input, const Tensor& target, const Optional
                        const Options& options, const CheckDevice& check_device) {
   check_device("input", input);
   check_device("target", target);
+  check_floating(kOp, "input", input);
   const ScalarType dtype = input.scalar_type();
-  DLK_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-            kOp, ": expected input of dtype float32, float64, bfloat16 or float16, got ",
-            torch::headeronly::toString(dtype));
   DLK_CHECK(input.dim() >= 1, kOp, ": expected input with at least 1 dimension, got a scalar");
   const int64_t classes = input.size(input.dim() > 1 ? 1 : 0);
   DLK_CHECK(classes >= 1, kOp, ": expected at least one class, got input of shape ",
@@ -125,6 +125,38 @@ Target check_arguments(const Tensor& input, const Tensor& target, const Optional
   return {torch::stable::contiguous(torch::stable::to(target, ScalarType::Long)), false};
 }
 
+// The tensors of a call, and how they lie. The gradient is laid out like the input. Where no walk
+// takes the input as it lies, or input, target and gradient differ in walk, contiguous copies stand
+// in for them. Not for an empty input: it may have no layout.
+struct LaidOut {
+  Tensor input;
+  Target target;
+  Optional gradient, written;  // what is handed out, what the loops write
+  Layout layout, target_layout, gradient_layout;
+
+  LaidOut(const Tensor& input_, const Target& target_, bool with_gradient)
+      : input(input_), target(target_) {
+    if (with_gradient) gradient = written = torch::stable::empty_like(input);
+    auto x = layout_of(input);
+    auto t = target.is_probability ? layout_of(target.tensor) : x;
+    auto g = with_gradient ? layout_of(*gradient) : x;
+    if (!same_kind(x, t) || !same_kind(x, g)) {
+      input = torch::stable::contiguous(input);
+      if (target.is_probability) target.tensor = torch::stable::contiguous(target.tensor);
+      if (with_gradient && !gradient->is_contiguous()) written = torch::stable::empty_like(input);
+      x = t = g = layout_of(input);
+    }
+    layout = *x;
+    target_layout = *t;
+    gradient_layout = *g;
+  }
+
+  Tensor finished_gradient() {
+    if (written->get() != gradient->get()) torch::stable::copy_(*gradient, *written);
+    return *gradient;
+  }
+};
+
 // Of cross_entropy_backward's own arguments.
 template <typename CheckDevice>
 void check_backward(const Tensor& grad_loss, const Optional& grad_lse, const Tensor& input,
@@ -144,16 +176,11 @@ void check_backward(const Tensor& grad_loss, const Optional& grad_lse, const Ten
   if (grad_lse) check("grad_lse", *grad_lse, ScalarType::Double, shape);
 }
 
-// A gradient made in the forward pass has one upstream gradient.
-inline void check_forward_backward(int64_t reduction) {
-  DLK_CHECK(reduction != kNone, kOp,
-            ": a gradient made in the forward pass needs reduction mean or sum, got none");
-}
-
 // Of cross_entropy_scale_: a gradient without gaps, and one factor of its dtype.
 template <typename CheckDevice>
 void check_scale(const Tensor& gradient, const Tensor& grad_loss, const CheckDevice& check_device) {
   check_device("gradient", gradient);
+  check_floating(kOp, "gradient", gradient);
   check_device("grad_loss", grad_loss);
   check_dtype(kOp, "grad_loss", grad_loss, gradient.scalar_type());
   check_shape(kOp, "grad_loss", grad_loss, std::vector<int64_t>{});
@@ -163,6 +190,63 @@ void check_scale(const Tensor& gradient, const Tensor& grad_loss, const CheckDev
   for (size_t d = 0; d < size.size(); ++d) extent += (size[d] - 1) * stride[d];
   DLK_CHECK(extent == gradient.numel(), kOp, ": expected a dense gradient, got strides ",
             shape_string(stride));
+}
+
+// ---------------------------------------------------------------------------------------- raw ops
+
+struct Outputs {
+  Tensor loss, lse, total_weight;
+  Optional gradient;
+};
+
+// What forward returns, to be written, but for the gradient, which is laid out with the problem. Of
+// no rows it is final: layouts and blocks are of one row at least.
+inline Outputs new_outputs(const Tensor& input, const Options& options, bool with_gradient) {
+  const std::vector<int64_t> shape = row_shape(input), scalar;
+  Outputs made{torch::stable::new_empty(input, options.reduction == kNone ? shape : scalar),
+               torch::stable::new_empty(input, shape, ScalarType::Double),
+               torch::stable::new_empty(input, scalar, ScalarType::Double), std::nullopt};
+  if (input.numel() > 0) return made;
+  const double mean = std::numeric_limits<double>::quiet_NaN();
+  torch::stable::fill_(made.loss, options.reduction == kMean ? mean : 0.0);
+  torch::stable::zero_(made.total_weight);
+  if (with_gradient) made.gradient = torch::stable::empty_like(input);
+  return made;
+}
+
+// A device boxes these for its
+//   Outputs forward(input, target, weight, options, with_gradient)
+//   Tensor backward(grad_loss, grad_lse, input, target, weight, lse, total_weight, options)
+template <auto forward>
+std::tuple<Tensor, Tensor, Tensor> raw_forward(Tensor input, Tensor target, Optional weight,
+                                               int64_t reduction, int64_t ignore_index,
+                                               double label_smoothing, double softcap,
+                                               double z_loss) {
+  const Options options{reduction, ignore_index, label_smoothing, softcap, z_loss};
+  const Outputs made = forward(input, target, weight, options, false);
+  return {made.loss, made.lse, made.total_weight};
+}
+
+// A gradient made in the forward pass has one upstream gradient.
+template <auto forward>
+std::tuple<Tensor, Tensor, Tensor, Tensor> raw_forward_backward(Tensor input, Tensor target,
+                                                                Optional weight, int64_t reduction,
+                                                                int64_t ignore_index,
+                                                                double label_smoothing,
+                                                                double softcap, double z_loss) {
+  DLK_CHECK(reduction != kNone, kOp,
+            ": a gradient made in the forward pass needs reduction mean or sum, got none");
+  const Options options{reduction, ignore_index, label_smoothing, softcap, z_loss};
+  const Outputs made = forward(input, target, weight, options, true);
+  return {made.loss, made.lse, made.total_weight, *made.gradient};
+}
+
+template <auto backward>
+Tensor raw_backward(Tensor grad_loss, Optional grad_lse, Tensor input, Tensor target,
+                    Optional weight, Tensor lse, Tensor total_weight, int64_t reduction,
+                    int64_t ignore_index, double label_smoothing, double softcap, double z_loss) {
+  const Options options{reduction, ignore_index, label_smoothing, softcap, z_loss};
+  return backward(grad_loss, grad_lse, input, target, weight, lse, total_weight, options);
 }
 
 }  // namespace dlkernels::cross_entropy

@@ -42,7 +42,8 @@ def _triton() -> str:
 
 def owners() -> list[tuple[str, ...]]:
     """One row per op: its name, then for each of ``DEVICES`` its kernels, or why PyTorch's run."""
-    ops = sorted(module.name for module in pkgutil.iter_modules(dlkernels.ops.__path__))
+    modules = {module.name for module in pkgutil.iter_modules(dlkernels.ops.__path__)}
+    ops = sorted(modules - {"common"})
     names = torch._C._dispatch_get_all_op_names()
     names = [name[len(SPACE) :] for name in names if name.startswith(SPACE)]
     raw: dict[str, list[str]] = {op: [] for op in ops}

@@ -2,14 +2,18 @@
 
 import itertools
 import math
-import multiprocessing
-import threading
 
+import layouts
 import pytest
 import torch
 from compare import assert_no_worse
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import (
+    assert_same_for_any_number_of_threads,
+    assert_same_in_a_forked_child,
+    assert_same_in_threads_at_once,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
@@ -42,7 +46,7 @@ SHAPES = {
     "channels_last_rows": ((2, 130, 5, 3), "channels_last"),
     "channels_last_3d": ((2, 7, 3, 4, 5), "channels_last_3d"),
     "matrix_transposed": ((37, 50), "transposed"),
-    "sliced_classes": ((12, 100), "sliced_classes"),
+    "sliced_classes": ((12, 100), "sliced_columns"),
     "sliced_rows": ((12, 100), "sliced_rows"),
     "every_second_class": ((12, 100), "every_second"),
     "permuted_pixels": ((2, 9, 5, 6), "permuted"),
@@ -59,21 +63,9 @@ def lay_out(x, layout):
     """The values of x in another layout of memory."""
     if layout in ("channels_last", "channels_last_3d"):
         return x.contiguous(memory_format=getattr(torch, layout))
-    if layout == "transposed":
-        return x.t().contiguous().t()
-    if layout == "sliced_classes":
-        return torch.cat([x, x], 1)[:, : x.shape[1]]
-    if layout == "sliced_rows":
-        return x.repeat_interleave(2, 0)[::2]
-    if layout == "every_second":
-        return x.repeat_interleave(2, 1)[:, ::2]
     if layout == "permuted":
         return x.transpose(2, 3).contiguous().transpose(2, 3)
-    if layout == "expanded":
-        return x[:1].expand_as(x)
-    if layout == "offset":
-        return torch.cat([x.new_zeros(3), x.flatten()])[3:].view_as(x)
-    return x
+    return x if layout is None else getattr(layouts, layout)(x)
 
 
 def rows_of(shape):
@@ -335,7 +327,9 @@ def test_weights_are_never_read_at_ignored_targets(own):
         assert loss.isfinite()
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (2, 5, 0), (0, 5, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 5), (0, 5, 3), (2, 5, 0), (0, 5, 2, 2), (2, 5, 0, 3), (2, 5, 3, 0)], ids=str
+)
 @pytest.mark.parametrize("kind", ["index", "probability"])
 def test_empty(shape, kind, own):
     x = torch.randn(shape, requires_grad=True)
@@ -692,6 +686,8 @@ def test_refusals_of_raw_ops():
         ops.cross_entropy_scale_(x[:, ::2], torch.tensor(2.0))
     with pytest.raises(RuntimeError, match="grad_loss of shape"):
         ops.cross_entropy_scale_(x, torch.rand(2))
+    with pytest.raises(RuntimeError, match="gradient of dtype float32, .*(?i:int)"):
+        ops.cross_entropy_scale_(x.int(), torch.tensor(2, dtype=torch.int32))
 
 
 def test_raw_ops_refuse_a_target_out_of_range():
@@ -752,53 +748,15 @@ def test_the_same_bits_for_any_number_of_threads(shape, own):
     size = (size[0] * 40, *size[1:])
     for dtype, reduction in itertools.product((torch.float32, torch.bfloat16), ("mean", "none")):
         x, target, arguments = problem(size, dtype, layout, weighted=True, ignored=True)
-        results = []
-        for threads in (1, 2, 3, 2):
-            torch.set_num_threads(threads)
-            results.append(evaluate(cross_entropy, x, target, arguments | {"reduction": reduction}))
-        for loss, gradient in results[1:]:
-            assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
+        arguments["reduction"] = reduction
+        assert_same_for_any_number_of_threads(evaluate, cross_entropy, x, target, arguments)
 
 
 def test_four_threads_at_once(own):
     cases = [problem((200, 500 + i), torch.float32, weighted=True) for i in range(4)]
-    wanted = [evaluate(cross_entropy, *case) for case in cases]
-    failures = []
-
-    def work(case, want):
-        try:
-            for _ in range(20):
-                got = evaluate(cross_entropy, *case)
-                if not (torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])):
-                    raise AssertionError("other bits")
-        except BaseException as error:  # noqa: BLE001  raised below, in the test's own thread
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(cases, wanted, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-
-
-def _in_child(queue, x, target):
-    torch.set_num_threads(1)
-    x.requires_grad_()
-    loss = cross_entropy(x, target)
-    loss.backward()
-    queue.put((loss.item(), x.grad.sum(0)[:5].tolist()))
+    assert_same_in_threads_at_once(evaluate, [(cross_entropy, *case) for case in cases])
 
 
 def test_in_a_forked_child(own):
-    """As a DataLoader's worker: forked after the parent has used its threads, and set to one."""
     x, target, _ = problem((300, 1000), torch.float32)
-    loss, gradient = evaluate(cross_entropy, x, target, {})
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    child = context.Process(target=_in_child, args=(queue, x, target))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0, f"the child ended with {child.exitcode}"
-    assert queue.get() == (loss.item(), gradient.sum(0)[:5].tolist())
+    assert_same_in_a_forked_child(evaluate, cross_entropy, x, target, {})

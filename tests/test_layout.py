@@ -73,7 +73,7 @@ def under(root: Path, *folders: str, suffixes: Iterable[str] = (".py",)) -> list
 
 
 def ops(root: Path) -> list[str]:
-    return [p.stem for p in under(root, "dlkernels/ops") if p.stem != "__init__"]
+    return [p.stem for p in under(root, "dlkernels/ops") if p.stem not in ("__init__", "common")]
 
 
 def text(path: Path) -> str:
@@ -138,9 +138,10 @@ def matches(root: Path, paths: Iterable[Path], pattern: re.Pattern, read=text) -
 
 
 @rule
-def ops_import_torch_and_config_only(root):
-    """Let ops/<op>.py import torch and dlkernels.config only; what two ops share goes to C++."""
-    return foreign_imports(root, under(root, "dlkernels/ops"), ("torch", "dlkernels.config"))
+def ops_import_torch_config_and_common_only(root):
+    """Let ops/<op>.py import torch, config and ops/common.py only, where two of them share."""
+    allowed = ("torch", "dlkernels.config", "dlkernels.ops.common")
+    return foreign_imports(root, under(root, "dlkernels/ops"), allowed)
 
 
 @rule
@@ -393,8 +394,9 @@ HOUSE = {
     "dlkernels/nn.py": "import torch\nfrom dlkernels import functional\n",
     "dlkernels/cli.py": "def main():\n    'Runs it.'\n    from benchmarks import run\n",
     "dlkernels/ops/__init__.py": "",
+    "dlkernels/ops/common.py": "import torch\n",
     "dlkernels/ops/conv2d.py": "import math\nimport torch\nfrom dlkernels import config\n"
-    "from .. import config as same\n",
+    "from .. import config as same\nfrom dlkernels.ops.common import is_plain\n",
     "dlkernels/kernels/common.py": "import triton\n",
     "dlkernels/kernels/conv2d.py": "import triton.language as tl\nfrom . import common\n",
     "dlkernels/models/lenet.py": "import dlkernels.nn\n",
@@ -405,11 +407,20 @@ HOUSE = {
 BODY = "\n    return 1\n"
 
 PLANTED = [
-    (ops_import_torch_and_config_only, "dlkernels/ops/conv2d.py", "import dlkernels.nn"),
-    (ops_import_torch_and_config_only, "dlkernels/ops/conv2d.py", "from dlkernels.ops import lstm"),
-    (ops_import_torch_and_config_only, "dlkernels/ops/conv2d.py", "from . import lstm"),
-    (ops_import_torch_and_config_only, "dlkernels/ops/conv2d.py", "import numpy as np"),
-    (ops_import_torch_and_config_only, "dlkernels/ops/conv2d.py", "from dlkernels import swap"),
+    (ops_import_torch_config_and_common_only, "dlkernels/ops/conv2d.py", "import dlkernels.nn"),
+    (ops_import_torch_config_and_common_only, "dlkernels/ops/common.py", "from . import conv2d"),
+    (
+        ops_import_torch_config_and_common_only,
+        "dlkernels/ops/conv2d.py",
+        "from dlkernels.ops import lstm",
+    ),
+    (ops_import_torch_config_and_common_only, "dlkernels/ops/conv2d.py", "from . import lstm"),
+    (ops_import_torch_config_and_common_only, "dlkernels/ops/conv2d.py", "import numpy as np"),
+    (
+        ops_import_torch_config_and_common_only,
+        "dlkernels/ops/conv2d.py",
+        "from dlkernels import swap",
+    ),
     (
         kernels_import_torch_triton_and_common_only,
         "dlkernels/kernels/conv2d.py",

@@ -2,14 +2,26 @@
 
 import itertools
 import math
-import multiprocessing
-import threading
 
 import pytest
 import torch
 from compare import assert_no_worse
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import (
+    every_second,
+    expanded,
+    offset,
+    same_memory,
+    sliced_columns,
+    sliced_rows,
+    transposed,
+)
+from threads import (
+    assert_same_for_any_number_of_threads,
+    assert_same_in_a_forked_child,
+    assert_same_in_threads_at_once,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,37 +64,9 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def transposed(x):
-    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
-def sliced_rows(x):
-    return x.repeat_interleave(2, 0)[::2]
-
-
-def sliced_columns(x):
-    return torch.cat([x, x], -1)[..., : x.shape[-1]]
-
-
-def every_second(x):
-    return x.repeat_interleave(2, -1)[..., ::2]
-
-
-def expanded(x):
-    return x[:1].expand_as(x)
-
-
-def offset(x):
-    return torch.cat([x.new_zeros(3), x.flatten()])[3:].view_as(x)
-
-
 def permuted(x):
     """Leading dimensions that are no longer one."""
     return x.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-def same_memory(x):
-    return x
 
 
 # id: layout of the input, of the weight; the shape has 2 leading dimensions where it is permuted.
@@ -880,51 +864,16 @@ def test_the_same_bits_for_any_number_of_threads(shape, outputs, own):
     for dtype, activation in itertools.product(DTYPES, (None, "tanh")):
         tensors = problem(shape, outputs, dtype)
         upstream = torch.randn(*shape[:-1], outputs)
-        results = []
-        for threads in (1, 2, 3, 2):
-            torch.set_num_threads(threads)
-            results.append(evaluate(linear, tensors, upstream, activation))
-        for others in results[1:]:
-            for a, b in zip(others, results[0], strict=True):
-                assert torch.equal(a, b)
+        assert_same_for_any_number_of_threads(evaluate, linear, tensors, upstream, activation)
 
 
 def test_four_threads_at_once(own):
-    cases = [(problem((60, 200 + i), 90, torch.float32), torch.randn(60, 90)) for i in range(4)]
-    wanted = [evaluate(linear, *case, "relu") for case in cases]
-    failures = []
+    def case(features):
+        return linear, problem((60, features), 90, torch.float32), torch.randn(60, 90), "relu"
 
-    def work(case, want):
-        try:
-            for _ in range(20):
-                for a, b in zip(evaluate(linear, *case, "relu"), want, strict=True):
-                    if not torch.equal(a, b):
-                        raise AssertionError("other bits")
-        except BaseException as error:  # noqa: BLE001  raised below, in the test's own thread
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(cases, wanted, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-
-
-def _in_child(queue, tensors, upstream):
-    torch.set_num_threads(1)
-    queue.put([result[:3].tolist() for result in evaluate(linear, tensors, upstream)])
+    assert_same_in_threads_at_once(evaluate, [case(200 + i) for i in range(4)])
 
 
 def test_in_a_forked_child(own):
-    """As a DataLoader's worker: forked after the parent has used its threads, and set to one."""
     tensors, upstream = problem((300, 500), 200, torch.float32), torch.randn(300, 200)
-    wanted = [result[:3].tolist() for result in evaluate(linear, tensors, upstream)]
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    child = context.Process(target=_in_child, args=(queue, tensors, upstream))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0, f"the child ended with {child.exitcode}"
-    assert queue.get() == wanted
+    assert_same_in_a_forked_child(evaluate, linear, tensors, upstream)

@@ -5,12 +5,16 @@ is often exact by luck; the errors of all samples of a dtype, of several draws, 
 """
 
 import copy
+import functools
 import io
 import itertools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from compare import assert_no_worse
+from layouts import every_second
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as F
 from torch.testing._internal.common_methods_invocations import op_db
@@ -19,34 +23,121 @@ from torch.testing._internal.common_modules import module_db
 import dlkernels
 from dlkernels.functional import cross_entropy, linear
 
-(OP,) = (op for op in op_db if op.name == "nn.functional.cross_entropy")
-(MODULE,) = (info for info in module_db if info.module_cls is torch.nn.CrossEntropyLoss)
-DTYPES = sorted(OP.supported_dtypes("cpu"), key=str)
-MODULE_DTYPES = sorted({*MODULE.supported_dtypes("cpu"), torch.bfloat16}, key=str)
-(LINEAR,) = (op for op in op_db if op.name == "nn.functional.linear")
-(LINEAR_MODULE,) = (info for info in module_db if info.module_cls is torch.nn.Linear)
-LINEAR_DTYPES = sorted((d for d in LINEAR.supported_dtypes("cpu") if d.is_floating_point), key=str)
-OTHER_DTYPES = sorted(LINEAR.supported_dtypes("cpu") - {*LINEAR_DTYPES}, key=str)
-LINEAR_MODULE_DTYPES = sorted({*LINEAR_MODULE.supported_dtypes("cpu"), torch.bfloat16}, key=str)
 DRAWS = 3
 
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-by_module_dtype = pytest.mark.parametrize("dtype", MODULE_DTYPES, ids=str)
-by_linear_dtype = pytest.mark.parametrize("dtype", LINEAR_DTYPES, ids=str)
-by_linear_module_dtype = pytest.mark.parametrize("dtype", LINEAR_MODULE_DTYPES, ids=str)
+
+class Op(NamedTuple):
+    """An op of ours, torch's data for it, and what the tests count on in that data."""
+
+    ours: Callable
+    stock: Callable
+    info: Any  # OpInfo
+    module_info: Any
+    modules: tuple[type, type]  # ours and stock's
+    results: tuple[str, ...]
+    upstream: Callable  # of inputs in float64: a gradient of the output
+    least: int  # samples
+    strided: int  # samples that have a tensor with gaps
+    broken: Callable[..., Iterable]  # from a good sample: what is wrong, inputs, arguments
+    faults: int  # different ones in `broken`
+    alone: tuple[int, ...]  # inputs whose gradient is asked for without the others'
+    compiled: int  # every such sample is compiled
+
+    def dtypes(self):
+        floating = (d for d in self.info.supported_dtypes("cpu") if d.is_floating_point)
+        return sorted(floating, key=str)
+
+    def module_dtypes(self):
+        return sorted({*self.module_info.supported_dtypes("cpu"), torch.bfloat16}, key=str)
+
+    def samples(self, dtype, requires_grad=False):
+        """(inputs, keyword arguments) of each sample."""
+        drawn = [*self.info.sample_inputs("cpu", dtype, requires_grad=requires_grad)]
+        assert len(drawn) >= self.least
+        return [([s.input, *s.args], s.kwargs) for s in drawn]
+
+
+def info_of(infos, **wanted):
+    (info,) = (i for i in infos if all(getattr(i, name) == wanted[name] for name in wanted))
+    return info
+
+
+def broken_cross_entropy(inputs, arguments):
+    x, target = inputs
+    classes = x.shape[1]
+    yield "weight", inputs, arguments | {"weight": torch.ones(classes + 1, dtype=x.dtype)}
+    yield "smoothing", inputs, arguments | {"label_smoothing": 1.5}
+    yield "reduction", inputs, arguments | {"reduction": "median"}
+    yield "batch", [torch.cat([x, x]), target], arguments
+    if target.is_floating_point():
+        yield "ignored probability", inputs, arguments | {"ignore_index": 1}
+        yield "integer probability", [x, target.long()], arguments
+        yield "classes", [x, torch.cat([target, target], 1)], arguments
+    else:
+        yield "too large", [x, torch.full_like(target, classes)], arguments
+        yield "negative", [x, torch.full_like(target, -1)], arguments
+        yield "dtype", [x, target.int()], arguments
+        yield "rank", [x, target.unsqueeze(0)], arguments
+
+
+def broken_linear(inputs, arguments):
+    x, weight, *bias = inputs
+    yield "features", [torch.cat([x, x], -1), weight, *bias], arguments
+    yield "weight dtype", [x, weight.to(torch.complex64), *bias], arguments
+    yield "weight rank", [x, weight[None], *bias], arguments
+    yield "scalar", [x.sum(), weight, *bias], arguments
+    if bias and x.dim() == 2 and len(x) > 0:
+        yield "bias size", [x, weight, torch.cat([*bias, *bias])], arguments
+        yield "bias dtype", [x, weight, bias[0].to(torch.complex64)], arguments
+
+
+CROSS_ENTROPY = Op(
+    ours=cross_entropy,
+    stock=F.cross_entropy,
+    info=info_of(op_db, name="nn.functional.cross_entropy"),
+    module_info=info_of(module_db, module_cls=torch.nn.CrossEntropyLoss),
+    modules=(dlkernels.nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss),
+    results=("loss", "grad input", "grad target"),
+    upstream=lambda *inputs, **arguments: torch.rand((), dtype=torch.float64) + 0.5,
+    least=20,
+    strided=20,
+    broken=broken_cross_entropy,
+    faults=11,
+    alone=(0,),  # made ahead, in the forward pass, which a target with a gradient switches off
+    compiled=1,
+)
+LINEAR = Op(
+    ours=linear,
+    stock=F.linear,
+    info=info_of(op_db, name="nn.functional.linear"),
+    module_info=info_of(module_db, module_cls=torch.nn.Linear),
+    modules=(dlkernels.nn.Linear, torch.nn.Linear),
+    results=("output", "grad input", "grad weight", "grad bias"),
+    upstream=lambda *inputs: torch.randn(F.linear(*inputs).shape, dtype=torch.float64),
+    least=18,
+    strided=12,
+    broken=broken_linear,
+    faults=6,
+    alone=(0, 1),
+    compiled=3,
+)
+OPS = {"cross_entropy": CROSS_ENTROPY, "linear": LINEAR}
+
+by_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+
+def by_op_and(dtypes):
+    pairs = {f"{name}-{dtype}": (op, dtype) for name, op in OPS.items() for dtype in dtypes(op)}
+    return pytest.mark.parametrize(("op", "dtype"), pairs.values(), ids=pairs)
+
+
+by_dtype, by_module_dtype = by_op_and(Op.dtypes), by_op_and(Op.module_dtypes)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     """A second thread only waits here: for milliseconds, on a machine that is busy."""
     torch.set_num_threads(1)
-
-
-def samples(dtype, requires_grad=False):
-    """(input, target, keyword arguments) of each sample."""
-    drawn = [*OP.sample_inputs("cpu", dtype, requires_grad=requires_grad)]
-    assert len(drawn) >= 20
-    return [(s.input, *s.args, s.kwargs) for s in drawn]
 
 
 def differentiable(*tensors):
@@ -69,26 +160,21 @@ def output_and_gradients(function, inputs, upstream, **arguments):
 class Pool:
     """Results by name, of ours, of stock and of stock in float64, judged together at the end."""
 
-    names = "loss", "grad input", "grad target"
-    exact = staticmethod(F.cross_entropy)
+    def __init__(self, op):
+        self.op, self.results = op, {}
 
-    def __init__(self):
-        self.results = {}
-
-    def upstream(self, inputs):
-        return torch.rand((), dtype=torch.float64) + 0.5
-
-    def add(self, ours, stock, *inputs, **arguments):
+    def add(self, *inputs, ours=None, stock=None, **arguments):
+        """``ours`` and ``stock`` instead of the op's functions, for this call."""
         exact_inputs = [to_float64(t) for t in inputs]
         exact_arguments = {name: to_float64(value) for name, value in arguments.items()}
-        upstream = self.upstream(exact_inputs)
+        upstream = self.op.upstream(*exact_inputs, **exact_arguments)
         triples = zip(
-            output_and_gradients(ours, inputs, upstream, **arguments),
-            output_and_gradients(stock, inputs, upstream, **arguments),
-            output_and_gradients(self.exact, exact_inputs, upstream, **exact_arguments),
+            output_and_gradients(ours or self.op.ours, inputs, upstream, **arguments),
+            output_and_gradients(stock or self.op.stock, inputs, upstream, **arguments),
+            output_and_gradients(self.op.stock, exact_inputs, upstream, **exact_arguments),
             strict=True,
         )
-        for name, triple in zip(self.names, triples, strict=False):
+        for name, triple in zip(self.op.results, triples, strict=False):
             for results, result in zip(
                 self.results.setdefault(name, ([], [], [])), triple, strict=True
             ):
@@ -104,53 +190,53 @@ class Pool:
 
 @by_dtype
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_forward_and_gradients(dtype, requires_grad, own, poisoned):
+def test_forward_and_gradients(op, dtype, requires_grad, own, poisoned):
     """Our kernels take every sample: "own" refuses none."""
-    pool = Pool()
+    pool = Pool(op)
     for _ in range(DRAWS):
-        for x, target, arguments in samples(dtype, requires_grad):
+        for inputs, arguments in op.samples(dtype, requires_grad):
             with dlkernels.config.recording() as choices:
-                pool.add(cross_entropy, F.cross_entropy, x, target, **arguments)
-            assert [choice.kernel for choice in choices] == [
-                f"cpu/{dlkernels.config.libraries['cpu']}"
-            ]
+                pool.add(*inputs, **arguments)
+            assert [choice.kernel for choice in choices] == [dlkernels.config.owner("cpu")]
     pool.check()
-    assert list(pool.results) == ["loss", "grad input", "grad target"][: 1 + 2 * requires_grad]
+    assert list(pool.results) == [*op.results[: None if requires_grad else 1]]
 
 
 @by_dtype
-def test_gradient_of_the_input_alone(dtype, own, poisoned):
-    """The gradient made ahead, in the forward pass, which a target with a gradient switches off."""
-    pool = Pool()
+def test_gradient_of_one_input_alone(op, dtype, own, poisoned):
+    for wanted in op.alone:
+        pool = Pool(op)
+        for _ in range(DRAWS):
+            for inputs, arguments in op.samples(dtype):
+                inputs[wanted].requires_grad_()
+                pool.add(*inputs, **arguments)
+        pool.check()
+
+
+@by_dtype
+def test_references_of_the_op(op, dtype, own):
+    """The OpInfos have no reference of their own today: reference inputs are samples."""
+    pool = Pool(op)
     for _ in range(DRAWS):
-        for x, target, arguments in samples(dtype):
-            pool.add(cross_entropy, F.cross_entropy, x.requires_grad_(), target, **arguments)
+        for sample in op.info.reference_inputs("cpu", dtype):
+            pool.add(sample.input, *sample.args, **sample.kwargs)
     pool.check()
 
 
 @by_dtype
-def test_references_of_the_op(dtype, own):
-    """The OpInfo has no reference of its own today: its reference inputs are its samples."""
-    pool = Pool()
+def test_noncontiguous(op, dtype, own, poisoned):
+    pool, strided = Pool(op), 0
     for _ in range(DRAWS):
-        for sample in OP.reference_inputs("cpu", dtype):
-            pool.add(cross_entropy, F.cross_entropy, sample.input, *sample.args, **sample.kwargs)
-    pool.check()
-
-
-@by_dtype
-def test_noncontiguous(dtype, own, poisoned):
-    pool, strided = Pool(), 0
-    for _ in range(DRAWS):
-        for sample in OP.sample_inputs("cpu", dtype, requires_grad=True):
+        for sample in op.info.sample_inputs("cpu", dtype, requires_grad=True):
             other = sample.noncontiguous()
-            strided += not other.input.is_contiguous()
+            inputs = [other.input, *other.args]
+            strided += not all(x.is_contiguous() for x in inputs[:2])
             torch.testing.assert_close(
-                cross_entropy(other.input, *other.args, **other.kwargs),
-                cross_entropy(sample.input, *sample.args, **sample.kwargs),
+                op.ours(*inputs, **other.kwargs),
+                op.ours(sample.input, *sample.args, **sample.kwargs),
             )
-            pool.add(cross_entropy, F.cross_entropy, other.input, *other.args, **other.kwargs)
-    assert strided >= 20 * DRAWS
+            pool.add(*inputs, **other.kwargs)
+    assert strided >= op.strided * DRAWS
     pool.check()
 
 
@@ -158,7 +244,7 @@ def test_a_weight_with_a_gradient_is_stocks():
     """No sample has one; ours refuses it, and "auto" gives what stock gives. With indices stock
     refuses it too."""
     seen = 0
-    for x, target, arguments in samples(torch.float32, requires_grad=True):
+    for (x, target), arguments in CROSS_ENTROPY.samples(torch.float32, requires_grad=True):
         if "weight" not in arguments or not target.is_floating_point():
             continue
         seen += 1
@@ -176,128 +262,124 @@ def test_a_weight_with_a_gradient_is_stocks():
     assert seen == 3
 
 
-def broken(x, target, arguments):
-    """(what is wrong, input, target, arguments), made from a good sample."""
-    classes = x.shape[1]
-    yield "weight", x, target, arguments | {"weight": torch.ones(classes + 1, dtype=x.dtype)}
-    yield "smoothing", x, target, arguments | {"label_smoothing": 1.5}
-    yield "reduction", x, target, arguments | {"reduction": "median"}
-    yield "batch", torch.cat([x, x]), target, arguments
-    if target.is_floating_point():
-        yield "ignored probability", x, target, arguments | {"ignore_index": 1}
-        yield "integer probability", x, target.long(), arguments
-        yield "classes", x, torch.cat([target, target], 1), arguments
-    else:
-        yield "too large", x, torch.full_like(target, classes), arguments
-        yield "negative", x, torch.full_like(target, -1), arguments
-        yield "dtype", x, target.int(), arguments
-        yield "rank", x, target.unsqueeze(0), arguments
+@pytest.mark.parametrize(
+    "dtype", sorted(LINEAR.info.supported_dtypes("cpu") - {*LINEAR.dtypes()}, key=str), ids=str
+)
+def test_linear_of_complex_and_integers_is_stocks(dtype):
+    for inputs, _ in LINEAR.samples(dtype):
+        dlkernels.config.kernels = "auto"
+        assert torch.equal(linear(*inputs), F.linear(*inputs))
+        dlkernels.config.kernels = "own"
+        with pytest.raises(NotImplementedError, match=f"no kernel for {dtype}"):
+            linear(*inputs)
 
 
 @by_dtype
-def test_refusals(dtype, own):
-    """The OpInfo has no error inputs (with its first ones, this test asks for them): good samples,
-    broken in one place, are refused with the type and the words of stock."""
-    assert OP.error_inputs_func is None
+def test_refusals(op, dtype, own):
+    """The OpInfos have no error inputs (with the first ones, this test asks for them): good
+    samples, broken in one place, are refused with the type and the words of stock."""
+    assert op.info.error_inputs_func is None
     seen = set()
-    for sample in samples(dtype):
-        for what, x, target, arguments in broken(*sample):
+    for sample in op.samples(dtype):
+        for what, inputs, arguments in op.broken(*sample):
             with pytest.raises(Exception) as stock:  # noqa: B017  whatever it is, ours is the same
-                F.cross_entropy(x, target, **arguments)
+                op.stock(*inputs, **arguments)
             with pytest.raises(stock.type) as ours:
-                cross_entropy(x, target, **arguments)
+                op.ours(*inputs, **arguments)
             assert str(ours.value).splitlines()[0] == str(stock.value).splitlines()[0], what
             seen.add(what)
-    assert len(seen) == 11
+    assert len(seen) == op.faults
 
 
-def gradcheck_arguments(x, target, arguments):
-    inputs = (x, target) if target.requires_grad else (x,)
-    return lambda x, t=target: cross_entropy(x, t, **arguments), inputs
-
-
-def test_gradcheck(own):
-    for sample in samples(torch.float64, requires_grad=True):
+@by_op
+def test_gradcheck(op, own):
+    for inputs, arguments in op.samples(torch.float64, requires_grad=True):
         assert gradcheck(
-            *gradcheck_arguments(*sample),
-            check_forward_ad=OP.supports_forward_ad,
-            check_batched_grad=OP.check_batched_grad,
-            check_batched_forward_grad=OP.check_batched_forward_grad,
+            functools.partial(op.ours, **arguments),
+            inputs,
+            check_forward_ad=op.info.supports_forward_ad,
+            check_batched_grad=op.info.check_batched_grad,
+            check_batched_forward_grad=op.info.check_batched_forward_grad,
         )
 
 
-def test_gradgradcheck(own):
-    for sample in samples(torch.float64, requires_grad=True):
+@by_op
+def test_gradgradcheck(op, own):
+    for inputs, arguments in op.samples(torch.float64, requires_grad=True):
         assert gradgradcheck(
-            *gradcheck_arguments(*sample),
+            functools.partial(op.ours, **arguments),
+            inputs,
             gen_non_contig_grad_outputs=True,
-            check_batched_grad=OP.check_batched_gradgrad,
-            check_fwd_over_rev=OP.supports_fwgrad_bwgrad,
+            check_batched_grad=op.info.check_batched_gradgrad,
+            check_fwd_over_rev=op.info.supports_fwgrad_bwgrad,
         )
 
 
 @by_dtype
-def test_vmap(dtype, own):
-    """Over inputs, over targets, over both; and the gradient of each of a batch."""
-    for x, target, arguments in samples(dtype):
-        xs, targets = torch.stack([x, x.flip(0), -x]), torch.stack([target, target.flip(0), target])
+def test_vmap(op, dtype, own):
+    """Over the first input, over the second, over both; and the gradient of each of a batch."""
+    for (x, y, *others), arguments in op.samples(dtype):
+        xs, ys = torch.stack([x, x.flip(0), -x]), torch.stack([y, y.flip(0), y])
         for in_dims in ((0, 0), (0, None), (None, 0)):
-            inputs = xs if in_dims[0] == 0 else x, targets if in_dims[1] == 0 else target
+            inputs = xs if in_dims[0] == 0 else x, ys if in_dims[1] == 0 else y
             for make in (lambda f: f, torch.func.grad):
 
-                def function(f, x, target, arguments=arguments):
-                    return f(x, target, **arguments).sum()
+                def summed(f, make=make, others=others, arguments=arguments):
+                    return make(lambda *pair: f(*pair, *others, **arguments).sum())
 
                 ours, stock = (
-                    torch.func.vmap(make(lambda x, t, f=f: function(f, x, t)), in_dims)  # noqa: B023
-                    for f in (cross_entropy, F.cross_entropy)
+                    torch.func.vmap(summed(f), in_dims)(*inputs) for f in (op.ours, op.stock)
                 )
-                assert torch.equal(ours(*inputs), stock(*inputs))
+                assert torch.equal(ours, stock)
                 if dtype.itemsize == 2:  # stock's own batched sum cancels: nothing to compare
                     continue
-                one_by_one = torch.stack(
-                    [
-                        make(lambda x, t: function(cross_entropy, x, t))(  # noqa: B023
-                            inputs[0][i] if in_dims[0] == 0 else x,
-                            inputs[1][i] if in_dims[1] == 0 else target,
-                        )
-                        for i in range(3)
-                    ]
-                )
-                torch.testing.assert_close(ours(*inputs), one_by_one)
+                one_by_one = [
+                    summed(op.ours)(
+                        inputs[0][i] if in_dims[0] == 0 else x,
+                        inputs[1][i] if in_dims[1] == 0 else y,
+                    )
+                    for i in range(3)
+                ]
+                torch.testing.assert_close(ours, torch.stack(one_by_one))
 
 
 @by_dtype
-def test_forward_mode(dtype, own):
-    """torch.func.jvp and dual numbers: stock's tangents, which are the gradients', not zeros."""
-    for x, target, arguments in samples(dtype):
-        tangent = torch.randn_like(x)
+def test_forward_mode(op, dtype, own):
+    """torch.func.jvp and dual numbers, in each input: stock's tangents, which are the gradients',
+    not zeros."""
+    for inputs, arguments in op.samples(dtype):
+        for at, x in enumerate(inputs):
+            if not x.is_floating_point():
+                continue
+            tangent = torch.randn_like(x)
 
-        def pushed(f, x=x, target=target, arguments=arguments, tangent=tangent):
-            return torch.func.jvp(lambda x: f(x, target, **arguments), (x,), (tangent,))[1]
+            def function(f, x, at=at, inputs=inputs, arguments=arguments):
+                return f(*inputs[:at], x, *inputs[at + 1 :], **arguments)
 
-        wanted = pushed(F.cross_entropy)
-        assert torch.equal(pushed(cross_entropy), wanted)
-        with forward_ad.dual_level():
-            dual = cross_entropy(forward_ad.make_dual(x, tangent), target, **arguments)
-            assert torch.equal(forward_ad.unpack_dual(dual).tangent, wanted)
-        if dtype == torch.float64:
-            leaf = x.clone().requires_grad_()
-            loss = cross_entropy(leaf, target, **arguments).sum()
-            gradient = torch.autograd.grad(loss, leaf)[0]
-            torch.testing.assert_close(pushed(cross_entropy).sum(), (gradient * tangent).sum())
+            ours, stock = (
+                torch.func.jvp(functools.partial(function, f), (x,), (tangent,))[1]
+                for f in (op.ours, op.stock)
+            )
+            assert torch.equal(ours, stock)
+            with forward_ad.dual_level():
+                dual = function(op.ours, forward_ad.make_dual(x, tangent))
+                assert torch.equal(forward_ad.unpack_dual(dual).tangent, stock)
+            if dtype == torch.float64:
+                leaf = x.clone().requires_grad_()
+                gradient = torch.autograd.grad(function(op.ours, leaf).sum(), leaf)[0]
+                torch.testing.assert_close(ours.sum(), (gradient * tangent).sum())
 
 
 @by_dtype
-def test_compile(dtype, own):
-    pool = Pool()
-    for x, target, arguments in samples(dtype, requires_grad=True):
+def test_compile(op, dtype, own):
+    pool = Pool(op)
+    for inputs, arguments in op.samples(dtype, requires_grad=True)[:: op.compiled]:
         torch._dynamo.reset()
-        compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(op.ours, fullgraph=True, backend="aot_eager")
         for _ in range(3):  # the same graph
-            pool.add(compiled, F.cross_entropy, x, target, **arguments)
+            pool.add(*inputs, **arguments, ours=compiled)
             with torch.no_grad():
-                x.copy_(torch.randn_like(x))
+                inputs[0].copy_(torch.randn_like(inputs[0]))
     pool.check()
     torch._dynamo.reset()
 
@@ -305,21 +387,36 @@ def test_compile(dtype, own):
 # -------------------------------------------------------------------------------------- ModuleInfo
 
 
+def module_inputs(op, dtype, requires_grad, training, least):
+    """torch's cases: their description, constructor arguments, forward arguments, reference."""
+    cases = op.module_info.module_inputs_func(
+        op.module_info, "cpu", dtype, requires_grad=requires_grad, training=training
+    )
+    assert len(cases) >= least
+    for case in cases:
+        made, given = case.constructor_input, case.forward_input
+        given = [*given.args, *given.kwargs.values()]
+        yield case.desc, (made.args, made.kwargs), given, case.reference_fn
+
+
 def module_cases(dtype, requires_grad=True, training=True):
     """(description, ours, stock's, input, target): the modules with the same settings."""
-    cases = MODULE.module_inputs_func(
-        MODULE, "cpu", dtype, requires_grad=requires_grad, training=training
-    )
-    assert len(cases) >= 80
-    for case in cases:
-        made = case.constructor_input
-        modules = [
-            module(*made.args, **made.kwargs)
-            for module in (dlkernels.nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss)
-        ]
-        x, target = case.forward_input.args
+    for desc, (args, kwargs), (x, target), _ in module_inputs(
+        CROSS_ENTROPY, dtype, requires_grad, training, 80
+    ):
+        modules = [module(*args, **kwargs) for module in CROSS_ENTROPY.modules]
         # Softmax of an input with a gradient: no leaf.
-        yield case.desc, *modules, x.detach().requires_grad_(requires_grad), target.detach()
+        yield desc, *modules, x.detach().requires_grad_(requires_grad), target.detach()
+
+
+def linear_modules(dtype, requires_grad=True, training=True):
+    """(description, ours, stock's, input, reference): the modules with the same parameters."""
+    for desc, (args, kwargs), (x,), reference in module_inputs(
+        LINEAR, dtype, requires_grad, training, 3
+    ):
+        ours, stock = (module(*args, **kwargs, dtype=dtype) for module in LINEAR.modules)
+        stock.load_state_dict(ours.state_dict())
+        yield desc, ours, stock, x.detach().requires_grad_(requires_grad), reference
 
 
 def settings_of(module):
@@ -332,15 +429,9 @@ def called(module):
     return lambda x, target, **settings: module(x, target)
 
 
-def noncontiguous(x):
-    """The values of x, every second of memory."""
-    wide = x.detach().repeat_interleave(2, -1)[..., ::2]
-    return wide.requires_grad_(x.requires_grad)
-
-
 LAYOUTS = {
     "contiguous": lambda x: x,
-    "noncontiguous": noncontiguous,
+    "noncontiguous": lambda x: every_second(x.detach()).requires_grad_(x.requires_grad),
     "channels_last": lambda x: (
         x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
         if x.dim() == 4
@@ -349,21 +440,21 @@ LAYOUTS = {
 }
 
 
-@by_module_dtype
+@pytest.mark.parametrize("dtype", CROSS_ENTROPY.module_dtypes(), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_modules(layout, dtype, own, poisoned):
     """Forward and gradient, training and evaluating, of every case and layout."""
-    pool = Pool()
+    pool = Pool(CROSS_ENTROPY)
     for _, training in itertools.product(range(2), (True, False)):
         for _, ours, stock, x, target in module_cases(dtype, training=training):
             ours.train(training), stock.train(training)
             assert repr(ours) == repr(stock) and ours.training == stock.training
             x = LAYOUTS[layout](x)
             settings = settings_of(stock)
-
-            pool.add(called(ours), called(stock), x, target, **settings)
+            pool.add(x, target, ours=called(ours), stock=called(stock), **settings)
     pool.check()
-    assert not MODULE.train_and_eval_differ and not MODULE.module_memformat_affects_out
+    info = CROSS_ENTROPY.module_info
+    assert not info.train_and_eval_differ and not info.module_memformat_affects_out
 
 
 def test_modules_gradcheck(own):
@@ -375,234 +466,6 @@ def test_modules_gradcheck(own):
         assert gradgradcheck(lambda x: ours(x, target), x), desc  # noqa: B023
 
 
-def same(a, b, desc):
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=desc)
-
-
-@by_module_dtype
-def test_modules_are_saved_and_copied(dtype, own):
-    """state_dict there and back, pickle and deepcopy: the same bits from every case."""
-    for desc, ours, stock, x, target in module_cases(dtype):
-        assert list(ours.state_dict()) == list(stock.state_dict()), desc
-        wanted = ours(x, target)  # NaN where the case has ignored rows alone
-        buffer = io.BytesIO()
-        torch.save(ours, buffer)
-        buffer.seek(0)
-        for again in (torch.load(buffer, weights_only=False), copy.deepcopy(ours)):
-            assert type(again) is type(ours) and vars(again).keys() == vars(ours).keys()
-            same(again(x, target), wanted, desc)
-        if stock.weight is not None:
-            stock.weight = torch.zeros_like(stock.weight)
-        stock.load_state_dict(ours.state_dict())
-        ours.load_state_dict(stock.state_dict())
-        same(ours(x, target), wanted, desc)
-
-
-@by_module_dtype
-def test_module_errors(dtype, own):
-    cases = MODULE.module_error_inputs_func(MODULE, "cpu", dtype, requires_grad=True, training=True)
-    assert len(cases) >= 7
-    for case in cases:
-        made, called = (
-            case.module_error_input.constructor_input,
-            case.module_error_input.forward_input,
-        )
-        ours = dlkernels.nn.CrossEntropyLoss(*made.args, **made.kwargs)
-        with pytest.raises(case.error_type, match=case.error_regex):
-            ours(*called.args, **called.kwargs)
-
-
-# -------------------------------------------------------------------------------- OpInfo of linear
-
-
-class LinearPool(Pool):
-    names = "output", "grad input", "grad weight", "grad bias"
-    exact = staticmethod(F.linear)
-
-    def upstream(self, inputs):
-        return torch.randn(F.linear(*inputs).shape, dtype=torch.float64)
-
-
-def linear_samples(dtype, requires_grad=False):
-    """[input, weight] or [input, weight, bias] of each sample."""
-    drawn = [*LINEAR.sample_inputs("cpu", dtype, requires_grad=requires_grad)]
-    assert len(drawn) >= 18 and not any(s.kwargs for s in drawn)
-    return [[s.input, *s.args] for s in drawn]
-
-
-@by_linear_dtype
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_linear_forward_and_gradients(dtype, requires_grad, own, poisoned):
-    """Our kernels take every sample: "own" refuses none."""
-    pool = LinearPool()
-    for _ in range(DRAWS):
-        for inputs in linear_samples(dtype, requires_grad):
-            with dlkernels.config.recording() as choices:
-                pool.add(linear, F.linear, *inputs)
-            assert [choice.kernel for choice in choices] == [dlkernels.config.owner("cpu")]
-    pool.check()
-    assert list(pool.results) == list(pool.names[: 1 + 3 * requires_grad])
-
-
-@by_linear_dtype
-@pytest.mark.parametrize("wanted", [0, 1])
-def test_linear_gradient_of_one_input_alone(wanted, dtype, own, poisoned):
-    pool = LinearPool()
-    for _ in range(DRAWS):
-        for inputs in linear_samples(dtype):
-            inputs[wanted].requires_grad_()
-            pool.add(linear, F.linear, *inputs)
-    pool.check()
-
-
-@by_linear_dtype
-def test_references_of_linear(dtype, own):
-    pool = LinearPool()
-    for _ in range(DRAWS):
-        for sample in LINEAR.reference_inputs("cpu", dtype):
-            pool.add(linear, F.linear, sample.input, *sample.args)
-    pool.check()
-
-
-@by_linear_dtype
-def test_linear_noncontiguous(dtype, own, poisoned):
-    pool, strided = LinearPool(), 0
-    for _ in range(DRAWS):
-        for sample in LINEAR.sample_inputs("cpu", dtype, requires_grad=True):
-            other = sample.noncontiguous()
-            strided += not (other.input.is_contiguous() and other.args[0].is_contiguous())
-            pool.add(linear, F.linear, other.input, *other.args)
-    assert strided >= 12 * DRAWS
-    pool.check()
-
-
-@pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
-def test_linear_of_complex_and_integers_is_stocks(dtype):
-    for inputs in linear_samples(dtype):
-        dlkernels.config.kernels = "auto"
-        assert torch.equal(linear(*inputs), F.linear(*inputs))
-        dlkernels.config.kernels = "own"
-        with pytest.raises(NotImplementedError, match=f"no kernel for {dtype}"):
-            linear(*inputs)
-
-
-def broken_linear(x, weight, bias=None):
-    """(what is wrong, inputs), made from a good sample."""
-    yield "features", [torch.cat([x, x], -1), weight, bias]
-    yield "weight dtype", [x, weight.to(torch.complex64), bias]
-    yield "weight rank", [x, weight[None], bias]
-    yield "scalar", [x.sum(), weight, bias]
-    if bias is not None and x.dim() == 2 and len(x) > 0:
-        yield "bias size", [x, weight, torch.cat([bias, bias])]
-        yield "bias dtype", [x, weight, bias.to(torch.complex64)]
-
-
-@by_linear_dtype
-def test_linear_refusals(dtype, own):
-    """The OpInfo has no error inputs (with its first ones, this test asks for them): good samples,
-    broken in one place, are refused with the type and the words of stock."""
-    assert LINEAR.error_inputs_func is None
-    seen = set()
-    for sample in linear_samples(dtype):
-        for what, inputs in broken_linear(*sample):
-            with pytest.raises(Exception) as stock:  # noqa: B017  whatever it is, ours is the same
-                F.linear(*inputs)
-            with pytest.raises(stock.type) as ours:
-                linear(*inputs)
-            assert str(ours.value).splitlines()[0] == str(stock.value).splitlines()[0], what
-            seen.add(what)
-    assert len(seen) == 6
-
-
-def test_linear_gradcheck(own):
-    for inputs in linear_samples(torch.float64, requires_grad=True):
-        assert gradcheck(
-            linear,
-            inputs,
-            check_forward_ad=LINEAR.supports_forward_ad,
-            check_batched_grad=LINEAR.check_batched_grad,
-            check_batched_forward_grad=LINEAR.check_batched_forward_grad,
-        )
-
-
-def test_linear_gradgradcheck(own):
-    for inputs in linear_samples(torch.float64, requires_grad=True):
-        assert gradgradcheck(
-            linear,
-            inputs,
-            gen_non_contig_grad_outputs=True,
-            check_batched_grad=LINEAR.check_batched_gradgrad,
-            check_fwd_over_rev=LINEAR.supports_fwgrad_bwgrad,
-        )
-
-
-@by_linear_dtype
-def test_linear_vmap(dtype, own):
-    """Over inputs, over weights, over both; and the gradient of each of a batch."""
-    for x, weight, *bias in linear_samples(dtype):
-        xs, weights = torch.stack([x, -x]), torch.stack([weight, weight.flip(0)])
-        for in_dims in ((0, 0), (0, None), (None, 0)):
-            inputs = [all_ if d == 0 else one for d, all_, one in
-                      zip(in_dims, (xs, weights), (x, weight), strict=True)]  # fmt: skip
-            for make in (lambda f: f, torch.func.grad):
-                ours, stock = (
-                    torch.func.vmap(make(lambda x, w, f=f: f(x, w, *bias).sum()), in_dims)  # noqa: B023
-                    for f in (linear, F.linear)
-                )
-                assert torch.equal(ours(*inputs), stock(*inputs))
-
-
-@by_linear_dtype
-def test_linear_forward_mode(dtype, own):
-    """torch.func.jvp and dual numbers: stock's tangents, which are not zeros."""
-    for x, weight, *bias in linear_samples(dtype):
-        tangent = torch.randn_like(weight)
-
-        def pushed(f, x=x, weight=weight, bias=bias, tangent=tangent):
-            return torch.func.jvp(lambda w: f(x, w, *bias), (weight,), (tangent,))[1]
-
-        wanted = pushed(F.linear)
-        assert torch.equal(pushed(linear), wanted) and (x.numel() == 0 or wanted.any())
-        with forward_ad.dual_level():
-            dual = linear(x, forward_ad.make_dual(weight, tangent), *bias)
-            assert torch.equal(forward_ad.unpack_dual(dual).tangent, wanted)
-
-
-@by_linear_dtype
-def test_linear_compile(dtype, own):
-    pool = LinearPool()
-    for inputs in linear_samples(dtype, requires_grad=True)[::3]:
-        torch._dynamo.reset()
-        compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
-        for _ in range(2):  # the same graph
-            pool.add(compiled, F.linear, *inputs)
-            with torch.no_grad():
-                inputs[0].copy_(torch.randn_like(inputs[0]))
-    pool.check()
-    torch._dynamo.reset()
-
-
-# ---------------------------------------------------------------------------- ModuleInfo of Linear
-
-
-def linear_modules(dtype, requires_grad=True, training=True):
-    """(description, ours, stock's, input, reference): the modules with the same parameters."""
-    cases = LINEAR_MODULE.module_inputs_func(
-        LINEAR_MODULE, "cpu", dtype, requires_grad=requires_grad, training=training
-    )
-    assert len(cases) >= 3
-    for case in cases:
-        made = case.constructor_input
-        ours, stock = (
-            module(*made.args, **made.kwargs, dtype=dtype)
-            for module in (dlkernels.nn.Linear, torch.nn.Linear)
-        )
-        stock.load_state_dict(ours.state_dict())
-        given = case.forward_input
-        (x,) = [*given.args, *given.kwargs.values()]
-        yield case.desc, ours, stock, x.detach().requires_grad_(requires_grad), case.reference_fn
-
-
 def with_own_parameters(module):
     """A module as a function of its parameters too, which float64 is given instead."""
     return lambda x, *parameters: torch.func.functional_call(
@@ -610,11 +473,11 @@ def with_own_parameters(module):
     )
 
 
-@by_linear_module_dtype
+@pytest.mark.parametrize("dtype", LINEAR.module_dtypes(), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_linear_modules(layout, dtype, own, poisoned):
     """Forward and gradients, training and evaluating, of every case and layout."""
-    pool = LinearPool()
+    pool = Pool(LINEAR)
     for _, training in itertools.product(range(8), (True, False)):
         for desc, ours, stock, x, reference in linear_modules(dtype, training=training):
             ours.train(training), stock.train(training)
@@ -622,13 +485,12 @@ def test_linear_modules(layout, dtype, own, poisoned):
             x = LAYOUTS[layout](x)
             parameters = [*ours.parameters()]
             functions = [with_own_parameters(module) for module in (ours, stock)]
-            pool.add(*functions, x, *parameters)
+            pool.add(x, *parameters, ours=functions[0], stock=functions[1])
             if dtype == torch.float64:
                 torch.testing.assert_close(ours(x), reference(ours, x), msg=desc)
     pool.check()
-    assert (
-        not LINEAR_MODULE.train_and_eval_differ and not LINEAR_MODULE.module_memformat_affects_out
-    )
+    info = LINEAR.module_info
+    assert not info.train_and_eval_differ and not info.module_memformat_affects_out
 
 
 def test_linear_modules_gradcheck(own):
@@ -638,24 +500,44 @@ def test_linear_modules_gradcheck(own):
         assert gradgradcheck(with_own_parameters(ours), inputs), desc
 
 
-@by_linear_module_dtype
-def test_linear_modules_are_saved_and_copied(dtype, own):
+def same(a, b, desc):
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=desc)
+
+
+@by_module_dtype
+def test_modules_are_saved_and_copied(op, dtype, own):
     """state_dict there and back, pickle and deepcopy: the same bits from every case."""
-    for desc, ours, stock, x, _ in linear_modules(dtype):
+    cases = module_cases(dtype) if op is CROSS_ENTROPY else linear_modules(dtype)
+    for desc, ours, stock, *inputs in cases:
+        inputs = [x for x in inputs if torch.is_tensor(x)]
         assert list(ours.state_dict()) == list(stock.state_dict()), desc
-        wanted = ours(x)
+        wanted = ours(*inputs)  # NaN where a case of cross_entropy has ignored rows alone
         buffer = io.BytesIO()
         torch.save(ours, buffer)
         buffer.seek(0)
         for again in (torch.load(buffer, weights_only=False), copy.deepcopy(ours)):
             assert type(again) is type(ours) and vars(again).keys() == vars(ours).keys()
-            same(again(x), wanted, desc)
-        stock.reset_parameters()
+            same(again(*inputs), wanted, desc)
+        stock = copy.deepcopy(stock)  # a case's modules share the weight of the loss
+        stock.load_state_dict({k: torch.zeros_like(v) for k, v in stock.state_dict().items()})
         stock.load_state_dict(ours.state_dict())
         ours.load_state_dict(stock.state_dict())
-        same(ours(x), wanted, desc)
+        same(ours(*inputs), wanted, desc)
+
+
+@pytest.mark.parametrize("dtype", CROSS_ENTROPY.module_dtypes(), ids=str)
+def test_module_errors(dtype, own):
+    info = CROSS_ENTROPY.module_info
+    cases = info.module_error_inputs_func(info, "cpu", dtype, requires_grad=True, training=True)
+    assert len(cases) >= 7
+    for case in cases:
+        error = case.module_error_input
+        made, called = error.constructor_input, error.forward_input
+        ours = dlkernels.nn.CrossEntropyLoss(*made.args, **made.kwargs)
+        with pytest.raises(case.error_type, match=case.error_regex):
+            ours(*called.args, **called.kwargs)
 
 
 def test_linear_has_no_error_cases_of_torchs():
     """With its first ones, this test asks for them."""
-    assert LINEAR_MODULE.module_error_inputs_func is None
+    assert LINEAR.module_info.module_error_inputs_func is None

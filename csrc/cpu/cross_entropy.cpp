@@ -13,7 +13,6 @@
 
 #include <atomic>
 #include <optional>
-#include <tuple>
 
 #include "../check.h"
 #include "cross_entropy_columns.h"
@@ -31,56 +30,27 @@ constexpr int64_t kGrain = 1 << 15;  // fewest elements worth a second thread
 
 void on_cpu(const char* argument, const Tensor& tensor) { check_cpu(kOp, argument, tensor); }
 
-template <typename Body>
-void for_dtype(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return body(float{});
-    case ScalarType::Double:
-      return body(double{});
-    case ScalarType::BFloat16:
-      return body(bf16{});
-    default:
-      return body(f16{});
-  }
-}
-
 // ------------------------------------------------------------------------------------- preparation
 
-// The problem of a call, and the tensors it points into. The gradient is laid out like the input.
-// Where no walk takes the input as it lies, or input, target and gradient differ in walk,
-// contiguous copies stand in for them.
+// The problem of a call, and the tensors it points into.
 template <typename S>
-struct Prepared {
+struct Prepared : LaidOut {
   using T = accumulate_t<S>;
-  Tensor input;
-  Target target;
-  Optional gradient, written;
   Problem<S> problem;
   double total_weight;  // the divisor of the mean
 
   Prepared(const Tensor& input_, const Target& target_, const Optional& weight,
            const Options& options, bool with_gradient)
-      : input(input_), target(target_) {
-    if (with_gradient) gradient = written = torch::stable::empty_like(input);
-    auto x = layout_of(input);
-    auto t = target.is_probability ? layout_of(target.tensor) : x;
-    auto g = with_gradient ? layout_of(*gradient) : x;
-    if (!same_kind(x, t) || !same_kind(x, g)) {
-      input = torch::stable::contiguous(input);
-      if (target.is_probability) target.tensor = torch::stable::contiguous(target.tensor);
-      if (with_gradient && !gradient->is_contiguous()) written = torch::stable::empty_like(input);
-      x = t = g = layout_of(input);
-    }
+      : LaidOut(input_, target_, with_gradient) {
     Problem<S>& p = problem;
     p.options = options;
-    p.layout = *x;
-    p.target_layout = *t;
-    p.gradient_layout = *g;
-    p.walk = !x->is_rows()                      ? Walk::kColumns
-             : x->classes <= kTransposedClasses ? Walk::kTransposed
-                                                : Walk::kRows;
-    p.rows = x->outer * x->inner;
+    p.layout = layout;
+    p.target_layout = target_layout;
+    p.gradient_layout = gradient_layout;
+    p.walk = !layout.is_rows()                      ? Walk::kColumns
+             : layout.classes <= kTransposedClasses ? Walk::kTransposed
+                                                    : Walk::kRows;
+    p.rows = layout.outer * layout.inner;
     p.input = static_cast<const S*>(input.const_data_ptr());
     if (target.is_probability)
       p.probability = static_cast<const S*>(target.tensor.const_data_ptr());
@@ -92,11 +62,6 @@ struct Prepared {
       p.gradient = static_cast<S*>(written->mutable_data_ptr());
       advise_huge_pages(p.gradient, size_t(written->numel()) * sizeof(S));
     }
-  }
-
-  Tensor finished_gradient() {
-    if (written->get() != gradient->get()) torch::stable::copy_(*gradient, *written);
-    return *gradient;
   }
 };
 
@@ -123,7 +88,8 @@ struct Units {
   }
 };
 
-// Calls body(begin, end, scratch) for ranges of units.
+// Calls body(begin, end, scratch) for ranges of units. `keep`: each row's e is kept until its
+// gradient is written.
 template <typename S, typename Body>
 void for_ranges(const Problem<S>& p, const Units<S>& units, bool keep, const Body& body) {
   using T = accumulate_t<S>;
@@ -133,7 +99,7 @@ void for_ranges(const Problem<S>& p, const Units<S>& units, bool keep, const Bod
   const int64_t blocks = keep && is_pipelined(classes, p.options.softcap) ? 2 : 1;
   const auto padded = [](int64_t n) { return (n + 15) / 16 * 16; };
   const int64_t whole = padded(classes * (rows ? blocks * block : columns_pitch(p)));
-  const int64_t e = keep || !rows ? whole : kChunk;
+  const int64_t e = keep || !rows ? whole : 0;
   const int64_t squashed = p.cap() == 0 ? 0 : keep || !rows ? whole : kChunk;
   const int64_t mass = p.probability && !rows ? whole : 0;
   const int64_t buffer = p.walk == Walk::kColumns ? 0 : kChunk;
@@ -190,72 +156,48 @@ void run_backward(const Problem<S>& p) {
 
 // ------------------------------------------------------------------------------------ host entries
 
-std::tuple<Tensor, Tensor, Tensor, Optional> forward(const Tensor& input, const Tensor& target,
-                                                     const Optional& weight, const Options& options,
-                                                     bool keep) {
+Outputs forward(const Tensor& input, const Tensor& target, const Optional& weight,
+                const Options& options, bool keep) {
   const Target checked = check_arguments(input, target, weight, options, on_cpu);
-  const std::vector<int64_t> shape = row_shape(input), scalar;
-  const Tensor lse = torch::stable::new_empty(input, shape, ScalarType::Double);
-  const Tensor total_weight = torch::stable::new_empty(input, scalar, ScalarType::Double);
-  const Tensor loss = torch::stable::new_empty(input, options.reduction == kNone ? shape : scalar);
-  Optional gradient;
-  for_dtype(input.scalar_type(), [&](auto tag) {
+  Outputs made = new_outputs(input, options, keep);
+  if (input.numel() == 0) return made;
+  for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     using T = accumulate_t<S>;
     Prepared<S> prepared(input, checked, weight, options, keep);
     Problem<S>& p = prepared.problem;
     p.row_factor = options.reduction == kMean ? 1 / prepared.total_weight : 1;
-    p.lse = static_cast<double*>(lse.mutable_data_ptr());
-    p.loss = static_cast<S*>(loss.mutable_data_ptr());
+    p.lse = static_cast<double*>(made.lse.mutable_data_ptr());
+    p.loss = static_cast<S*>(made.loss.mutable_data_ptr());
     double sum = 0;
     for_kind(checked.is_probability, options.label_smoothing, [&](auto kind) {
       sum = keep ? run_forward<S, kind.value, true>(p) : run_forward<S, kind.value, false>(p);
     });
     if (options.reduction == kMean) sum /= prepared.total_weight;
     if (options.reduction != kNone) *p.loss = narrow<S>(T(sum));
-    *static_cast<double*>(total_weight.mutable_data_ptr()) = prepared.total_weight;
-    if (keep) gradient = prepared.finished_gradient();
+    *static_cast<double*>(made.total_weight.mutable_data_ptr()) = prepared.total_weight;
+    if (keep) made.gradient = prepared.finished_gradient();
   });
-  return {loss, lse, total_weight, gradient};
+  return made;
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor target,
-                                                         Optional weight, int64_t reduction,
-                                                         int64_t ignore_index,
-                                                         double label_smoothing, double softcap,
-                                                         double z_loss) {
-  const Options options{reduction, ignore_index, label_smoothing, softcap, z_loss};
-  const auto [loss, lse, total_weight, gradient] = forward(input, target, weight, options, false);
-  return {loss, lse, total_weight};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward(
-    Tensor input, Tensor target, Optional weight, int64_t reduction, int64_t ignore_index,
-    double label_smoothing, double softcap, double z_loss) {
-  check_forward_backward(reduction);
-  const Options options{reduction, ignore_index, label_smoothing, softcap, z_loss};
-  const auto [loss, lse, total_weight, gradient] = forward(input, target, weight, options, true);
-  return {loss, lse, total_weight, *gradient};
-}
-
-Tensor cross_entropy_backward(Tensor grad_loss, Optional grad_lse, Tensor input, Tensor target,
-                              Optional weight, Tensor lse, Tensor total_weight, int64_t reduction,
-                              int64_t ignore_index, double label_smoothing, double softcap,
-                              double z_loss) {
-  const Options options{reduction, ignore_index, label_smoothing, softcap, z_loss};
+Tensor backward(const Tensor& grad_loss, const Optional& grad_lse, const Tensor& input,
+                const Tensor& target, const Optional& weight, const Tensor& lse,
+                const Tensor& total_weight, const Options& options) {
   const Target checked = check_arguments(input, target, weight, options, on_cpu);
   check_backward(grad_loss, grad_lse, input, lse, total_weight, options, on_cpu);
+  if (input.numel() == 0) return torch::stable::empty_like(input);
   Optional gradient;
-  for_dtype(input.scalar_type(), [&](auto tag) {
+  for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     Prepared<S> prepared(input, checked, weight, options, true);
     Problem<S>& p = prepared.problem;
     p.lse = static_cast<double*>(lse.data_ptr());
     p.grad_loss = static_cast<const S*>(grad_loss.const_data_ptr());
     if (grad_lse) p.grad_lse = static_cast<const double*>(grad_lse->const_data_ptr());
-    if (reduction == kMean)
+    if (options.reduction == kMean)
       p.row_factor = 1 / *static_cast<const double*>(total_weight.const_data_ptr());
-    for_kind(checked.is_probability, label_smoothing,
+    for_kind(checked.is_probability, options.label_smoothing,
              [&](auto kind) { run_backward<S, kind.value>(p); });
     gradient = prepared.finished_gradient();
   });
@@ -268,7 +210,7 @@ void cross_entropy_scale_(Tensor gradient, Tensor grad_loss) {
   check_scale(gradient, grad_loss, on_cpu);
   const int64_t n = gradient.numel();
   if (n == 0) return;
-  for_dtype(gradient.scalar_type(), [&](auto tag) {
+  for_dtype<bf16, f16>(gradient.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     using T = accumulate_t<S>;
     using V = Vec<T>;
@@ -289,9 +231,11 @@ void cross_entropy_scale_(Tensor gradient, Tensor grad_loss) {
 }  // namespace dlkernels
 
 STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
-  m.impl("cross_entropy", TORCH_BOX(&dlkernels::cross_entropy_forward));
-  m.impl("cross_entropy_forward", TORCH_BOX(&dlkernels::cross_entropy_forward));
-  m.impl("cross_entropy_forward_backward", TORCH_BOX(&dlkernels::cross_entropy_forward_backward));
-  m.impl("cross_entropy_backward", TORCH_BOX(&dlkernels::cross_entropy_backward));
-  m.impl("cross_entropy_scale_", TORCH_BOX(&dlkernels::cross_entropy_scale_));
+  using namespace dlkernels;
+  using namespace dlkernels::cross_entropy;
+  m.impl("cross_entropy", TORCH_BOX(&raw_forward<forward>));
+  m.impl("cross_entropy_forward", TORCH_BOX(&raw_forward<forward>));
+  m.impl("cross_entropy_forward_backward", TORCH_BOX(&raw_forward_backward<forward>));
+  m.impl("cross_entropy_backward", TORCH_BOX(&raw_backward<backward>));
+  m.impl("cross_entropy_scale_", TORCH_BOX(&cross_entropy_scale_));
 }

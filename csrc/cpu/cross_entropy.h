@@ -67,7 +67,7 @@ struct Problem {
   std::vector<T> weight;            // (classes), else ones
   double total_class_weight;        // Σ w_c
   double row_factor = 1;            // what the reduction multiplies each row's loss with
-  S* loss = nullptr;                // (rows), for reduction "none"
+  S* loss = nullptr;                // (rows) for reduction "none", else one element
   double* lse = nullptr;            // (rows)
   S* gradient = nullptr;
   const S* grad_loss = nullptr;      // null for 1, (rows) for "none", else one element

@@ -41,6 +41,7 @@ struct PiecesAhead {
 // Reads and writes up to kPiece − 1 elements past a row: into the next one, or the buffer's end.
 template <typename T>
 int64_t tile_pitch(int64_t classes) {
+  static_assert(Vec<T>::size * kTransposedClasses + kPiece<T> <= kChunk, "a chunk holds no tile");
   return std::max(classes, kPiece<T>);
 }
 

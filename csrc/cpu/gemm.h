@@ -1,4 +1,4 @@
-// Matrix products: the one packing and the one micro-kernel under linear, convolution and LSTM.
+// Matrix products: the one packing and the one micro-kernel of every op that has them.
 //
 //   C[m×n] = A[m×k]·B[k×n], A and B in any strides, elements float, double, bf16 or f16, sums in
 //   float (double for double). Each sum runs over k in order, in blocks of kFlush, so that its

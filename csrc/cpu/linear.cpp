@@ -36,20 +36,6 @@ Activation parse(const std::string& name) {
   return Activation(found - kNames.begin());
 }
 
-template <typename Body>
-void for_dtype(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return body(float{});
-    case ScalarType::Double:
-      return body(double{});
-    case ScalarType::BFloat16:
-      return body(bf16{});
-    default:
-      return body(f16{});
-  }
-}
-
 template <typename T>
 Vec<T> activate(Activation activation, Vec<T> x) {
   using V = Vec<T>;
@@ -123,11 +109,8 @@ int64_t rows_of(const Tensor& x) {
 void check_arguments(const Tensor& input, const Tensor& weight, const Optional& bias) {
   check_cpu(kOp, "input", input);
   check_cpu(kOp, "weight", weight);
+  check_floating(kOp, "input", input);
   const ScalarType dtype = input.scalar_type();
-  DLK_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-            kOp, ": expected input of dtype float32, float64, bfloat16 or float16, got ",
-            torch::headeronly::toString(dtype));
   check_dtype(kOp, "weight", weight, dtype);
   DLK_CHECK(input.dim() >= 1, kOp, ": expected input with at least 1 dimension, got a scalar");
   DLK_CHECK(weight.dim() == 2, kOp, ": expected weight with 2 dimensions, got shape ",
@@ -189,7 +172,7 @@ Tensor linear_forward(Tensor input, Tensor weight, Optional bias, std::string ac
   const Tensor output = torch::stable::new_empty(input, output_shape(input, weight));
   const int64_t m = rows_of(input), n = weight.size(0), k = weight.size(1);
   if (m == 0 || n == 0) return output;
-  for_dtype(input.scalar_type(), [&](auto tag) {
+  for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     using V = Vec<accumulate_t<S>>;
     Tensor keep, flat_bias;
@@ -214,7 +197,7 @@ Tensor linear_forward(Tensor input, Tensor weight, Optional bias, std::string ac
 Tensor before_activation(const Tensor& grad_output, const Tensor& output, Activation act) {
   const Tensor grad = torch::stable::contiguous(grad_output), y = torch::stable::contiguous(output);
   const Tensor result = torch::stable::empty_like(grad);
-  for_dtype(grad.scalar_type(), [&](auto tag) {
+  for_dtype<bf16, f16>(grad.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     using V = Vec<accumulate_t<S>>;
     const S* g = static_cast<const S*>(grad.const_data_ptr());
@@ -258,7 +241,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor in
   const Tensor grad_bias =
       torch::stable::new_empty(input, want_bias ? std::vector<int64_t>{n} : none);
   const Tensor grad = output ? before_activation(grad_output, *output, act) : grad_output;
-  for_dtype(input.scalar_type(), [&](auto tag) {
+  for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     using V = Vec<accumulate_t<S>>;
     Tensor keep_input, keep_grad;

@@ -1,13 +1,15 @@
 // Vectors of float and double: the only file with intrinsics.
 //
 // One source, three instruction sets: AVX-512 (16 floats), AVX2 + FMA + F16C (8 floats), and plain
-// (16 bytes of the compiler's own vectors: SSE2, NEON). A library is built for exactly one of them.
+// (16 bytes of the compiler's own vectors: SSE2, NEON). A library is built for exactly one of them,
+// that of AVX-512 with or without BF16 (DLK_BF16: products of pairs of bf16).
 //   Vec<T>           T = float, double: arithmetic, fma, max, min, select, horizontal sums
 //   load, store      T, and float from and to bf16 and f16 (round to nearest even); in full, or the
 //                    first n lanes (1 ≤ n ≤ size), touching no byte beyond them
 //   load_double      D::size numbers of float or double as Vec<double>; store_rounded is its
-//   inverse load_pieces      16 bytes from each of the places p, p + stride, …; store_pieces is its
-//   inverse transpose_pieces the small square matrices that the same piece of several vectors makes
+//                    inverse
+//   load_pieces      16 bytes from each of the places p, p + stride, …; store_pieces is its inverse
+//   transpose_pieces the small square matrices that the same piece of several vectors makes
 //   exp, log, tanh   ≤ 2 ulp (tests/test_simd.py), algorithms of Cephes (Moshier, 1992)
 // max(a, b) and min(a, b) are a > b ? a : b and a < b ? a : b: where either is NaN they return b.
 #pragma once
@@ -15,7 +17,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 #include <utility>
 

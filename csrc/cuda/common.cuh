@@ -228,20 +228,6 @@ DLK_DEVICE S narrow(accumulate_t<S> x) {
     return x;
 }
 
-template <typename Body>
-void for_dtype(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return body(float{});
-    case ScalarType::Double:
-      return body(double{});
-    case ScalarType::BFloat16:
-      return body(bf16{});
-    default:
-      return body(f16{});
-  }
-}
-
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 

@@ -37,7 +37,6 @@
 
 #include <algorithm>
 #include <optional>
-#include <tuple>
 
 #include "../cross_entropy.h"
 #include "common.cuh"
@@ -1132,39 +1131,25 @@ bool has_no_gaps(const Layout& l) {
          (l.outer == 1 || l.outer_stride == l.inner * l.classes);
 }
 
-// The problem of a call, and the tensors it points into. The gradient is laid out like the input.
-// Where no walk takes the input as it lies, or input, target and gradient differ in walk,
-// contiguous copies stand in for them.
+// The problem of a call, and the tensors it points into.
 template <typename S>
-struct Prepared {
-  Tensor input;
-  Target target;
-  Optional weight, gradient, written, workspace;
+struct Prepared : LaidOut {
+  Optional weight, workspace;
   Problem<S> problem = {};
 
   Prepared(const Tensor& input_, const Target& target_, const Optional& weight_,
            const Options& options, bool with_gradient)
-      : input(input_), target(target_) {
-    if (with_gradient) gradient = written = torch::stable::empty_like(input);
-    auto x = layout_of(input);
-    auto t = target.is_probability ? layout_of(target.tensor) : x;
-    auto g = with_gradient ? layout_of(*gradient) : x;
-    if (!same_kind(x, t) || !same_kind(x, g)) {
-      input = torch::stable::contiguous(input);
-      if (target.is_probability) target.tensor = torch::stable::contiguous(target.tensor);
-      if (with_gradient && !gradient->is_contiguous()) written = torch::stable::empty_like(input);
-      x = t = g = layout_of(input);
-    }
+      : LaidOut(input_, target_, with_gradient) {
     Problem<S>& p = problem;
     p.reduction = options.reduction;
     p.ignore_index = options.ignore_index;
-    p.layout = *x;
-    p.target_layout = *t;
-    p.gradient_layout = *g;
-    p.rows = x->outer * x->inner;
-    DLK_CHECK(x->classes < int64_t(1) << 31, kOp, ": expected fewer than 2^31 classes, got ",
-              x->classes);
-    p.classes = x->classes;
+    p.layout = layout;
+    p.target_layout = target_layout;
+    p.gradient_layout = gradient_layout;
+    p.rows = layout.outer * layout.inner;
+    DLK_CHECK(layout.classes < int64_t(1) << 31, kOp, ": expected fewer than 2^31 classes, got ",
+              layout.classes);
+    p.classes = layout.classes;
     p.kind = target.is_probability         ? Kind::kProbability
              : options.label_smoothing > 0 ? Kind::kSmooth
                                            : Kind::kIndex;
@@ -1172,8 +1157,9 @@ struct Prepared {
     p.kept = 1 - options.label_smoothing;
     p.uniform = options.label_smoothing / double(p.classes);
     p.z_loss = options.z_loss;
-    const bool dense = has_no_gaps(*x) && has_no_gaps(*t) && has_no_gaps(*g);
-    p.walk = !x->is_rows()                       ? Walk::kColumns
+    const bool dense =
+        has_no_gaps(layout) && has_no_gaps(target_layout) && has_no_gaps(gradient_layout);
+    p.walk = !layout.is_rows()                   ? Walk::kColumns
              : p.classes <= kFewClasses && dense ? Walk::kFew
                                                  : Walk::kRows;
     p.input = input_pointer<S>("input", input);
@@ -1189,11 +1175,6 @@ struct Prepared {
       p.gradient = output_pointer<S>("gradient", *written);
       p.stays = written->numel() * int64_t(sizeof(S)) <= kCached;
     }
-  }
-
-  Tensor finished_gradient() {
-    if (written->get() != gradient->get()) torch::stable::copy_(*gradient, *written);
-    return *gradient;
   }
 
   void run();
@@ -1264,70 +1245,38 @@ void Prepared<S>::run() {
 
 // ------------------------------------------------------------------------------------ host entries
 
-std::tuple<Tensor, Tensor, Tensor, Optional> forward(const Tensor& input, const Tensor& target,
-                                                     const Optional& weight, const Options& options,
-                                                     bool with_gradient) {
-  const Target checked = check_arguments(
-      input, target, weight, options,
-      [&](const char* argument, const Tensor& t) { check_on_gpu(kOp, argument, t, input); });
+auto on_gpu_of(const Tensor& first) {
+  return [&first](const char* argument, const Tensor& t) { check_on_gpu(kOp, argument, t, first); };
+}
+
+Outputs forward(const Tensor& input, const Tensor& target, const Optional& weight,
+                const Options& options, bool with_gradient) {
+  const Target checked = check_arguments(input, target, weight, options, on_gpu_of(input));
   const DeviceScope scope(input);
-  const std::vector<int64_t> shape = row_shape(input), scalar;
-  Tensor lse = torch::stable::new_empty(input, shape, ScalarType::Double);
-  Tensor total_weight = torch::stable::new_empty(input, scalar, ScalarType::Double);
-  Tensor loss = torch::stable::new_empty(input, options.reduction == kNone ? shape : scalar);
-  if (input.numel() == 0) {
-    torch::stable::fill_(loss, options.reduction == kMean ? kInfinity<double> * 0 : 0.0);
-    torch::stable::zero_(total_weight);
-    Optional gradient;
-    if (with_gradient) gradient = torch::stable::empty_like(input);
-    return {loss, lse, total_weight, gradient};
-  }
-  Optional gradient;
-  for_dtype(input.scalar_type(), [&](auto tag) {
+  Outputs made = new_outputs(input, options, with_gradient);
+  if (input.numel() == 0) return made;
+  for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     Prepared<S> prepared(input, checked, weight, options, with_gradient);
-    prepared.problem.lse = output_pointer<double>("lse", lse);
-    prepared.problem.loss = output_pointer<S>("loss", loss);
-    prepared.problem.total_weight = output_pointer<double>("total_weight", total_weight);
+    prepared.problem.lse = output_pointer<double>("lse", made.lse);
+    prepared.problem.loss = output_pointer<S>("loss", made.loss);
+    prepared.problem.total_weight = output_pointer<double>("total_weight", made.total_weight);
     prepared.run();
-    if (with_gradient) gradient = prepared.finished_gradient();
+    if (with_gradient) made.gradient = prepared.finished_gradient();
   });
-  return {loss, lse, total_weight, gradient};
+  return made;
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor target,
-                                                         Optional weight, int64_t reduction,
-                                                         int64_t ignore_index,
-                                                         double label_smoothing, double softcap,
-                                                         double z_loss) {
-  const Options options{reduction, ignore_index, label_smoothing, softcap, z_loss};
-  const auto [loss, lse, total_weight, gradient] = forward(input, target, weight, options, false);
-  return {loss, lse, total_weight};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward(
-    Tensor input, Tensor target, Optional weight, int64_t reduction, int64_t ignore_index,
-    double label_smoothing, double softcap, double z_loss) {
-  check_forward_backward(reduction);
-  const Options options{reduction, ignore_index, label_smoothing, softcap, z_loss};
-  const auto [loss, lse, total_weight, gradient] = forward(input, target, weight, options, true);
-  return {loss, lse, total_weight, *gradient};
-}
-
-Tensor cross_entropy_backward(Tensor grad_loss, Optional grad_lse, Tensor input, Tensor target,
-                              Optional weight, Tensor lse, Tensor total_weight, int64_t reduction,
-                              int64_t ignore_index, double label_smoothing, double softcap,
-                              double z_loss) {
-  const Options options{reduction, ignore_index, label_smoothing, softcap, z_loss};
-  const auto on_gpu = [&](const char* argument, const Tensor& t) {
-    check_on_gpu(kOp, argument, t, input);
-  };
+Tensor backward(const Tensor& grad_loss, const Optional& grad_lse, const Tensor& input,
+                const Tensor& target, const Optional& weight, const Tensor& lse,
+                const Tensor& total_weight, const Options& options) {
+  const auto on_gpu = on_gpu_of(input);
   const Target checked = check_arguments(input, target, weight, options, on_gpu);
   check_backward(grad_loss, grad_lse, input, lse, total_weight, options, on_gpu);
   const DeviceScope scope(input);
   if (input.numel() == 0) return torch::stable::empty_like(input);
   Optional gradient;
-  for_dtype(input.scalar_type(), [&](auto tag) {
+  for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     Prepared<S> prepared(input, checked, weight, options, true);
     Problem<S>& p = prepared.problem;
@@ -1343,13 +1292,11 @@ Tensor cross_entropy_backward(Tensor grad_loss, Optional grad_lse, Tensor input,
 
 // For a gradient made in the forward pass.
 void cross_entropy_scale_(Tensor gradient, Tensor grad_loss) {
-  check_scale(gradient, grad_loss, [&](const char* argument, const Tensor& t) {
-    check_on_gpu(kOp, argument, t, gradient);
-  });
+  check_scale(gradient, grad_loss, on_gpu_of(gradient));
   const int64_t n = gradient.numel();
   if (n == 0) return;
   const DeviceScope scope(gradient);
-  for_dtype(gradient.scalar_type(), [&](auto tag) {
+  for_dtype<bf16, f16>(gradient.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     constexpr int kBlock = 256;
     // Few enough to be gone at once where the factor is 1.
@@ -1364,9 +1311,11 @@ void cross_entropy_scale_(Tensor gradient, Tensor grad_loss) {
 }  // namespace dlkernels
 
 STABLE_TORCH_LIBRARY_IMPL(dlkernels, DLK_DEVICE_KEY, m) {
-  m.impl("cross_entropy", TORCH_BOX(&dlkernels::cross_entropy_forward));
-  m.impl("cross_entropy_forward", TORCH_BOX(&dlkernels::cross_entropy_forward));
-  m.impl("cross_entropy_forward_backward", TORCH_BOX(&dlkernels::cross_entropy_forward_backward));
-  m.impl("cross_entropy_backward", TORCH_BOX(&dlkernels::cross_entropy_backward));
-  m.impl("cross_entropy_scale_", TORCH_BOX(&dlkernels::cross_entropy_scale_));
+  using namespace dlkernels;
+  using namespace dlkernels::cross_entropy;
+  m.impl("cross_entropy", TORCH_BOX(&raw_forward<forward>));
+  m.impl("cross_entropy_forward", TORCH_BOX(&raw_forward<forward>));
+  m.impl("cross_entropy_forward_backward", TORCH_BOX(&raw_forward_backward<forward>));
+  m.impl("cross_entropy_backward", TORCH_BOX(&raw_backward<backward>));
+  m.impl("cross_entropy_scale_", TORCH_BOX(&cross_entropy_scale_));
 }

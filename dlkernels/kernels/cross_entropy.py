@@ -678,12 +678,16 @@ def _row_shape(input: Tensor) -> list[int]:
     return [size for d, size in enumerate(input.shape) if d != (1 if input.dim() > 1 else 0)]
 
 
+def _check_floating(name, tensor):
+    wanted = f"{name} of dtype float32, float64, bfloat16 or float16, got {tensor.dtype}"
+    check(tensor.dtype in _DTYPES, f"{_OP}: expected {wanted}")
+
+
 def _check_arguments(input, target, weight, options):
     """Every argument is what the kernels take."""
     reduction, ignore_index, smoothing, softcap, _ = options
     device, dtype = input.device, input.dtype
-    wanted = "float32, float64, bfloat16 or float16"
-    check(dtype in _DTYPES, f"{_OP}: expected input of dtype {wanted}, got {dtype}")
+    _check_floating("input", input)
     check(input.dim() >= 1, f"{_OP}: expected input with at least 1 dimension, got a scalar")
     shape = list(input.shape)
     classes = shape[1 if input.dim() > 1 else 0]
@@ -771,6 +775,7 @@ def _cross_entropy_backward(
 
 
 def _cross_entropy_scale_(gradient, grad_loss):
+    _check_floating("gradient", gradient)
     check_tensor(_OP, "grad_loss", grad_loss, gradient.device, gradient.dtype, [])
     n = gradient.numel()
     if n == 0:

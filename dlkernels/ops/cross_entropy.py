@@ -19,15 +19,13 @@ The log-sum-exp is saved in float64: rounded to float32 it would be the gradient
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional as F
 
 from dlkernels import config
+from dlkernels.ops.common import DTYPES, active_transform, is_batched, is_plain, not_differentiable
 
 _OP = "cross_entropy"
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _TORCH_BACKWARD = "covered; the backward in torch ops, for the gradient of the probabilities"
 
@@ -145,7 +143,7 @@ def _backward(ctx, grad_loss, grad_lse):
         return None, None
     probabilities = target.is_floating_point()
     want_target = probabilities and ctx.needs_input_grad[1]
-    if torch.is_grad_enabled() or want_target or _is_batched(grad_loss) or _is_batched(grad_lse):
+    if torch.is_grad_enabled() or want_target or is_batched(grad_loss) or is_batched(grad_lse):
         return _gradients(ctx, input, target, weight, grad_loss, grad_lse, want_target)
     if grad_loss is None:
         shape = lse.shape if ctx.options[0] == 0 else ()
@@ -156,15 +154,6 @@ def _backward(ctx, grad_loss, grad_lse):
         return _ops.cross_entropy_backward(
             grad_loss.contiguous(), grad_lse, input, target, weight, lse, total_weight, *ctx.options
         ), None
-
-
-def _is_batched(gradient):
-    """By vmap over the backward alone, as ``is_grads_batched`` and ``jacobian(vectorize=True)`` do:
-    the raw ops, of which one writes in place, have no batching rule."""
-    functorch = torch._C._functorch
-    return gradient is not None and (
-        functorch.is_legacy_batchedtensor(gradient) or functorch.is_batchedtensor(gradient)
-    )
 
 
 def _gradients(ctx, input, target, weight, grad_loss, grad_lse, want_target):
@@ -217,7 +206,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, grad_lse):
-        again = torch.is_grad_enabled() or _is_batched(grad_loss)
+        again = torch.is_grad_enabled() or is_batched(grad_loss)
         if not ctx.ahead or grad_loss is None or grad_lse is not None or again:
             return *_backward(ctx, grad_loss, grad_lse), None, None, None
         # saved_tensors raises if the graph was freed or an input was changed in place.
@@ -251,18 +240,9 @@ torch.library.register_autograd(
 )
 
 
-def _not_differentiable(name):
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"dlkernels::{name} is a raw op without a derivative;"
-            " use dlkernels.functional.cross_entropy or torch.ops.dlkernels.cross_entropy"
-        )
-
-    torch.library.register_autograd(f"dlkernels::{name}", backward)
-
-
-for _name in ("cross_entropy_forward", "cross_entropy_forward_backward", "cross_entropy_backward"):
-    _not_differentiable(_name)
+not_differentiable(
+    _OP, "cross_entropy_forward", "cross_entropy_forward_backward", "cross_entropy_backward"
+)
 
 
 # ------------------------------------------------------------------------------------------- choice
@@ -275,15 +255,9 @@ def _check_extras(softcap, z_loss):
         raise ValueError(f"cross_entropy: z_loss must not be negative, got {z_loss}")
 
 
-def _is_plain(tensor):
-    """A dense tensor whose memory a kernel can read, or the stand-in of one while tracing."""
-    plain = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
-    return type(tensor) in plain and tensor.layout is torch.strided
-
-
 def _refusal(input, target, weight, reduction, ignore_index, label_smoothing):
     """Why our kernels do not take these arguments: torch refuses them, or only torch can."""
-    if not (_is_plain(input) and _is_plain(target) and (weight is None or _is_plain(weight))):
+    if not (is_plain(input) and is_plain(target) and (weight is None or is_plain(weight))):
         return "an argument is not a plain dense tensor"
     device = input.device.type
     if device not in config.libraries:
@@ -296,7 +270,7 @@ def _refusal(input, target, weight, reduction, ignore_index, label_smoothing):
         return f"reduction {reduction!r}"
     if not 0.0 <= label_smoothing <= 1.0:
         return f"label_smoothing {label_smoothing}"
-    if input.dtype not in _DTYPES:
+    if input.dtype not in DTYPES:
         return f"no kernel for {input.dtype}"
     class_dim = 1 if input.dim() > 1 else 0
     if input.dim() == 0 or input.shape[class_dim] == 0:
@@ -333,10 +307,8 @@ def _is_small(input):
 def _choose(input, target, weight, reduction, ignore_index, label_smoothing, extras):
     """(kernel, reason). "reference" is the definition in torch ops, for what stock lacks."""
     torchs = "reference" if extras else "stock"
-    if torch._C._are_functorch_transforms_active():
-        return torchs, "a functorch transform is active"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return torchs, "forward-mode AD is active"
+    if transform := active_transform():
+        return torchs, transform
     kernels = config.forced()
     if kernels == "stock":
         return torchs, "dlkernels.config.kernels is 'stock'"

@@ -16,14 +16,19 @@ import math
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional as F
 
 from dlkernels import config
+from dlkernels.ops.common import (
+    DTYPES,
+    active_transform,
+    autocast_dtype,
+    is_batched,
+    is_plain,
+    not_differentiable,
+)
 
 _OP = "linear"
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SLOPE = 0.01  # of leaky_relu: torch's default
 _CUBLAS = "cuBLAS does the product"
 
@@ -103,7 +108,7 @@ def _backward(ctx, grad_output):
         return None, None, None
     input, weight, output = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled() or _is_batched(grad_output) or grad_output.is_cuda:
+    if torch.is_grad_enabled() or is_batched(grad_output) or grad_output.is_cuda:
         return _gradients(grad_output, input, weight, output, ctx.activation, wanted)
     # Of what was not kept only the shape counts.
     features = weight.shape[1] if weight is not None else 0 if input is None else input.shape[-1]
@@ -116,13 +121,6 @@ def _backward(ctx, grad_output):
             grad_output.contiguous(), input, weight, output, ctx.activation, *wanted
         )
     return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
-
-
-def _is_batched(gradient):
-    """By vmap over the backward alone, as ``is_grads_batched`` and ``jacobian(vectorize=True)`` do:
-    the raw ops have no batching rule."""
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(gradient) or functorch.is_batchedtensor(gradient)
 
 
 def _gradients(grad_output, input, weight, output, activation, wanted):
@@ -180,51 +178,26 @@ def _backward_of_op(ctx, grad_output):
 torch.library.register_autograd("dlkernels::linear", _backward_of_op, setup_context=_setup_context)
 
 
-def _not_differentiable(name):
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"dlkernels::{name} is a raw op without a derivative;"
-            " use dlkernels.functional.linear or torch.ops.dlkernels.linear"
-        )
-
-    torch.library.register_autograd(f"dlkernels::{name}", backward)
-
-
-for _name in ("linear_forward", "linear_backward"):
-    _not_differentiable(_name)
+not_differentiable(_OP, "linear_forward", "linear_backward")
 
 
 # ------------------------------------------------------------------------------------------- choice
 
 
-def _is_plain(tensor):
-    """A dense tensor whose memory a kernel can read, or the stand-in of one while tracing."""
-    plain = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
-    return type(tensor) in plain and tensor.layout is torch.strided and not tensor.is_nested
-
-
-def _computed_dtype(tensor, device):
-    """The dtype after autocast, which leaves float64, and what is no float, alone."""
-    if torch.is_autocast_enabled(device) and tensor.dtype in _DTYPES:
-        if tensor.dtype != torch.float64:
-            return torch.get_autocast_dtype(device)
-    return tensor.dtype
-
-
 def _refusal(input, weight, bias):
     """Why our kernels do not take these arguments: torch refuses them, or only torch can."""
-    if not (_is_plain(input) and _is_plain(weight) and (bias is None or _is_plain(bias))):
+    if not (is_plain(input) and is_plain(weight) and (bias is None or is_plain(bias))):
         return "an argument is not a plain dense tensor"
     device = input.device.type
     if device != "cpu":
         return _CUBLAS if device == "cuda" else f"no kernel for device {device}"
     if weight.device != input.device or (bias is not None and bias.device != input.device):
         return "tensors on different devices"
-    dtype = _computed_dtype(input, device)
-    if dtype not in _DTYPES:
+    dtype = autocast_dtype(input, device)
+    if dtype not in DTYPES:
         return f"no kernel for {dtype}"
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and _computed_dtype(tensor, device) != dtype:
+        if tensor is not None and autocast_dtype(tensor, device) != dtype:
             return f"{name} of {tensor.dtype} beside input of {input.dtype}"
     if input.dim() == 0 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
         return f"weight of shape {tuple(weight.shape)} for input of {tuple(input.shape)}"
@@ -245,10 +218,8 @@ def _is_small(input, weight):
 def _choose(input, weight, bias, activation):
     """(kernel, reason). "reference" is the definition in torch ops, for what stock lacks."""
     torchs = "stock" if activation == "none" else "reference"
-    if torch._C._are_functorch_transforms_active():
-        return torchs, "a functorch transform is active"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return torchs, "forward-mode AD is active"
+    if transform := active_transform():
+        return torchs, transform
     if torch._C._get_tracing_state() is not None:
         return torchs, "torch.jit is tracing: its graph must run without us"
     kernels = config.forced()
@@ -273,12 +244,12 @@ def _fits_cublas_epilogue(input, weight, bias, activation):
     if activation != "relu" or torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return False
     tensors = (input, weight, bias)
-    if not all(isinstance(t, Tensor) and _is_plain(t) and t.is_cuda for t in tensors):
+    if not all(isinstance(t, Tensor) and is_plain(t) and t.is_cuda for t in tensors):
         return False
-    dtypes = {_computed_dtype(t, "cuda") for t in tensors}
+    dtypes = {autocast_dtype(t, "cuda") for t in tensors}
     return (
         len(dtypes) == 1
-        and dtypes.issubset(_DTYPES)
+        and dtypes.issubset(DTYPES)
         and input.dim() >= 2
         and weight.dim() == 2
         and input.shape[-1] == weight.shape[1]
@@ -341,7 +312,7 @@ def linear(
 
     device = input.device.type
     if torch.is_autocast_enabled(device):
-        dtype = _computed_dtype(input, device)
+        dtype = autocast_dtype(input, device)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if torch.compiler.is_compiling():

@@ -742,6 +742,10 @@ __attribute__((optimize("no-tree-loop-distribute-patterns"))) void* memset(void*
 }
 
 // std::atomic and function-local statics of host code in the same file.
+#define DLK_ATOMIC_FETCH(bits, type, operation)                                 \
+  type __tsan_atomic##bits##_fetch_##operation(volatile type* p, type v, int) { \
+    return __atomic_fetch_##operation(p, v, __ATOMIC_SEQ_CST);                  \
+  }
 #define DLK_ATOMICS(bits, type)                                                                    \
   type __tsan_atomic##bits##_load(const volatile type* p, int) {                                   \
     return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                   \
@@ -752,21 +756,11 @@ __attribute__((optimize("no-tree-loop-distribute-patterns"))) void* memset(void*
   type __tsan_atomic##bits##_exchange(volatile type* p, type v, int) {                             \
     return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                            \
   }                                                                                                \
-  type __tsan_atomic##bits##_fetch_add(volatile type* p, type v, int) {                            \
-    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                             \
-  }                                                                                                \
-  type __tsan_atomic##bits##_fetch_sub(volatile type* p, type v, int) {                            \
-    return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                                             \
-  }                                                                                                \
-  type __tsan_atomic##bits##_fetch_and(volatile type* p, type v, int) {                            \
-    return __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST);                                             \
-  }                                                                                                \
-  type __tsan_atomic##bits##_fetch_or(volatile type* p, type v, int) {                             \
-    return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST);                                              \
-  }                                                                                                \
-  type __tsan_atomic##bits##_fetch_xor(volatile type* p, type v, int) {                            \
-    return __atomic_fetch_xor(p, v, __ATOMIC_SEQ_CST);                                             \
-  }                                                                                                \
+  DLK_ATOMIC_FETCH(bits, type, add)                                                                \
+  DLK_ATOMIC_FETCH(bits, type, sub)                                                                \
+  DLK_ATOMIC_FETCH(bits, type, and)                                                                \
+  DLK_ATOMIC_FETCH(bits, type, or)                                                                 \
+  DLK_ATOMIC_FETCH(bits, type, xor)                                                                \
   int __tsan_atomic##bits##_compare_exchange_strong(volatile type* p, type* e, type v, int, int) { \
     return __atomic_compare_exchange_n(p, e, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);        \
   }                                                                                                \
