@@ -7,8 +7,9 @@ import torch
 
 from dlkernels.ops.cross_entropy import cross_entropy
 from dlkernels.ops.linear import linear
+from dlkernels.ops.linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["cross_entropy", "linear"]
+__all__ = ["cross_entropy", "linear", "linear_cross_entropy"]
 
 
 def __getattr__(name: str):

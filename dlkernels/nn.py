@@ -9,6 +9,7 @@ dlkernels.nn)`` beside ``LeNet(nn=torch.nn)``.
 of ``torch.nn.functional``. ``import dlkernels.nn.functional as F`` works too.
 """
 
+import math
 import sys
 from typing import TYPE_CHECKING
 
@@ -86,6 +87,117 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
 
+class _LinearCrossEntropyLoss(torch.nn.Module):
+    """What ``torch.nn.LinearCrossEntropyLoss`` holds, for torch below 2.13."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device=None,
+        dtype=None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options=None,
+    ) -> None:
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(
+                f"LinearCrossEntropyLoss: expected weight of shape {(num_classes,)},"
+                f" got {tuple(weight.shape)}"
+            )
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise RuntimeError(
+                "LinearCrossEntropyLoss: expected label_smoothing between 0 and 1,"
+                f" got {label_smoothing}"
+            )
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.reduction = reduction
+        self.num_classes = num_classes
+        self.out_features = out_features
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        outputs = math.prod(out_features, start=num_classes)
+        self.linear = torch.nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
+        self.options = options
+
+    def extra_repr(self) -> str:
+        """The arguments, as torch's module shows them."""
+        return (
+            f"in_features={self.linear.in_features}, num_classes={self.num_classes},"
+            f" out_features={self.out_features}, bias={self.linear.bias is not None},"
+            f" reduction={self.reduction}, ignore_index={self.ignore_index},"
+            f" label_smoothing={self.label_smoothing}, options={self.options}"
+        )
+
+
+class LinearCrossEntropyLoss(
+    getattr(torch.nn, "LinearCrossEntropyLoss", _LinearCrossEntropyLoss),
+):
+    """``torch.nn.LinearCrossEntropyLoss`` on ``dlkernels.functional.linear_cross_entropy``.
+
+    torch has it from 2.13 on; below, this class holds the same parameters by itself.
+
+    Args (those before ``softcap`` are stock's):
+        softcap: logits become ``softcap * tanh(logits / softcap)`` before anything else.
+        z_loss: adds ``z_loss * logsumexp(logits)**2`` per row, before the reduction.
+
+    ``forward(input, target)``: ``input`` (N, in_features) or (in_features), floating point;
+    ``target`` class indices (N, ...) or (), or class probabilities (N, C, ...) or (C). Errors are
+    those of the functional form, raised at the call, as stock's are. TorchScript is not supported.
+    """
+
+    # Defaults on the class, as of CrossEntropyLoss.
+    softcap: float | None = None
+    z_loss: float = 0.0
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        **arguments,
+    ) -> None:
+        super().__init__(in_features, num_classes, **arguments)
+        for name, value in {"softcap": softcap, "z_loss": z_loss}.items():
+            if value != getattr(type(self), name):
+                setattr(self, name, value)
+
+    def extra_repr(self) -> str:
+        """Stock's, and the extras in use."""
+        extras = (
+            f", {name}={getattr(self, name)}"
+            for name in ("softcap", "z_loss")
+            if getattr(self, name) != getattr(LinearCrossEntropyLoss, name)
+        )
+        return super().extra_repr() + "".join(extras)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss, 0-d or of the target's shape by ``reduction``."""
+        outputs = (self.num_classes, *self.out_features)
+        bias = self.linear.bias
+        return functional.linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*outputs, self.linear.in_features),
+            target,
+            linear_bias=None if bias is None else bias.reshape(outputs),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
+        )
+
+
 class Linear(torch.nn.Linear):
     """``torch.nn.Linear`` on ``dlkernels.functional.linear``.
 
@@ -104,7 +216,7 @@ class LazyLinear(torch.nn.LazyLinear):
     cls_to_become = Linear
 
 
-_OURS = ("CrossEntropyLoss", "LazyLinear", "Linear", "functional")
+_OURS = ("CrossEntropyLoss", "LazyLinear", "Linear", "LinearCrossEntropyLoss", "functional")
 __all__ = sorted({*_OURS, *(name for name in dir(torch.nn) if not name.startswith("_"))})
 
 

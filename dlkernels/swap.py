@@ -48,6 +48,15 @@ TWINS: list[Twin] = [
     ),
     Twin("linear", torch.nn.Linear, nn.Linear),
 ]
+if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from torch 2.13 on
+    TWINS.append(
+        Twin(
+            "linear_cross_entropy",
+            torch.nn.LinearCrossEntropyLoss,
+            nn.LinearCrossEntropyLoss,
+            extras=("softcap", "z_loss"),
+        )
+    )
 
 
 class Swapped(NamedTuple):

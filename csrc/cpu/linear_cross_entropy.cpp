@@ -65,6 +65,11 @@ struct Arguments {
   int64_t rows, features, classes, positions;
 };
 
+// What losses, and the class weights, of elements of a dtype are of.
+ScalarType accumulated(ScalarType dtype) {
+  return dtype == ScalarType::Double ? dtype : ScalarType::Float;
+}
+
 // Fails unless every argument is what the loops take. Targets and biases come back contiguous,
 // position by position.
 Arguments check_arguments(const Tensor& input, const Tensor& linear_weight,
@@ -95,7 +100,7 @@ Arguments check_arguments(const Tensor& input, const Tensor& linear_weight,
   }
   if (weight) {
     check_cpu(kOp, "weight", *weight);
-    check_dtype(kOp, "weight", *weight, dtype);
+    check_dtype(kOp, "weight", *weight, accumulated(dtype));
     check_shape(kOp, "weight", *weight, std::vector<int64_t>{classes});
   }
   const bool is_probability = target.scalar_type() == dtype;
@@ -131,7 +136,7 @@ class Chunks {
   // What dZ is rounded to: what the products read, which take pairs of bf16 only from both sides.
   using G = std::conditional_t<gemm::Word<S>::kPair, S, T>;
 
-  Chunks(const Arguments& a, const Problem<S>& p, Wanted wanted, S* grad_input, T* grad_weight,
+  Chunks(const Arguments& a, const Problem<T>& p, Wanted wanted, S* grad_input, T* grad_weight,
          T* grad_bias)
       : a_(a),
         p_(p),
@@ -261,7 +266,7 @@ class Chunks {
     for (int64_t i = 0; i < n; i += kRows) {
       Block<T>& b = blocks_[i / kRows];
       const int64_t size = std::min(kRows, n - i), at = k * a_.rows + row + i;
-      cross_entropy::load_targets<S, kind>(p_, b, at, size);
+      cross_entropy::load_targets<T, kind>(p_, b, at, size);
       std::copy_n(all.max + i, size, b.max);
       for (int64_t q = 0; q < size; ++q) {
         b.sum[q] = T(all.sum[i + q]);
@@ -271,10 +276,10 @@ class Chunks {
                                 ? unit_of(p_) * at_target_.get()[i + q]
                                 : T(0);
       }
-      total += cross_entropy::finish_rows<S, kind>(p_, b, at, size);
+      total += cross_entropy::finish_rows<T, kind>(p_, b, at, size);
       if (!wanted_.any()) continue;
       cross_entropy::load_lse(p_, b, at, size);
-      cross_entropy::set_coefficients<S, kind>(p_, b, at, size, false);
+      cross_entropy::set_coefficients<T, kind>(p_, b, at, size, false);
     }
     return total;
   }
@@ -346,7 +351,7 @@ class Chunks {
   }
 
   const Arguments& a_;
-  const Problem<S>& p_;
+  const Problem<T>& p_;
   const Wanted wanted_;
   S* const grad_input_;
   T *const grad_weight_, *const grad_bias_;
@@ -359,6 +364,16 @@ class Chunks {
 };
 
 // ------------------------------------------------------------------------------------ host entries
+
+// body(i, lanes) for n elements, a vector at a time, over all threads.
+template <typename V, typename Body>
+void for_vectors(int64_t n, const Body& body) {
+  torch::stable::parallel_for(
+      0, (n + V::size - 1) / V::size, gemm::kGrain / V::size, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * V::size; i < std::min(n, end * V::size); i += V::size)
+          body(i, std::min(V::size, n - i));
+      });
+}
 
 // A gradient, and its sums in T, which are rounded into it at the end where it is of 16 bits.
 template <typename S>
@@ -378,16 +393,11 @@ class Accumulated {
   T* sums() const { return sums_; }
   void finish() const {
     if (!own_) return;
-    using V = Vec<T>;
     S* const to = static_cast<S*>(tensor_.mutable_data_ptr());
-    const int64_t n = tensor_.numel();
-    torch::stable::parallel_for(
-        0, (n + V::size - 1) / V::size, gemm::kGrain / V::size, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin * V::size; i < std::min(n, end * V::size); i += V::size) {
-            const int64_t lanes = std::min(V::size, n - i);
-            store(to + i, load(sums_ + i, lanes), lanes);
-          }
-        });
+    const T* const from = sums_;
+    for_vectors<Vec<T>>(tensor_.numel(), [=](int64_t i, int64_t lanes) {
+      store(to + i, load(from + i, lanes), lanes);
+    });
   }
 
  private:
@@ -406,7 +416,8 @@ Results compute(const Optional& grad_loss, const Tensor& input, const Tensor& li
   wanted.bias = wanted.bias && linear_bias;
   const std::vector<int64_t> scalar, none{0}, per_row{a.rows, a.positions};
   const bool reduced = options.reduction != cross_entropy::kNone;
-  const Tensor loss = torch::stable::new_empty(input, reduced ? scalar : per_row);
+  const ScalarType exact = accumulated(input.scalar_type());
+  const Tensor loss = torch::stable::new_empty(input, reduced ? scalar : per_row, exact);
   const auto gradient_of = [&](bool is_wanted, const std::vector<int64_t>& shape) {
     return torch::stable::new_empty(input, is_wanted ? shape : none);
   };
@@ -416,7 +427,7 @@ Results compute(const Optional& grad_loss, const Tensor& input, const Tensor& li
   std::optional<Tensor> upstream;
   if (grad_loss) {
     check_cpu(kOp, "grad_loss", *grad_loss);
-    check_dtype(kOp, "grad_loss", *grad_loss, input.scalar_type());
+    check_dtype(kOp, "grad_loss", *grad_loss, exact);
     check_shape(kOp, "grad_loss", *grad_loss, reduced ? scalar : per_row);
     upstream = reduced ? *grad_loss
                        : torch::stable::contiguous(torch::stable::transpose(*grad_loss, 0, 1));
@@ -424,7 +435,7 @@ Results compute(const Optional& grad_loss, const Tensor& input, const Tensor& li
   for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     using T = accumulate_t<S>;
-    Problem<S> p;
+    Problem<T> p;
     p.options = options;
     p.layout.classes = a.classes;
     p.rows = a.rows * a.positions;
@@ -437,9 +448,10 @@ Results compute(const Optional& grad_loss, const Tensor& input, const Tensor& li
     p.lse = lse.get();
     Tensor row_losses = loss;
     if (!reduced && a.positions > 1)
-      row_losses = torch::stable::new_empty(input, std::vector<int64_t>{a.positions, a.rows});
-    p.loss = static_cast<S*>(row_losses.mutable_data_ptr());
-    if (upstream) p.grad_loss = static_cast<const S*>(upstream->const_data_ptr());
+      row_losses =
+          torch::stable::new_empty(input, std::vector<int64_t>{a.positions, a.rows}, exact);
+    p.loss = static_cast<T*>(row_losses.mutable_data_ptr());
+    if (upstream) p.grad_loss = static_cast<const T*>(upstream->const_data_ptr());
     const Accumulated<S> of_weight(grad_weight, wanted.weight), of_bias(grad_bias, wanted.bias);
     S* const of_input = wanted.input ? static_cast<S*>(grad_input.mutable_data_ptr()) : nullptr;
     if (a.rows == 0) {
@@ -452,7 +464,7 @@ Results compute(const Optional& grad_loss, const Tensor& input, const Tensor& li
     });
     if (options.reduction == cross_entropy::kMean) sum /= total_weight;
     if (reduced)
-      *p.loss = narrow<S>(T(sum));
+      *p.loss = T(sum);
     else if (a.positions > 1)
       torch::stable::copy_(const_cast<Tensor&>(loss), torch::stable::transpose(row_losses, 0, 1));
     of_weight.finish();
@@ -467,7 +479,8 @@ Results linear_cross_entropy_forward(Tensor input, Tensor linear_weight, Optiona
                                      double z_loss, bool want_input, bool want_weight,
                                      bool want_bias) {
   const Wanted wanted{want_input, want_weight, want_bias};
-  if (wanted.any()) cross_entropy::check_forward_backward(reduction);
+  DLK_CHECK(reduction != cross_entropy::kNone || !wanted.any(), kOp,
+            ": gradients made in the forward pass need reduction mean or sum, got none");
   return compute(std::nullopt, input, linear_weight, linear_bias, target, weight,
                  {reduction, ignore_index, label_smoothing, softcap, z_loss}, wanted);
 }
@@ -483,10 +496,37 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
   return {grad_input, grad_weight, grad_bias};
 }
 
+// Each gradient *= grad_loss, for those made with the loss; nothing is touched where that is 1.
+void linear_cross_entropy_scale_(Tensor grad_input, Tensor grad_weight, Tensor grad_bias,
+                                 Tensor grad_loss) {
+  check_cpu(kOp, "grad_loss", grad_loss);
+  check_shape(kOp, "grad_loss", grad_loss, std::vector<int64_t>{});
+  const auto scale = [&](const char* argument, const Tensor& gradient) {
+    check_cpu(kOp, argument, gradient);
+    check_floating(kOp, argument, gradient);
+    check_contiguous(kOp, argument, gradient);
+    check_dtype(kOp, "grad_loss", grad_loss, accumulated(gradient.scalar_type()));
+    for_dtype<bf16, f16>(gradient.scalar_type(), [&](auto tag) {
+      using S = decltype(tag);
+      using V = Vec<accumulate_t<S>>;
+      const V factor(*static_cast<const accumulate_t<S>*>(grad_loss.const_data_ptr()));
+      if (first_element(factor) == 1) return;
+      S* const data = static_cast<S*>(gradient.mutable_data_ptr());
+      for_vectors<V>(gradient.numel(), [=](int64_t i, int64_t lanes) {
+        store(data + i, load(data + i, lanes) * factor, lanes);
+      });
+    });
+  };
+  scale("grad_input", grad_input);
+  scale("grad_weight", grad_weight);
+  scale("grad_bias", grad_bias);
+}
+
 }  // namespace
 }  // namespace dlkernels
 
 STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("linear_cross_entropy", TORCH_BOX(&dlkernels::linear_cross_entropy_forward));
   m.impl("linear_cross_entropy_backward", TORCH_BOX(&dlkernels::linear_cross_entropy_backward));
+  m.impl("linear_cross_entropy_scale_", TORCH_BOX(&dlkernels::linear_cross_entropy_scale_));
 }

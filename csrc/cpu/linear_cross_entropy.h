@@ -27,15 +27,15 @@ struct Tile {
 };
 
 // What an element of a tile is multiplied by to be x'.
-template <typename S>
-accumulate_t<S> unit_of(const Problem<S>& p) {
-  return p.cap() != 0 ? p.cap() : accumulate_t<S>(1);
+template <typename T>
+T unit_of(const Problem<T>& p) {
+  return p.cap() != 0 ? p.cap() : T(1);
 }
 
 // The masses s_c of rows of one class; `probability` is the element of the first row.
 template <typename S, Kind kind>
-Vec<accumulate_t<S>> mass_of(const Problem<S>& p, const S* probability, int64_t row_stride,
-                             int64_t c, int64_t lanes) {
+Vec<accumulate_t<S>> mass_of(const Problem<accumulate_t<S>>& p, const S* probability,
+                             int64_t row_stride, int64_t c, int64_t lanes) {
   using T = accumulate_t<S>;
   using V = Vec<T>;
   if constexpr (kind != Kind::kProbability) return V(p.weight[c]);
@@ -96,7 +96,7 @@ void raise(const Statistics<T>& to, int64_t i, Vec<T> m) {
 
 // Adds classes [c0, c1) of a tile, whose row 0 is class c0, to the statistics of n rows.
 template <typename S, Kind kind>
-void add_classes(const Problem<S>& p, const Tile<accumulate_t<S>>& tile,
+void add_classes(const Problem<accumulate_t<S>>& p, const Tile<accumulate_t<S>>& tile,
                  const Probability<S>& probability, int64_t c0, int64_t c1, int64_t n,
                  const Statistics<accumulate_t<S>>& to) {
   using T = accumulate_t<S>;
@@ -154,7 +154,7 @@ void merge(const Statistics<T>& to, const Statistics<T>& from, int64_t n) {
 // each class's memory; row 0 of the tile is class c0. `blocks` are of kRows rows each; `at_target`
 // is the tile's element at each row's target.
 template <typename S, typename G, Kind kind>
-void write_gradient(const Problem<S>& p, const Tile<accumulate_t<S>>& tile,
+void write_gradient(const Problem<accumulate_t<S>>& p, const Tile<accumulate_t<S>>& tile,
                     const Probability<S>& probability, const int64_t* target,
                     const accumulate_t<S>* at_target, const Block<accumulate_t<S>>* blocks,
                     int64_t c0, int64_t c1, int64_t n) {

@@ -25,7 +25,7 @@ from dlkernels import config
 from dlkernels.ops.common import DTYPES, active_transform, is_batched, is_plain, not_differentiable
 
 _OP = "cross_entropy"
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 _TORCH_BACKWARD = "covered; the backward in torch ops, for the gradient of the probabilities"
 
@@ -144,7 +144,9 @@ def _backward(ctx, grad_loss, grad_lse):
     probabilities = target.is_floating_point()
     want_target = probabilities and ctx.needs_input_grad[1]
     if torch.is_grad_enabled() or want_target or is_batched(grad_loss) or is_batched(grad_lse):
-        return _gradients(ctx, input, target, weight, grad_loss, grad_lse, want_target)
+        return cross_entropy_gradients(
+            ctx.options, input, target, weight, grad_loss, grad_lse, want_target
+        )
     if grad_loss is None:
         shape = lse.shape if ctx.options[0] == 0 else ()
         grad_loss = input.new_zeros(shape)
@@ -156,9 +158,9 @@ def _backward(ctx, grad_loss, grad_lse):
         ), None
 
 
-def _gradients(ctx, input, target, weight, grad_loss, grad_lse, want_target):
+def cross_entropy_gradients(options, input, target, weight, grad_loss, grad_lse, want_target):
     """d loss / d x'_c = p_c·(Σ_k s_k + 2·z·lse) - s_c for the mass s of ``_mass``; torch ops."""
-    reduction, ignore_index, label_smoothing, softcap, z_loss = ctx.options
+    reduction, ignore_index, label_smoothing, softcap, z_loss = options
     class_dim = 1 if input.dim() > 1 else 0
     dtype = input.dtype
     input, target, weight, grad_loss = _computed(input, target, weight, grad_loss)
@@ -248,11 +250,11 @@ not_differentiable(
 # ------------------------------------------------------------------------------------------- choice
 
 
-def _check_extras(softcap, z_loss):
+def check_extras(op, softcap, z_loss):
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"cross_entropy: softcap must be positive or None, got {softcap}")
+        raise ValueError(f"{op}: softcap must be positive or None, got {softcap}")
     if not z_loss >= 0:
-        raise ValueError(f"cross_entropy: z_loss must not be negative, got {z_loss}")
+        raise ValueError(f"{op}: z_loss must not be negative, got {z_loss}")
 
 
 def _refusal(input, target, weight, reduction, ignore_index, label_smoothing):
@@ -266,7 +268,7 @@ def _refusal(input, target, weight, reduction, ignore_index, label_smoothing):
         return "no kernel for a GPU older than sm_80"
     if target.device != input.device or (weight is not None and weight.device != input.device):
         return "tensors on different devices"
-    if reduction not in _REDUCTIONS or type(ignore_index) is bool:
+    if reduction not in REDUCTIONS or type(ignore_index) is bool:
         return f"reduction {reduction!r}"
     if not 0.0 <= label_smoothing <= 1.0:
         return f"label_smoothing {label_smoothing}"
@@ -378,11 +380,11 @@ def cross_entropy(
             type(input) is Tensor
             and type(target) is Tensor
             and weight is size_average is reduce is None
-            and reduction in _REDUCTIONS
+            and reduction in REDUCTIONS
             and not torch._C._is_torch_function_mode_enabled()
         ):  # where F.cross_entropy would end up, so that its price is not paid on top of ours
             return torch._C._nn.cross_entropy_loss(
-                input, target, None, _REDUCTIONS[reduction], ignore_index, label_smoothing
+                input, target, None, REDUCTIONS[reduction], ignore_index, label_smoothing
             )
         return F.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
@@ -391,7 +393,7 @@ def cross_entropy(
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     stock = (input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     if extras:
-        _check_extras(softcap, z_loss)
+        check_extras(_OP, softcap, z_loss)
 
     kernel, reason = _choose(
         input, target, weight, reduction, ignore_index, label_smoothing, extras
@@ -407,7 +409,7 @@ def cross_entropy(
         input, weight = _upcast(input), None if weight is None else _upcast(weight)
         target = _upcast(target) if target.is_floating_point() else target
     options = (
-        _REDUCTIONS[reduction],
+        REDUCTIONS[reduction],
         ignore_index,
         float(label_smoothing),
         float(softcap or 0.0),
