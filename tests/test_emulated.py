@@ -58,7 +58,7 @@ def library(tmp_path_factory):
 def test_cross_entropy(capability, seed, library, tmp_path):
     shutil.copy(library, copy_package(tmp_path, "plain"))
     files, part = RUNS[capability, seed]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs"]
+    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", "-rs"]
     command += ["--hypothesis-seed=0", *(["-k", part] if part else [])]
     command += [f"--deselect=tests/{name}" for name in LEFT_OUT]
     done = subprocess.run(

@@ -76,8 +76,9 @@ def test_ops(name, tmp_path):
     if name in CAPABILITY:
         environment["ATEN_CPU_CAPABILITY"] = CAPABILITY[name]
     files = ["tests/test_is_loaded.py", "tests/test_cross_entropy.py", "tests/test_linear.py"]
+    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", TESTS, *files],
+        [*command, "-k", TESTS, *files],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
