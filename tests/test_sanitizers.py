@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_instruction_sets import draw_few
 from torch.utils.cpp_extension import include_paths
 
 import dlkernels
@@ -103,6 +104,7 @@ def make(folder: Path, isa: str, csrc: Path, optimize="-O1") -> Path:
             "def assert_no_worse(name, ours, stock, exact, factor=2.0):\n"
             "    _no_worse(name, ours, stock, exact, 4 * factor)\n"
         )
+    draw_few(folder)
     shutil.copy(ROOT / "pyproject.toml", folder)
     how = dlkernels._build["cpu"][isa]
     # torch's headers from the torch that runs, wherever they were at the build.
@@ -173,8 +175,8 @@ def test_the_suite_has_nothing_to_report(isa, builds):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_reported(fault, builds):
-    header, *_, selection, report = FAULTS[fault]
+    *_, selection, report = FAULTS[fault]
     done = run_suite(builds["faulty"], selection)
     assert done.returncode not in (0, 5), done.stdout + done.stderr  # 5: nothing was selected
     assert re.search(report, done.stderr), done.stdout[-3000:] + done.stderr[:3000]
-    assert "dlkernels::" in done.stderr and f"/{header}:" in done.stderr
+    assert re.search("dlkernels::(cross_entropy|gemm)::", done.stderr)

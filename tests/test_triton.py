@@ -14,7 +14,7 @@ import pytest
 import torch
 from compare import assert_no_worse
 from instruction_sets import compile_library
-from test_instruction_sets import copy_package
+from test_instruction_sets import copy_package, draw_few
 from torch.nn import functional as F
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -53,7 +53,7 @@ cross_entropy.register("CPU")
 # An op of the interpreter takes 40 µs whatever its size, on one thread. What is left holds every
 # layout with every dtype, every reduction and every option, forward, with the gradient ahead and
 # backward; it leaves out some combinations of them, some variants of gradcheck in two of its three
-# shapes, and the two billion elements, for which test_offsets stands in.
+# shapes, and the two billion elements, for which test_offsets stands in. Draws are few.
 LEFT_OUT = re.compile(
     r"weights_ignored.*-(sum|none-0\.0|mean-0\.1)-|softcap_and_z_loss.*-(sum|none-i|mean-p)"
     r"|gradgradcheck.*(\(5, 7\)|3\)-(plain|sum|none|softcap|z_loss))|same_bits.*many|two_to_the_31"
@@ -100,17 +100,6 @@ def test_classes(own):
     check(memory.as_strided((2, 3, 100), (200, 2**30 + 8, 1)), own)
 """
 
-# Each case as often as its draws add up to 8 rows, not 300: of few rows stock has luck, and the
-# factor of tests/compare.py is twice as wide.
-FEW_DRAWS = """
-
-_check = check
-
-
-def check(draw, stock=F.cross_entropy, factor=2.0, rows=300):
-    return _check(draw, stock, 2 * factor, min(rows, 8))
-"""
-
 
 def test_cross_entropy_interpreted(tmp_path):
     library = copy_package(tmp_path, "plain")
@@ -119,8 +108,7 @@ def test_cross_entropy_interpreted(tmp_path):
     compile_library("plain", [source], library)
     (tmp_path / "triton_on_cpu.py").write_text(PLUGIN)
     (tmp_path / "tests" / "test_offsets.py").write_text(OFFSETS)
-    with open(tmp_path / "tests" / "test_cross_entropy.py", "a") as file:
-        file.write(FEW_DRAWS)
+    draw_few(tmp_path)
     names = ("is_loaded", "offsets", "cross_entropy")
     files = [f"tests/test_{name}.py" for name in names]
     options = ["-n0", "-q", "-p", "no:cacheprovider", "-p", "triton_on_cpu", "-W", "ignore"]
