@@ -11,6 +11,11 @@ import torch
 from benchmarks import run
 
 
+def pytest_xdist_auto_num_workers():
+    """None: what is timed has the machine to itself, and pytest-benchmark measures in no worker."""
+    return 0
+
+
 def pytest_addoption(parser):
     group = parser.getgroup("dlkernels")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu")

@@ -12,7 +12,6 @@ test failed, and copied to the folder $OUT where that is set. Last comes a table
 import argparse
 import gc
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -38,7 +37,7 @@ TESTS = [
     f"tests/test_{name}.py"
     for name in ("cross_entropy_cuda", "cross_entropy", "cross_entropy_paths")
 ]
-WORKERS = 6  # of pytest-xdist, where it is installed
+WORKERS = 6  # of pytest-xdist
 TOOLS = ("memcheck", "racecheck")
 PROVIDERS = "^(?!auto compiled$)"  # a compilation a row, and the same kernels
 QUERY = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
@@ -153,7 +152,7 @@ def environment(state: State, seconds: float) -> None:
 def test_commands() -> list[list[str]]:
     """pytest over the op's tests on the GPU, and over the GPU tests of the Triton twin."""
     pytest = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
-    workers = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
+    workers = [f"-n{WORKERS}", "--dist=load"]
     return [
         [*pytest, *workers, "-p", "tests.on_cuda", *TESTS],
         [*pytest, "-k", "on_a_gpu", "tests/test_triton.py"],

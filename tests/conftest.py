@@ -1,13 +1,34 @@
 """Every test draws its data from a seed made of its own id: adding a test shifts nobody's data."""
 
 import hashlib
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+# The workers of pytest-xdist share the cores: a thread that waits leaves its own to others.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 import dlkernels
+
+# The files that take longest: they are begun first, so that the workers end together.
+LONG = ("sanitizers", "emulated", "triton", "instruction_sets", "cuda_build", "build")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """No workers for one file: it is not divided, and its output and breakpoints come through."""
+    files = [Path(argument.partition("::")[0]) for argument in config.args]
+    return 0 if len(set(files)) == 1 and files[0].suffix == ".py" else None
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        order = {f"test_{name}.py": at for at, name in enumerate(LONG)}
+        items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(autouse=True)

@@ -635,7 +635,7 @@ def test_the_plugin_leaves_out_and_sets_the_device(tmp_path):
         "import torch\ndef test_choice(): assert False\n"
         "def test_other(): assert torch.get_default_device().type == 'meta'\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.on_cuda", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "tests.on_cuda", str(tmp_path)]
     environment = {**os.environ, "DLKERNELS_TESTS_ON": "meta"}
     done = subprocess.run(command, cwd=run.ROOT, env=environment, capture_output=True, text=True)
     assert "1 passed, 1 deselected" in done.stdout, done.stdout + done.stderr

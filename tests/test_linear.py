@@ -684,7 +684,9 @@ def test_refusals_are_stocks(case, kernels):
         assert str(ours.value).splitlines()[0] == str(stocks.value).splitlines()[0]
 
 
-@pytest.mark.parametrize("activation", ["none", "gelu", "", "ReLU", torch.relu], ids=str)
+@pytest.mark.parametrize(
+    "activation", ["none", "gelu", "", "ReLU", pytest.param(torch.relu, id="torch.relu")], ids=str
+)
 def test_an_unknown_activation_names_the_known(activation):
     tensors = problem((4, 6), 5, torch.float32)
     with pytest.raises(ValueError, match="None or one of 'relu', 'leaky_relu', 'tanh', 'sigmoid'"):

@@ -111,7 +111,9 @@ def test_swapping_twice_is_swapping_once():
     assert classes(swap(swap(Net()))) == classes(swap(Net()))
 
 
-@pytest.mark.parametrize("model", [torch.tanh, "net", None, STOCK], ids=str)
+@pytest.mark.parametrize(
+    "model", [pytest.param(torch.tanh, id="torch.tanh"), "net", None, STOCK], ids=str
+)
 @pytest.mark.parametrize("function", [swap, unswap, report, explain, dlkernels.verify])
 def test_no_module_is_a_type_error(function, model):
     arguments = (model, ()) if function is dlkernels.verify else (model,)
