@@ -219,8 +219,6 @@ def _choose(input, weight, bias, activation):
     torchs = "stock" if activation == "none" else "reference"
     if transform := active_transform():
         return torchs, transform
-    if torch._C._get_tracing_state() is not None:
-        return torchs, "torch.jit is tracing: its graph must run without us"
     kernels = config.forced()
     if kernels == "stock":
         return torchs, "dlkernels.config.kernels is 'stock'"
