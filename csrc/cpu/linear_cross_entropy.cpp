@@ -454,7 +454,8 @@ Results compute(const Optional& grad_loss, const Tensor& input, const Tensor& li
     if (upstream) p.grad_loss = static_cast<const T*>(upstream->const_data_ptr());
     const Accumulated<S> of_weight(grad_weight, wanted.weight), of_bias(grad_bias, wanted.bias);
     S* const of_input = wanted.input ? static_cast<S*>(grad_input.mutable_data_ptr()) : nullptr;
-    if (a.rows == 0) {
+    if (p.rows == 0) {  // nobody else writes them
+      if (wanted.input) torch::stable::zero_(const_cast<Tensor&>(grad_input));
       if (wanted.weight) std::fill_n(of_weight.sums(), grad_weight.numel(), T(0));
       if (wanted.bias) std::fill_n(of_bias.sums(), grad_bias.numel(), T(0));
     }
