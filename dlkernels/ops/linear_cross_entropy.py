@@ -301,8 +301,8 @@ def _by_chunks(grad_loss, input, linear_weight, linear_bias, target, weight, opt
         loss = loss.sum()
         factor = loss.new_ones(()) if grad_loss is None else grad_loss
         if reduction == 1:
-            divisor = _divisor(target, weight, others[0], loss)
-            loss, factor = loss / divisor, factor / divisor
+            divisor, counted = _divisor(target, weight, others[0], loss)
+            loss, factor = loss / divisor, (factor / divisor).where(counted > 0, 0)
         if any(wants):
             gradients = grad_input, grad_weight, grad_bias
             grad_input, grad_weight, grad_bias = (g.mul_(factor.reshape(1)) for g in gradients)
@@ -310,13 +310,15 @@ def _by_chunks(grad_loss, input, linear_weight, linear_bias, target, weight, opt
 
 
 def _divisor(target, weight, ignore_index, like):
-    """What "mean" divides by, as a tensor: nothing waits for the GPU."""
+    """What "mean" divides by, and how many rows count, as tensors: nothing waits for the GPU."""
     if target.is_floating_point():
-        return like.new_tensor(target.shape[0] * target.shape[2])
+        rows = like.new_tensor(target.shape[0] * target.shape[2])
+        return rows, rows
     kept = target != ignore_index
+    counted = kept.sum()
     if weight is None:
-        return kept.sum().to(like.dtype)
-    return weight[target.long().where(kept, 0)].to(like.dtype).where(kept, 0).sum()
+        return counted.to(like.dtype), counted
+    return weight[target.long().where(kept, 0)].to(like.dtype).where(kept, 0).sum(), counted
 
 
 @torch.library.impl("dlkernels::linear_cross_entropy", "CUDA")
