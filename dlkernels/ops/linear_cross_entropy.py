@@ -288,7 +288,7 @@ def _by_chunks(grad_loss, input, linear_weight, linear_bias, target, weight, opt
         else:
             upstream = torch.ones_like(some_loss)
         dz = _ops.cross_entropy_backward(upstream, None, z, y, weight, lse, total, *per_row)
-        dz = dz.view(-1, classes * positions)
+        dz = dz.view(x.shape[0], classes * positions)
         if wants[0]:
             torch.mm(dz, flat, out=grad_input[part])
         if wants[1]:
