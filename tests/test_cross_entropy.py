@@ -630,6 +630,8 @@ def refusals():
         "integer_input": (x.long(), t, {}),
         "reduction": (x, t, {"reduction": "average"}),
         "smoothing": (x, t, {"label_smoothing": 1.5}),
+        "no_smoothing": (x, t, {"label_smoothing": None}),
+        "ignore_index_is_no_integer": (x, t, {"ignore_index": 1.5}),
         "no_tensor": ([1.0], t, {}),
         "no_target": (x, 3, {}),
     }

@@ -31,6 +31,8 @@ DEVICE = re.compile(
     r"|\batomic[A-Z]\w*\("
 )
 FLAGS = ("-march=" + "native", "-mtune=" + "native", "-f" + "openmp")
+# An op that stands on another, and the one that it knows.
+STANDS_ON = {"linear_cross_entropy": "cross_entropy"}
 MACHINE = re.compile(
     r"/(?:work|root)/|/(?:home|Users)/\w+/"  # somebody's folders
     r"|https?://(?:localhost|127\.|10\.|192\.168\.|[\w.-]+\.(?:internal|local|corp|lan)\b)"
@@ -139,9 +141,15 @@ def matches(root: Path, paths: Iterable[Path], pattern: re.Pattern, read=text) -
 
 @rule
 def ops_import_torch_config_and_common_only(root):
-    """Let ops/<op>.py import torch, config and ops/common.py only, where two of them share."""
+    """Let ops/<op>.py import torch, config and ops/common.py; another op only by STANDS_ON."""
     allowed = ("torch", "dlkernels.config", "dlkernels.ops.common")
-    return foreign_imports(root, under(root, "dlkernels/ops"), allowed)
+    found = []
+    for path in under(root, "dlkernels/ops"):
+        other = STANDS_ON.get(path.stem)
+        found += foreign_imports(
+            root, [path], (*allowed, f"dlkernels.ops.{other}") if other else allowed
+        )
+    return found
 
 
 @rule
@@ -191,9 +199,10 @@ def nothing_imports_tests_or_benchmarks(root):
 
 
 @rule
-def cpu_kernels_include_their_own_and_the_three_headers_only(root):
-    """Let <op>.cpp, <op>.h and <op>_<part>.h include each other, check.h, simd.h and gemm.h."""
-    ours = ("../check.h", "simd.h", "gemm.h")
+def cpu_kernels_include_their_own_and_the_shared_headers_only(root):
+    """Let <op>.cpp, <op>.h and <op>_<part>.h include each other, check.h, simd.h, gemm.h, memory.h,
+    and <op>.h of the op that they stand on."""
+    ours = ("../check.h", "simd.h", "gemm.h", "memory.h")
     ops = [path.stem for path in under(root, "csrc/cpu", suffixes=[".cpp"])]
 
     def op_of(stem):
@@ -205,9 +214,9 @@ def cpu_kernels_include_their_own_and_the_three_headers_only(root):
             if path.name == "simd.h" and name == "immintrin.h":
                 continue
             std = "/" not in name.removeprefix("sys/") and name not in ("omp.h", "Python.h")
-            own = name in ours or op_of(name.removeprefix("../").removesuffix(".h")) == op_of(
-                path.stem
-            )
+            op = op_of(path.stem)
+            own = name in ours or op_of(name.removeprefix("../").removesuffix(".h")) == op
+            own = own or (op in STANDS_ON and name == f"{STANDS_ON[op]}.h")
             fine = own if kind == '"' else std or name.startswith(STABLE)
             if not fine:
                 found.append(f"{path.relative_to(root)} includes {name}")
@@ -415,6 +424,16 @@ PLANTED = [
         "from dlkernels.ops import lstm",
     ),
     (ops_import_torch_config_and_common_only, "dlkernels/ops/conv2d.py", "from . import lstm"),
+    (
+        ops_import_torch_config_and_common_only,
+        "dlkernels/ops/linear_cross_entropy.py",
+        "from dlkernels.ops.linear import linear",
+    ),
+    (
+        ops_import_torch_config_and_common_only,
+        "dlkernels/ops/cross_entropy.py",
+        "from dlkernels.ops.linear_cross_entropy import linear_cross_entropy",
+    ),
     (ops_import_torch_config_and_common_only, "dlkernels/ops/conv2d.py", "import numpy as np"),
     (
         ops_import_torch_config_and_common_only,
@@ -445,22 +464,27 @@ PLANTED = [
     (nothing_imports_tests_or_benchmarks, "dlkernels/nn.py", "import_module('benchmarks.run')"),
     (nothing_imports_tests_or_benchmarks, "benchmarks/conv2d.py", "import tests.compare"),
     (
-        cpu_kernels_include_their_own_and_the_three_headers_only,
+        cpu_kernels_include_their_own_and_the_shared_headers_only,
         "csrc/cpu/conv2d.cpp",
         '#include "lstm.h"',
     ),
     (
-        cpu_kernels_include_their_own_and_the_three_headers_only,
+        cpu_kernels_include_their_own_and_the_shared_headers_only,
         "csrc/cpu/conv2d.h",
         '#include "../lstm.h"',
     ),
     (
-        cpu_kernels_include_their_own_and_the_three_headers_only,
+        cpu_kernels_include_their_own_and_the_shared_headers_only,
+        "csrc/cpu/linear_cross_entropy.cpp",
+        '#include "conv2d.h"',
+    ),
+    (
+        cpu_kernels_include_their_own_and_the_shared_headers_only,
         "csrc/cpu/conv2d.cpp",
         "# include <omp.h>",
     ),
     (
-        cpu_kernels_include_their_own_and_the_three_headers_only,
+        cpu_kernels_include_their_own_and_the_shared_headers_only,
         "csrc/cpu/conv2d.cpp",
         "#include <torch/all.h>",
     ),

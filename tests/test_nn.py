@@ -33,7 +33,7 @@ def test_every_public_name_of_torch_nn_is_there():
 
 
 def test_names_without_a_kernel_are_torchs_own_objects():
-    ours = {"CrossEntropyLoss", "LazyLinear", "Linear", "functional"}
+    ours = {"CrossEntropyLoss", "LazyLinear", "Linear", "LinearCrossEntropyLoss", "functional"}
     others = [name for name in dir(torch.nn) if name[0] != "_" and name not in ours]
     assert len(others) > 100
     assert [name for name in others if getattr(nn, name) is not getattr(torch.nn, name)] == []
@@ -276,3 +276,124 @@ def test_refusals_of_linear_are_stocks():
         with pytest.raises(stock.type) as ours:
             nn.Linear(*made)(given)
         assert str(ours.value).splitlines()[0] == str(stock.value).splitlines()[0]
+
+
+# --- LinearCrossEntropyLoss -------------------------------------------------------------------
+
+HEADS = [
+    {},
+    {"bias": True, "out_features": (2, 3), "reduction": "sum", "ignore_index": 1},
+    {"weight": torch.rand(5), "label_smoothing": 0.1, "dtype": torch.float32},
+]
+needs_stocks = pytest.mark.skipif(
+    not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="torch below 2.13"
+)
+
+
+@needs_stocks
+@pytest.mark.parametrize("settings", HEADS)
+def test_linear_cross_entropy_loss_is_stocks(settings):
+    modules = []
+    for namespace in (torch.nn, nn):
+        torch.manual_seed(3)
+        modules.append(namespace.LinearCrossEntropyLoss(7, 5, **settings))
+    stock, ours = modules
+    assert isinstance(ours, torch.nn.LinearCrossEntropyLoss)
+    assert repr(ours) == repr(stock) and vars(ours).keys() == vars(stock).keys()
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    for name, value in stock.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value)
+    stock.load_state_dict(saved_and_loaded(ours.state_dict(), weights_only=True))
+    ours.load_state_dict(stock.state_dict())
+    x = torch.randn(4, 7, dtype=settings.get("dtype"))
+    target = torch.randint(5, (4, *settings.get("out_features", ())))
+    torch.testing.assert_close(ours(x, target), stock(x, target))
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda m: saved_and_loaded(m, weights_only=False)]
+)
+def test_copies_of_linear_cross_entropy_loss(again):
+    loss = nn.LinearCrossEntropyLoss(7, 5, bias=True, ignore_index=2, softcap=9.0, z_loss=0.1)
+    assert repr(loss).split("\n")[1 if "\n" in repr(loss) else 0].count("softcap=9.0, z_loss=0.1")
+    copied = again(loss)
+    assert type(copied) is nn.LinearCrossEntropyLoss
+    assert copied.linear.weight is not loss.linear.weight
+    assert (copied.softcap, copied.z_loss, copied.ignore_index) == (9.0, 0.1, 2)
+    x, target = torch.randn(4, 7), torch.tensor([0, 2, 4, 1])
+    assert torch.equal(copied(x, target), loss(x, target))
+
+
+def test_linear_cross_entropy_loss_hands_every_setting_to_the_function(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        nn.functional, "linear_cross_entropy", lambda *a, **k: seen.update(args=a, **k)
+    )
+    settings = {"weight": torch.rand(5), "ignore_index": 3, "reduction": "sum"}
+    settings |= {"label_smoothing": 0.2, "softcap": 9.0, "z_loss": 0.1}
+    module = nn.LinearCrossEntropyLoss(7, 5, bias=True, out_features=(2, 3), **settings)
+    x, target = torch.randn(4, 7), torch.randint(5, (4, 2, 3))
+    module(x, target)
+    given, linear_weight, wanted = seen.pop("args")
+    assert given is x and wanted is target
+    assert linear_weight.shape == (5, 2, 3, 7)
+    assert linear_weight.data_ptr() == module.linear.weight.data_ptr()
+    assert seen.pop("linear_bias").shape == (5, 2, 3) and seen.pop("options") is None
+    assert seen.pop("weight") is module.weight
+    del settings["weight"]
+    assert seen == settings
+
+
+BELOW_TORCH_2_13 = """
+import sys
+import torch
+from torch.nn import functional as F
+
+Stock = torch.nn.LinearCrossEntropyLoss
+del torch.nn.LinearCrossEntropyLoss, torch.nn.modules.LinearCrossEntropyLoss
+stocks_function = F.linear_cross_entropy
+del F.linear_cross_entropy
+
+import dlkernels
+from dlkernels import nn
+
+assert not issubclass(nn.LinearCrossEntropyLoss, Stock)
+more = {"bias": True, "out_features": (2, 3), "reduction": "sum", "ignore_index": 1}
+for settings in {}, more, {"weight": torch.rand(5), "label_smoothing": 0.1}:
+    modules = []
+    for module in Stock, nn.LinearCrossEntropyLoss:
+        torch.manual_seed(3)
+        modules.append(module(7, 5, **settings))
+    stock, ours = modules
+    assert repr(ours) == repr(stock)
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    for name, value in stock.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value)
+    x, target = torch.randn(4, 7), torch.randint(5, (4, *settings.get("out_features", ())))
+    F.linear_cross_entropy = stocks_function  # stock's module calls it
+    wanted = stock(x, target)
+    del F.linear_cross_entropy
+    for kernels in "own", "stock":
+        dlkernels.config.kernels = kernels
+        torch.testing.assert_close(ours(x, target), wanted)
+for wrong in {"weight": torch.rand(4)}, {"label_smoothing": 1.5}:
+    errors = []
+    for module in Stock, nn.LinearCrossEntropyLoss:
+        try:
+            module(7, 5, **wrong)
+        except Exception as error:
+            errors.append(type(error))
+    assert len(errors) == 2 and errors[0] is errors[1], errors
+assert "LinearCrossEntropyLoss" not in {
+    twin.stock.__name__ for twin in sys.modules["dlkernels.swap"].TWINS
+}
+"""
+
+
+@needs_stocks
+def test_linear_cross_entropy_loss_below_torch_2_13():
+    """The class on a base of our own."""
+    done = subprocess.run(
+        [sys.executable, "-c", BELOW_TORCH_2_13], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

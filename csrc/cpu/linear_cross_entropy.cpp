@@ -495,7 +495,8 @@ Results compute(const Optional& grad_loss, const Tensor& input, const Tensor& li
       *p.loss = T(sum);
     else if (a.positions > 1)
       torch::stable::copy_(const_cast<Tensor&>(loss), torch::stable::transpose(row_losses, 0, 1));
-    if (a.rows == 0) {
+    if (p.rows == 0) {  // nobody has written them
+      torch::stable::zero_(const_cast<Tensor&>(grad_input));
       torch::stable::zero_(of_weight.tensor());
       torch::stable::zero_(of_bias.tensor());
     } else {

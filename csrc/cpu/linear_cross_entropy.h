@@ -14,6 +14,7 @@
 namespace dlkernels::linear_cross_entropy {
 
 using cross_entropy::Block;
+using cross_entropy::kFlush;
 using cross_entropy::Kind;
 using cross_entropy::kRows;
 using cross_entropy::Problem;
@@ -82,10 +83,10 @@ Vec<T> shift_of(Vec<T> m) {
 template <typename T>
 void raise(const Statistics<T>& to, int64_t i, Vec<T> m) {
   using D = Vec<double>;
-  const Vec<T> before = shift_of(load(to.max + i)), after = shift_of(m);
+  const Vec<T> before = load(to.max + i), after = shift_of(m);
   T factor[Vec<T>::size], difference[Vec<T>::size];
-  store(difference, before - after);
-  store(factor, exp(before - after));
+  store(difference, shift_of(before) - after);
+  store(factor, exp(before - after));  // 0 while nothing is summed, however low m is
   store(to.max + i, m);
   for (int64_t l = 0; l < Vec<T>::size; l += D::size) {
     store(to.sum + i + l, load(to.sum + i + l) * load_double(factor + l));
@@ -111,16 +112,21 @@ void add_classes(const Problem<accumulate_t<S>>& p, const Tile<accumulate_t<S>>&
     raise(to, i, m);
     const V shift = shift_of(m);
     V sum(T(0)), total(T(0)), moment(T(0));
-    for (int64_t c = 0; c < c1 - c0; ++c) {
-      const V t = unit * load(tile.at(c) + i, lanes) - shift;
-      sum = sum + exp(t);
-      if constexpr (kind != Kind::kIndex) {
-        const V s =
-            mass_of<S, kind>(p, kind == Kind::kProbability ? probability.at(c0 + c, i) : nullptr,
-                             probability.row_stride, c0 + c, lanes);
-        total = total + s;
-        moment = fma(s, t, moment);
+    for (int64_t first = c0; first < c1; first += kFlush) {
+      V e(T(0)), mass(T(0)), product(T(0));
+      for (int64_t c = first; c < std::min(c1, first + kFlush); ++c) {
+        const V t = unit * load(tile.at(c - c0) + i, lanes) - shift;
+        e = e + exp(t);
+        if constexpr (kind != Kind::kIndex) {
+          const V s =
+              mass_of<S, kind>(p, kind == Kind::kProbability ? probability.at(c, i) : nullptr,
+                               probability.row_stride, c, lanes);
+          mass = mass + s;
+          product = fma(s, t, product);
+        }
       }
+      sum = sum + e;
+      if constexpr (kind != Kind::kIndex) total = total + mass, moment = moment + product;
     }
     T part[V::size];
     const auto add = [&](double* at, V value) {

@@ -251,10 +251,22 @@ not_differentiable(
 
 
 def check_extras(op, softcap, z_loss):
+    """Refuses, with a ValueError, what is no softcap or z_loss."""
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: softcap must be positive or None, got {softcap}")
     if not z_loss >= 0:
         raise ValueError(f"{op}: z_loss must not be negative, got {z_loss}")
+
+
+def setting_of_torchs(reduction, ignore_index, label_smoothing):
+    """Names the setting that only torch can take or refuse; None where there is none."""
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        return f"reduction {reduction!r}"
+    if not isinstance(ignore_index, int) or type(ignore_index) is bool:
+        return f"ignore_index {ignore_index!r}"
+    if not isinstance(label_smoothing, int | float) or not 0.0 <= label_smoothing <= 1.0:
+        return f"label_smoothing {label_smoothing!r}"
+    return None
 
 
 def _refusal(input, target, weight, reduction, ignore_index, label_smoothing):
@@ -268,10 +280,8 @@ def _refusal(input, target, weight, reduction, ignore_index, label_smoothing):
         return "no kernel for a GPU older than sm_80"
     if target.device != input.device or (weight is not None and weight.device != input.device):
         return "tensors on different devices"
-    if reduction not in REDUCTIONS or type(ignore_index) is bool:
-        return f"reduction {reduction!r}"
-    if not 0.0 <= label_smoothing <= 1.0:
-        return f"label_smoothing {label_smoothing}"
+    if setting := setting_of_torchs(reduction, ignore_index, label_smoothing):
+        return setting
     if input.dtype not in DTYPES:
         return f"no kernel for {input.dtype}"
     class_dim = 1 if input.dim() > 1 else 0

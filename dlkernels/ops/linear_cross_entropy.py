@@ -41,9 +41,11 @@ from dlkernels.ops.cross_entropy import (
     check_extras,
     cross_entropy_gradients,
     cross_entropy_reference,
+    setting_of_torchs,
 )
 
 _OP = "linear_cross_entropy"
+_OPTIONS_CLASS = "LinearCrossEntropyOptions"
 _CHUNK = 2**28  # logits of a chunk on a GPU
 
 _TORCH_BACKWARD = "covered; the backward in torch ops, for the gradient of the probabilities"
@@ -210,8 +212,9 @@ def _setup_context(ctx, inputs, output):
     *inputs, want_input, want_weight, want_bias = inputs
     _, *gradients = output
     ctx.mark_non_differentiable(*gradients)
-    ahead = want_input or want_weight or want_bias
-    _save(ctx, inputs, ahead, gradients)
+    _save(ctx, inputs, False, gradients)
+    made = want_input, want_weight, want_bias
+    ctx.ahead = all(is_made for is_made, want in zip(made, ctx.wants, strict=True) if want)
 
 
 def _backward_of_op(ctx, grad_loss, *_):
@@ -221,8 +224,9 @@ def _backward_of_op(ctx, grad_loss, *_):
     if not ctx.ahead or torch.is_grad_enabled() or is_batched(grad_loss):
         gradients, grad_target = _backward(ctx, grad_loss, inputs)
         return *gradients, grad_target, *(None,) * 9
+    factor = grad_loss.reshape(1)  # a scalar would be rounded to the gradients' dtype first
     gradients = (
-        g.mul(grad_loss).to(g.dtype) if want else None
+        g.mul(factor).to(g.dtype) if want else None
         for g, want in zip((grad_input, grad_weight, grad_bias), ctx.wants, strict=True)
     )
     return *gradients, *(None,) * 10
@@ -284,7 +288,7 @@ def _by_chunks(grad_loss, input, linear_weight, linear_bias, target, weight, opt
         else:
             upstream = torch.ones_like(some_loss)
         dz = _ops.cross_entropy_backward(upstream, None, z, y, weight, lse, total, *per_row)
-        dz = dz.view(-1, classes * positions)
+        dz = dz.view(x.shape[0], classes * positions)
         if wants[0]:
             torch.mm(dz, flat, out=grad_input[part])
         if wants[1]:
@@ -297,23 +301,24 @@ def _by_chunks(grad_loss, input, linear_weight, linear_bias, target, weight, opt
         loss = loss.sum()
         factor = loss.new_ones(()) if grad_loss is None else grad_loss
         if reduction == 1:
-            divisor = _divisor(target, weight, others[0], loss)
-            loss, factor = loss / divisor, factor / divisor
+            divisor, counted = _divisor(target, weight, others[0], loss)
+            loss, factor = loss / divisor, (factor / divisor).where(counted > 0, 0)
         if any(wants):
-            grad_input, grad_weight, grad_bias = (
-                g.mul_(factor) for g in (grad_input, grad_weight, grad_bias)
-            )
+            gradients = grad_input, grad_weight, grad_bias
+            grad_input, grad_weight, grad_bias = (g.mul_(factor.reshape(1)) for g in gradients)
     return loss, grad_input, grad_weight.to(input.dtype), grad_bias.to(input.dtype)
 
 
 def _divisor(target, weight, ignore_index, like):
-    """What "mean" divides by, as a tensor: nothing waits for the GPU."""
+    """What "mean" divides by, and how many rows count, as tensors: nothing waits for the GPU."""
     if target.is_floating_point():
-        return like.new_tensor(target.shape[0] * target.shape[2])
+        rows = like.new_tensor(target.shape[0] * target.shape[2])
+        return rows, rows
     kept = target != ignore_index
+    counted = kept.sum()
     if weight is None:
-        return kept.sum().to(like.dtype)
-    return weight[target.long().where(kept, 0)].to(like.dtype).where(kept, 0).sum()
+        return counted.to(like.dtype), counted
+    return weight[target.long().where(kept, 0)].to(like.dtype).where(kept, 0).sum(), counted
 
 
 @torch.library.impl("dlkernels::linear_cross_entropy", "CUDA")
@@ -331,7 +336,7 @@ def _(grad_loss, input, linear_weight, linear_bias, target, weight, *arguments):
 @torch.library.impl("dlkernels::linear_cross_entropy_scale_", "CUDA")
 def _(grad_input, grad_weight, grad_bias, grad_loss):
     for gradient in (grad_input, grad_weight, grad_bias):
-        gradient.mul_(grad_loss)
+        gradient.mul_(grad_loss.reshape(1))
 
 
 # ------------------------------------------------------------------------------------------- choice
@@ -398,7 +403,17 @@ def _stock(
     return F.cross_entropy(logits, target, **arguments)
 
 
-def _refusal(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, smoothing):
+def _refusal(
+    input,
+    linear_weight,
+    target,
+    linear_bias,
+    weight,
+    reduction,
+    ignore_index,
+    smoothing,
+    options,
+):
     """Why our kernels do not take these arguments: torch refuses them, or only torch can."""
     tensors = (input, linear_weight, target, linear_bias, weight)
     if not all(tensor is None or is_plain(tensor) for tensor in tensors):
@@ -410,10 +425,11 @@ def _refusal(input, linear_weight, target, linear_bias, weight, reduction, ignor
         return "no kernel for a GPU older than sm_80"
     if any(tensor is not None and tensor.device != input.device for tensor in tensors):
         return "tensors on different devices"
-    if reduction not in REDUCTIONS or type(ignore_index) is bool:
-        return f"reduction {reduction!r}"
-    if not 0.0 <= smoothing <= 1.0:
-        return f"label_smoothing {smoothing}"
+    index = -100 if ignore_index is None else ignore_index
+    if setting := setting_of_torchs(reduction, index, smoothing):
+        return setting
+    if options is not None and type(options) is not getattr(torch.nn, _OPTIONS_CLASS, None):
+        return f"options of {type(options).__name__}"
     if input.dim() not in (1, 2) or linear_weight.dim() < 2:
         return f"linear_weight of {tuple(linear_weight.shape)} for input of {tuple(input.shape)}"
     outputs = linear_weight.shape[:-1]
@@ -531,16 +547,7 @@ def linear_cross_entropy(
         check_extras(_OP, softcap, z_loss)
     if not all(isinstance(tensor, Tensor) for tensor in (input, linear_weight, target)):
         return _stock(*stock)  # a TypeError of torch's
-    refusal = _refusal(
-        input,
-        linear_weight,
-        target,
-        linear_bias,
-        weight,
-        reduction,
-        ignore_index,
-        label_smoothing,
-    )
+    refusal = _refusal(*stock)
     if refusal is not None and config.forced() == "own" and active_transform() is None:
         _stock(*stock)  # bad input is torch's to refuse
         raise NotImplementedError(f"{_OP}: no kernel of ours: {refusal}")
@@ -577,7 +584,7 @@ def linear_cross_entropy(
         float(z_loss),
     )
     loss = _compute(kernel, arguments, choice)
-    return loss.reshape(*rows, *outputs[1:]).to(dtype) if choice[0] == 0 else loss.to(dtype)
+    return loss.reshape((*rows, *outputs[1:])).to(dtype) if choice[0] == 0 else loss.to(dtype)
 
 
 def _compute(kernel, arguments, options):
