@@ -514,6 +514,15 @@ def test_opcheck():
     torch.library.opcheck(ops.cross_entropy_scale_.default, (x.clone(), torch.tensor(2.0)))
 
 
+@pytest.mark.parametrize("arguments", [{}, {"z_loss": 0.1}], ids=str)
+def test_a_jit_trace_holds_torchs_ops_alone(arguments, own):
+    loss = dlkernels.nn.CrossEntropyLoss(**arguments)
+    inputs = torch.randn(6, 40), torch.randint(40, (6,))
+    traced = torch.jit.trace(loss, inputs)
+    assert not any("dlkernels" in node.kind() for node in traced.graph.nodes())
+    torch.testing.assert_close(traced(*inputs), loss(*inputs))
+
+
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 @pytest.mark.parametrize("arguments", [{}, {"z_loss": 0.1, "softcap": 5.0, "label_smoothing": 0.1}])
 def test_compile(layout, arguments, own):

@@ -195,7 +195,7 @@ void pack_b(const Matrix<S>& b, int64_t p, int64_t depth, int64_t k, int64_t j, 
   using V = Vec<T>;
   // Rows that are contiguous are read along, a few side by side: memory's own prefetching sees
   // them.
-  const int64_t at_once = b.column_stride == 1 ? 4 : depth;
+  const int64_t at_once = b.column_stride == 1 ? 8 : depth;
   for (int64_t d = 0; d < depth; d += at_once)
     for (int64_t c = 0; c < columns; c += kColumns<T>)
       for (int64_t v = 0; v < kColumns<T>; v += V::size)

@@ -139,29 +139,44 @@ template <typename S>
 void sum_rows(const gemm::Matrix<S>& x, int64_t m, int64_t n, S* to) {
   using T = accumulate_t<S>;
   using V = Vec<T>;
-  constexpr int64_t kBlock = 16, kWidth = 4 * V::size;
-  torch::stable::parallel_for(
-      0, (n + kWidth - 1) / kWidth,
-      std::max<int64_t>(1, kGrain / (kWidth * std::max<int64_t>(m, 1))),
-      [&](int64_t begin, int64_t end) {
-        for (int64_t j = begin * kWidth; j < std::min(n, end * kWidth); j += kWidth) {
-          const int64_t width = std::min(kWidth, n - j);
-          double total[kWidth] = {};
-          for (int64_t i0 = 0; i0 < m; i0 += kBlock) {
-            T part[kWidth] = {};
-            for (int64_t i = i0; i < std::min(m, i0 + kBlock); ++i)
-              if (x.column_stride == 1)
-                for (int64_t c = 0; c < width; c += V::size) {
-                  const int64_t lanes = std::min(V::size, width - c);
-                  store(part + c, load(part + c) + load(x.at(i, j + c), lanes));
-                }
-              else
-                for (int64_t c = 0; c < width; ++c) part[c] += widen(*x.at(i, j + c));
-            for (int64_t c = 0; c < width; ++c) total[c] += double(part[c]);
-          }
-          for (int64_t c = 0; c < width; ++c) to[j + c] = narrow<S>(T(total[c]));
-        }
-      });
+  using D = Vec<double>;
+  constexpr int64_t kBlock = 16, kVectors = 4, kStrip = kVectors * V::size, kWidth = 256;
+  static_assert(kWidth % kStrip == 0);
+  const auto row_of = [&](int64_t i, int64_t j, int64_t lanes) {
+    if (x.column_stride == 1) return load(x.at(i, j), lanes);
+    T row[V::size] = {};
+    for (int64_t l = 0; l < lanes; ++l) row[l] = widen(*x.at(i, j + l));
+    return load(row);
+  };
+  // A strip of a block of rows in registers.
+  const auto add = [&](int64_t i0, int64_t j, int64_t width, double* total) {
+    V part[kVectors] = {V(T(0)), V(T(0)), V(T(0)), V(T(0))};
+    for (int64_t i = i0; i < std::min(m, i0 + kBlock); ++i)
+      for (int64_t v = 0; v * V::size < width; ++v)
+        part[v] = part[v] + row_of(i, j + v * V::size, std::min(V::size, width - v * V::size));
+    for (int64_t v = 0; v * V::size < width; ++v) {
+      T sums[V::size];
+      store(sums, part[v]);
+      for (int64_t l = 0; l < V::size; l += D::size) {
+        double* const at = total + v * V::size + l;
+        store(at, load(at) + load_double(sums + l));
+      }
+    }
+  };
+  torch::stable::parallel_for(0, (n + kWidth - 1) / kWidth,
+                              std::max<int64_t>(1, kGrain / (kWidth * std::max<int64_t>(m, 1))),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t j = begin * kWidth; j < std::min(n, end * kWidth);
+                                     j += kWidth) {
+                                  const int64_t width = std::min(kWidth, n - j);
+                                  double total[kWidth] = {};
+                                  for (int64_t i = 0; i < m; i += kBlock)
+                                    for (int64_t c = 0; c < width; c += kStrip)
+                                      add(i, j + c, std::min(kStrip, width - c), total + c);
+                                  for (int64_t c = 0; c < width; ++c)
+                                    to[j + c] = narrow<S>(T(total[c]));
+                                }
+                              });
 }
 
 // ------------------------------------------------------------------------------------ host entries

@@ -7,9 +7,10 @@
 //   2  dZᵀ in the place of Zᵀ, and db
 //   3  dX of the chunk, all of it
 //   4  dW, added to that of the chunks before
-// Zᵀ is a scratch of C × R; or, where there are no more rows than features, it lies in the memory
-// of dW, row c of it where row c of dW comes to lie, and step 4 puts a block of dW in the place of
-// the dZᵀ that it has just read: all rows are one chunk, and W and dW pass once. Sums of dW are in
+// Zᵀ is a scratch of C × R, and step 4 is part of step 2, block by block. Or, where there are no
+// more rows than features (half of them, in 16 bits), it lies in the memory of dW, row c of it
+// where row c of dW comes to lie, and step 4 puts a block of dW in the place of the dZᵀ that it has
+// just read: all rows are one chunk, and W and dW pass once. Where chunks add up, sums of dW are in
 // float (double for double), for 16 bits in a buffer of its size. Without gradients only step 1
 // runs, with a block of classes as scratch.
 //
@@ -128,6 +129,13 @@ Arguments check_arguments(const Tensor& input, const Tensor& linear_weight,
 
 // ------------------------------------------------------------------------------------------ chunks
 
+// Whether Zᵀ lies in the memory of dW.
+template <typename S>
+bool is_in_place(const Arguments& a, Wanted wanted) {
+  constexpr int64_t kPer = sizeof(accumulate_t<S>) / sizeof(S);
+  return wanted.weight && a.features % kPer == 0 && a.rows <= a.features / kPer;
+}
+
 // The work of a call on element type S: see the head of this file.
 template <typename S, Kind kind>
 class Chunks {
@@ -136,22 +144,24 @@ class Chunks {
   // What dZ is rounded to: what the products read, which take pairs of bf16 only from both sides.
   using G = std::conditional_t<gemm::Word<S>::kPair, S, T>;
 
-  Chunks(const Arguments& a, const Problem<T>& p, Wanted wanted, S* grad_input, T* grad_weight,
-         T* grad_bias)
+  // Sums of dW and db are added up in T, but for the dW that Zᵀ lies in.
+  Chunks(const Arguments& a, const Problem<T>& p, Wanted wanted, S* grad_input, S* grad_weight,
+         T* sums_weight, T* sums_bias)
       : a_(a),
         p_(p),
         wanted_(wanted),
         grad_input_(grad_input),
         grad_weight_(grad_weight),
-        grad_bias_(grad_bias),
-        in_place_(wanted.weight && a.rows <= a.features),
+        sums_weight_(sums_weight),
+        sums_bias_(sums_bias),
+        in_place_(is_in_place<S>(a, wanted)),
         chunk_(in_place_      ? a.rows
                : wanted.any() ? std::clamp(a.rows / kChunks / 16 * 16, kLeastRows, kMostRows)
                               : kForwardRows),
         most_rows_(std::min(chunk_, a.rows)),
         per_range_(gemm::round_up((a.classes + kRanges - 1) / kRanges, kBlockRows)),
         ranges_((a.classes + per_range_ - 1) / per_range_),
-        pitch_(in_place_ ? a.positions * a.features : pitch_of(most_rows_)),
+        pitch_(in_place_ ? a.positions * own_pitch() : pitch_of(most_rows_)),
         packed_(gemm::Packed<S>::size(most_rows_, a.features)),
         packed_rows_(wanted.weight ? gemm::Packed<S>::size(a.features, most_rows_) : 0),
         logits_(wanted.any() && !in_place_ ? a.classes * pitch_ : 0),
@@ -185,13 +195,16 @@ class Chunks {
     const int64_t pitch = padded(rows);
     return pitch % 64 == 0 ? pitch + 16 : pitch;
   }
+  // Elements T in the memory of a row of dW.
+  int64_t own_pitch() const { return a_.features * int64_t(sizeof(S)) / int64_t(sizeof(T)); }
   int64_t statistics_size() const { return gemm::round_up(Statistics<T>::size(most_rows_), 64); }
   Statistics<T> statistics(int64_t range) const {
     return {statistics_.get() + range * statistics_size(), most_rows_};
   }
   // Of class c on, at position k.
   Tile<T> logits(int64_t c, int64_t k) const {
-    T* const first = in_place_ ? grad_weight_ + k * a_.features : logits_.get();
+    T* const first =
+        in_place_ ? reinterpret_cast<T*>(grad_weight_) + k * own_pitch() : logits_.get();
     return {first + c * pitch_, pitch_};
   }
   const int64_t* target(int64_t row, int64_t k) const { return p_.target + k * a_.rows + row; }
@@ -297,7 +310,7 @@ class Chunks {
                                  at_target_.get(), blocks_.data(), c0, c1, n);
       if (wanted_.bias)
         for (int64_t c = c0; c < c1; ++c) {
-          T& to = grad_bias_[c * a_.positions + k];
+          T& to = sums_bias_[c * a_.positions + k];
           const T value = sum_of(reinterpret_cast<const G*>(tile.at(c - c0)), n);
           to = row == 0 ? value : to + value;
         }
@@ -331,15 +344,24 @@ class Chunks {
   void add_weight_gradient(const gemm::Packed<S>& x, int64_t row, int64_t k, int64_t c0, int64_t c1,
                            T* scratch) const {
     const int64_t d = a_.features, pitch = a_.positions * d;
-    const int64_t next = std::min(c1, a_.classes - 1);
-    T* const to = grad_weight_ + k * d;
-    gemm::run_block(
-        gradient(k), x, c0, c1 - c0, scratch,
-        [=](int64_t c, int64_t j, int64_t lanes, Vec<T> value) {
-          T* const at = to + c * pitch + j;
-          store(at, row == 0 ? value : value + load(at, lanes), lanes);
-        },
-        to + next * pitch, std::min(kBlockRows, a_.classes - next) * pitch * sizeof(T));
+    const int64_t next = std::min(c1, a_.classes - 1),
+                  rows = std::min(kBlockRows, a_.classes - next);
+    if (in_place_) {
+      S* const to = grad_weight_ + k * d;
+      const auto write = [=](int64_t c, int64_t j, int64_t lanes, Vec<T> value) {
+        store(to + c * pitch + j, value, lanes);
+      };
+      gemm::run_block(gradient(k), x, c0, c1 - c0, scratch, write, to + next * pitch,
+                      rows * pitch * sizeof(S));
+    } else {
+      T* const to = sums_weight_ + k * d;
+      const auto add = [=](int64_t c, int64_t j, int64_t lanes, Vec<T> value) {
+        T* const at = to + c * pitch + j;
+        store(at, row == 0 ? value : value + load(at, lanes), lanes);
+      };
+      gemm::run_block(gradient(k), x, c0, c1 - c0, scratch, add, to + next * pitch,
+                      rows * pitch * sizeof(T));
+    }
   }
 
   // Step 4.
@@ -353,8 +375,8 @@ class Chunks {
   const Arguments& a_;
   const Problem<T>& p_;
   const Wanted wanted_;
-  S* const grad_input_;
-  T *const grad_weight_, *const grad_bias_;
+  S *const grad_input_, *const grad_weight_;
+  T *const sums_weight_, *const sums_bias_;
   const bool in_place_;
   const int64_t chunk_, most_rows_, per_range_, ranges_, pitch_;
   const Aligned<T> packed_, packed_rows_, logits_;
@@ -452,24 +474,32 @@ Results compute(const Optional& grad_loss, const Tensor& input, const Tensor& li
           torch::stable::new_empty(input, std::vector<int64_t>{a.positions, a.rows}, exact);
     p.loss = static_cast<T*>(row_losses.mutable_data_ptr());
     if (upstream) p.grad_loss = static_cast<const T*>(upstream->const_data_ptr());
-    const Accumulated<S> of_weight(grad_weight, wanted.weight), of_bias(grad_bias, wanted.bias);
-    S* const of_input = wanted.input ? static_cast<S*>(grad_input.mutable_data_ptr()) : nullptr;
-    if (p.rows == 0) {  // nobody else writes them
-      if (wanted.input) torch::stable::zero_(const_cast<Tensor&>(grad_input));
-      if (wanted.weight) std::fill_n(of_weight.sums(), grad_weight.numel(), T(0));
-      if (wanted.bias) std::fill_n(of_bias.sums(), grad_bias.numel(), T(0));
-    }
+    const bool in_place = is_in_place<S>(a, wanted);
+    const Accumulated<S> of_weight(grad_weight, wanted.weight && !in_place);
+    const Accumulated<S> of_bias(grad_bias, wanted.bias);
+    const auto memory = [](const Tensor& tensor, bool is_wanted) {
+      return is_wanted ? static_cast<S*>(tensor.mutable_data_ptr()) : nullptr;
+    };
+    if (in_place)
+      advise_huge_pages(grad_weight.mutable_data_ptr(), size_t(grad_weight.numel()) * sizeof(S));
     double sum = 0;
     cross_entropy::for_kind(a.is_probability, options.label_smoothing, [&](auto kind) {
-      sum = Chunks<S, kind.value>(a, p, wanted, of_input, of_weight.sums(), of_bias.sums()).run();
+      sum = Chunks<S, kind.value>(a, p, wanted, memory(grad_input, wanted.input),
+                                  memory(grad_weight, wanted.weight), of_weight.sums(),
+                                  of_bias.sums())
+                .run();
     });
     if (options.reduction == cross_entropy::kMean) sum /= total_weight;
     if (reduced)
       *p.loss = T(sum);
     else if (a.positions > 1)
       torch::stable::copy_(const_cast<Tensor&>(loss), torch::stable::transpose(row_losses, 0, 1));
-    of_weight.finish();
-    of_bias.finish();
+    if (p.rows == 0) {  // nobody else writes them
+      for (Tensor gradient : {grad_input, grad_weight, grad_bias}) torch::stable::zero_(gradient);
+    } else {
+      of_weight.finish();
+      of_bias.finish();
+    }
   });
   return {loss, grad_input, grad_weight, grad_bias};
 }

@@ -38,11 +38,13 @@ def is_batched(gradient: Tensor | None) -> bool:
 
 
 def active_transform() -> str | None:
-    """What says that a transform is active for which our ops have no rule: the call is torch's."""
+    """Which transform is active, if one is for which our ops have no rule: the call is torch's."""
     if torch._C._are_functorch_transforms_active():
         return "a functorch transform is active"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode AD is active"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit is tracing: its graph must run without us"
     return None
 
 

@@ -32,10 +32,9 @@ _OP = "linear"
 _SLOPE = 0.01  # of leaky_relu: torch's default
 _CUBLAS = "cuBLAS does the product"
 
-# Below this many multiply-adds stock is done before our way through Python: where "own" and "stock"
-# take the same time in the rows of benchmarks/linear.py whose reason is what calling costs. Not
-# measured yet.
-_SMALL = 2**18
+# Below this many multiply-adds stock is done before our way through Python, of 10 µs forward and 50
+# with a gradient (benchmarks: "what calling costs", with MKL at 0.9 of the multiply-add peak).
+_SMALL = 2**23
 
 # ------------------------------------------------------------------------------------------ schemas
 
@@ -220,8 +219,6 @@ def _choose(input, weight, bias, activation):
     torchs = "stock" if activation == "none" else "reference"
     if transform := active_transform():
         return torchs, transform
-    if torch._C._get_tracing_state() is not None:
-        return torchs, "torch.jit is tracing: its graph must run without us"
     kernels = config.forced()
     if kernels == "stock":
         return torchs, "dlkernels.config.kernels is 'stock'"

@@ -472,8 +472,6 @@ def _choose(input, target, refusal, extras):
     torchs = "reference" if extras else "stock"
     if transform := active_transform():
         return torchs, transform
-    if torch._C._get_tracing_state() is not None:
-        return torchs, "torch.jit is tracing: its graph must run without us"
     if config.forced() == "stock":
         return torchs, "dlkernels.config.kernels is 'stock'"
     if refusal is not None:
