@@ -47,6 +47,14 @@ PARTS = {
     # Of linear: every shape in each arithmetic, every layout of memory.
     "test_shapes": "no_bias",
     "test_layouts": "",
+    # Of linear_cross_entropy: every way of its chunks, in each arithmetic.
+    "test_linear_index_targets": "none and not no_bias and not ranges_in_place",
+    "test_the_loss_without_gradients": "float32",
+    "test_linear_weights_ignored_rows": "(in_place or positions or ranges) and none and 0.1",
+    "test_linear_special": "-inf",
+    "test_linear_only_the_wanted": "positions",
+    "test_linear_empty": "",
+    "test_a_target_out_of_range": "",
 }
 
 # Loop bounds that are wrong by one, each in a walk of its own: the header, the line as it stands,
@@ -159,7 +167,8 @@ def run_suite(folder: Path, selection: str) -> subprocess.CompletedProcess:
         "OMP_WAIT_POLICY": "passive",  # threads that wait leave the cores to others
     }
     command = [sys.executable, "-m", "pytest", "-n0", "-q", "-s", "-p", "no:cacheprovider"]
-    command += ["tests/test_cross_entropy.py", "tests/test_linear.py", "-k", selection]
+    ops = ("cross_entropy", "linear", "linear_cross_entropy")
+    command += [*(f"tests/test_{op}.py" for op in ops), "-k", selection]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 

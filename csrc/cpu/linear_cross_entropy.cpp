@@ -413,7 +413,6 @@ class Accumulated {
     advise_huge_pages(sums_, tensor.numel() * sizeof(T));
   }
   T* sums() const { return sums_; }
-  Tensor& tensor() { return tensor_; }
   void finish() const {
     if (!own_) return;
     S* const to = static_cast<S*>(tensor_.mutable_data_ptr());
@@ -476,8 +475,8 @@ Results compute(const Optional& grad_loss, const Tensor& input, const Tensor& li
     p.loss = static_cast<T*>(row_losses.mutable_data_ptr());
     if (upstream) p.grad_loss = static_cast<const T*>(upstream->const_data_ptr());
     const bool in_place = is_in_place<S>(a, wanted);
-    Accumulated<S> of_weight(grad_weight, wanted.weight && !in_place);
-    Accumulated<S> of_bias(grad_bias, wanted.bias);
+    const Accumulated<S> of_weight(grad_weight, wanted.weight && !in_place);
+    const Accumulated<S> of_bias(grad_bias, wanted.bias);
     const auto memory = [](const Tensor& tensor, bool is_wanted) {
       return is_wanted ? static_cast<S*>(tensor.mutable_data_ptr()) : nullptr;
     };
@@ -495,10 +494,8 @@ Results compute(const Optional& grad_loss, const Tensor& input, const Tensor& li
       *p.loss = T(sum);
     else if (a.positions > 1)
       torch::stable::copy_(const_cast<Tensor&>(loss), torch::stable::transpose(row_losses, 0, 1));
-    if (p.rows == 0) {  // nobody has written them
-      torch::stable::zero_(const_cast<Tensor&>(grad_input));
-      torch::stable::zero_(of_weight.tensor());
-      torch::stable::zero_(of_bias.tensor());
+    if (p.rows == 0) {  // nobody else writes them
+      for (Tensor gradient : {grad_input, grad_weight, grad_bias}) torch::stable::zero_(gradient);
     } else {
       of_weight.finish();
       of_bias.finish();
