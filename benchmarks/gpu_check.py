@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_check [--minutes 8] [--out FILE]
 
 Builds what is missing, then: the GPU tests, compute-sanitizer over one shape of each kernel, the
-machine's ceilings, and cross_entropy beside stock, torch.compile and the peers that are installed.
+machine's ceilings, and cross_entropy and the largest row of linear_cross_entropy beside stock,
+torch.compile and the peers that are installed.
 Each stage has a share of the time that is left and is cut off at its end; what was cut is said.
 Results are appended to benchmarks/results/<gpu>.jsonl as they come, with ``"gate": "red"`` where a
 test failed, and copied to the folder $OUT where that is set. Last comes a table of the targets.
@@ -28,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import cross_entropy, machine, measure, records, run
+from benchmarks import cross_entropy, linear_cross_entropy, machine, measure, records, run
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_MINUTES = 8.0
@@ -40,6 +41,7 @@ TESTS = [
 WORKERS = 6  # of pytest-xdist
 TOOLS = ("memcheck", "racecheck")
 PROVIDERS = "^(?!auto compiled$)"  # a compilation a row, and the same kernels
+FUSED = "8192x4096x128256 bfloat16"  # of linear_cross_entropy
 QUERY = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 
 # Each walk of csrc/cuda/cross_entropy.cu, small: shape, dtype. The sanitizers run these.
@@ -150,11 +152,13 @@ def environment(state: State, seconds: float) -> None:
 
 
 def test_commands() -> list[list[str]]:
-    """pytest over the op's tests on the GPU, and over the GPU tests of the Triton twin."""
+    """pytest over cross_entropy's tests on the GPU, then over the GPU tests in the files of the ops
+    that torch multiplies for and of the Triton twin."""
     pytest = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
     workers = [f"-n{WORKERS}", "--dist=load"]
     return [
         [*pytest, *workers, "-p", "tests.on_cuda", *TESTS],
+        [*pytest, "-k", "cuda", "tests/test_linear.py", "tests/test_linear_cross_entropy.py"],
         [*pytest, "-k", "on_a_gpu", "tests/test_triton.py"],
     ]
 
@@ -168,7 +172,7 @@ def verdict(done: Done) -> str:
 
 def tests(state: State, seconds: float) -> None:
     deadline, green = Deadline(seconds), True
-    for command, part in zip(test_commands(), (0.8, 1.0), strict=True):
+    for command, part in zip(test_commands(), (0.7, 0.5, 1.0), strict=True):
         done = call(command, deadline.left() * part, quiet=True)
         if done.status != 0:
             print(done.output[-8000:])
@@ -261,11 +265,12 @@ def run_shapes(device: str = "cuda") -> None:
 
 
 def rows() -> list[measure.Row]:
-    """The rows for a GPU, then those of images in bfloat16, if there is time."""
+    """The rows for a GPU, the product with the loss, then images in bfloat16, if there is time."""
     made = cross_entropy.rows("cuda")
     known = {case.name for case in cross_entropy.CASES}
     images = [row for row in made if row.name.startswith("32x21x128x128") and "bfl" in row.name]
-    return [row for row in made if row.name not in known] + images
+    fused = [row for row in linear_cross_entropy.rows("cuda") if row.name == FUSED]
+    return [row for row in made if row.name not in known] + fused + images
 
 
 def run_rows(out: Path, gate: str, seconds: float) -> int:
@@ -362,6 +367,12 @@ def targets(objects: Sequence[dict]) -> list[Target]:
         at_least("x stock eager, V 256 to 262144", ratios([*swept], "stock"), 2.5, ".2f"),
         at_least("x torch.compile, V 256 to 262144", ratios([*swept], "torch.compile"), 1.3, ".2f"),
         at_least("x stock, 128x10 in a CUDA graph", ratios(graphs, "stock"), 1.0, ".2f"),
+        at_least(
+            "linear_cross_entropy x the best peer",
+            ratios([FUSED] if FUSED in by_row else [], "liger|quack|stock chunked"),
+            0.95,
+            ".2f",
+        ),
     ]
 
 

@@ -646,6 +646,12 @@ def test_rows_that_fit(memory, rows):
     assert cross_entropy.rows_that_fit(262144, 2, memory) == rows
 
 
+def test_the_largest_product_with_a_loss_is_timed():
+    assert [row.op for row in gpu_check.rows() if row.name == gpu_check.FUSED] == [
+        "linear_cross_entropy"
+    ]
+
+
 def test_at_most_six_rows_are_tuned():
     assert 0 < sum(case.autotune for case in GPU_CASES) <= 6
     classes = {case.shape[1] for case in GPU_CASES if case.dtype == torch.bfloat16}
@@ -671,7 +677,10 @@ def test_targets():
     made += of_a_gpu("32768x65536 bfloat16 forward", "forward", (32768, 65536), stock=1.0, own=0.3)
     made += of_a_gpu("8192x131072 bfloat16", "forward+gradient", (8192, 131072), stock=9.0, own=2.0)
     made += of_a_gpu("128x10 graph", "forward+gradient", (128, 10), stock=1.0, own=1.25)
-    copy, thousand, long, stock, compiled, graph = gpu_check.targets(made)
+    fused = {"stock": 60.0, "stock_chunked": 38.0, "own": 40.0}
+    made += of_a_gpu(gpu_check.FUSED, "forward+gradient", (8192, 4096, 128256), **fused)
+    copy, thousand, long, stock, compiled, graph, peer = gpu_check.targets(made)
+    assert peer.got == f"0.95 ({gpu_check.FUSED})" and peer.met is True
     assert copy.got == "83% (32768x65536 bfloat16 forward)" and copy.met is False
     assert thousand.got == "not measured" and thousand.met is None
     assert long.got == "2 ms" and long.met is True
