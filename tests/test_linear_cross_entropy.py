@@ -1023,8 +1023,10 @@ def test_linear_choice():
         assert len(choices) == 1 and choices[0].op == "linear_cross_entropy"
         return choices[0].kernel
 
-    assert chosen("auto", x, weight, target) == ours
-    assert chosen("auto", x[0], weight, target[0]) == ours
+    assert chosen("own", x, weight, target) == ours
+    assert chosen("auto", x, weight, target) == "stock"  # so small a loss
+    assert chosen("auto", x.repeat(40, 1), weight, target.repeat(40)) == ours
+    assert chosen("own", x[0], weight, target[0]) == ours
     assert chosen("auto", x, weight, target, z_loss=0.1) == ours
     assert chosen("stock", x, weight, target) == "stock"
     assert chosen("stock", x, weight, target, z_loss=0.1) == "reference"

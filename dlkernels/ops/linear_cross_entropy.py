@@ -48,6 +48,10 @@ _OP = "linear_cross_entropy"
 _OPTIONS_CLASS = "LinearCrossEntropyOptions"
 _CHUNK = 2**28  # logits of a chunk on a GPU
 
+# Below this many multiply-adds on a CPU stock is done before our way through Python, of 100 µs
+# (benchmarks: "what calling costs").
+_SMALL = 2**21
+
 _TORCH_BACKWARD = "covered; the backward in torch ops, for the gradient of the probabilities"
 
 # ------------------------------------------------------------------------------------------ schemas
@@ -467,6 +471,14 @@ def _refusal(
     return None
 
 
+def _is_small(input, linear_weight):
+    """Whether stock would be done before our way through Python. A traced size is not asked."""
+    if config.forced() != "auto" or torch.compiler.is_compiling() or input.dim() == 0:
+        return False
+    rows = input.numel() // max(1, input.shape[-1])
+    return input.is_cpu and rows * linear_weight.numel() < _SMALL
+
+
 def _choose(input, target, refusal, extras):
     """(kernel, reason). "reference" is the definition in torch ops, for what stock lacks."""
     torchs = "reference" if extras else "stock"
@@ -547,6 +559,9 @@ def linear_cross_entropy(
         check_extras(_OP, softcap, z_loss)
     if not all(isinstance(tensor, Tensor) for tensor in (input, linear_weight, target)):
         return _stock(*stock)  # a TypeError of torch's
+    if not extras and _is_small(input, linear_weight):
+        config.record(_OP, "stock", "too small for our call overhead")
+        return _stock(*stock)
     refusal = _refusal(*stock)
     if refusal is not None and config.forced() == "own" and active_transform() is None:
         _stock(*stock)  # bad input is torch's to refuse
