@@ -13,27 +13,59 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <utility>
 
 namespace dlkernels {
 
+// Memory that a thread keeps for its next call.
+struct Kept {
+  static constexpr std::align_val_t kLine{64};
+  struct Release {
+    void operator()(char* data) const { ::operator delete(data, kLine); }
+  };
+  std::unique_ptr<char, Release> data;
+  int64_t bytes = 0;
+
+  static Kept allocate(int64_t bytes) {
+    Kept made;
+    made.data.reset(static_cast<char*>(::operator new(size_t(bytes), kLine)));
+    made.bytes = bytes;
+    return made;
+  }
+  static Kept& of_thread() {
+    static thread_local Kept memory;
+    return memory;
+  }
+};
+
 // n elements, not initialised, from the start of a cache line on. Allocate it before a parallel
-// region: an exception inside would lose its text. What is large is torch's memory, so that its
-// profiler counts it and its allocator keeps it.
+// region: an exception inside would lose its text.
+//
+// The calling thread keeps the largest that was no larger than kKept for its next call: memory that
+// goes back to the system costs a fault for every page when it comes again. What is larger is
+// torch's, whose profiler counts it.
 template <typename T>
 class Aligned {
  public:
-  explicit Aligned(int64_t n) {
-    const int64_t bytes = std::max<int64_t>(n, 0) * int64_t(sizeof(T));
-    if (bytes < kLarge) {
-      small_.reset(static_cast<T*>(::operator new(size_t(bytes), kLine)));
-      data_ = small_.get();
-    } else {
-      large_ = torch::stable::empty(std::array<int64_t, 1>{bytes},
+  explicit Aligned(int64_t n) : bytes_(std::max<int64_t>(n, 0) * int64_t(sizeof(T))) {
+    if (bytes_ > kKept) {
+      large_ = torch::stable::empty(std::array<int64_t, 1>{bytes_},
                                     torch::headeronly::ScalarType::Byte, std::nullopt,
                                     torch::stable::Device(torch::headeronly::DeviceType::CPU));
       data_ = static_cast<T*>(large_->mutable_data_ptr());
+      return;
     }
+    if (kReuses && Kept::of_thread().bytes >= bytes_)
+      std::swap(small_, Kept::of_thread());
+    else
+      small_ = Kept::allocate(bytes_);
+    data_ = reinterpret_cast<T*>(small_.data.get());
   }
+  ~Aligned() {
+    if (kReuses && small_.bytes > Kept::of_thread().bytes) std::swap(small_, Kept::of_thread());
+  }
+  Aligned(const Aligned&) = delete;
+  Aligned& operator=(const Aligned&) = delete;
   T* get() const { return data_; }
   // What keeps arrays one after another in lines of their own.
   static int64_t padded(int64_t n) {
@@ -42,12 +74,14 @@ class Aligned {
   }
 
  private:
-  static constexpr std::align_val_t kLine{64};
-  static constexpr int64_t kLarge = 1 << 20;
-  struct Release {
-    void operator()(T* data) const { ::operator delete(data, kLine); }
-  };
-  std::unique_ptr<T, Release> small_;
+  static constexpr int64_t kKept = 8 << 20;
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr bool kReuses = false;  // an array has no end that a sanitizer sees, otherwise
+#else
+  static constexpr bool kReuses = true;
+#endif
+  int64_t bytes_;
+  Kept small_;
   std::optional<torch::stable::Tensor> large_;
   T* data_;
 };

@@ -33,8 +33,10 @@ _SLOPE = 0.01  # of leaky_relu: torch's default
 _CUBLAS = "cuBLAS does the product"
 
 # Below this many multiply-adds stock is done before our way through Python, of 10 µs forward and 50
-# with a gradient (benchmarks: "what calling costs", with MKL at 0.9 of the multiply-add peak).
-_SMALL = 2**23
+# with a gradient (benchmarks: "what calling costs"). A compromise: where MKL is at 0.9 of the
+# multiply-add peak there is nothing to win that would pay for them before 2^27; where it is at a
+# third, 2^22 is enough.
+_SMALL = 2**24
 
 # ------------------------------------------------------------------------------------------ schemas
 
