@@ -44,6 +44,7 @@ SHAPES = {
     "one_row": ((1, 784), 130),
     "one_feature_in": ((9, 1), 5),
     "one_feature_out": ((70, 33), 1),
+    "three_features_out": ((70, 33), 3),
     "below_a_tile": ((3, 5), 7),
     "a_tile": ((16, 16), 32),
     "a_tile_and_one": ((17, 17), 33),

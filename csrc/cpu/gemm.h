@@ -498,7 +498,10 @@ void run_few_columns(const Matrix<A>& a, const Matrix<B>& b, int64_t n, int64_t 
     for (int64_t r = 0; r < rows; ++r) {
       T row[kFewRows];
       for (int64_t c = 0; c < n; ++c) row[c] = result[c * V::size + r];
-      store_c(i + r, 0, n, load(row, n));
+      for (int64_t c = 0; c < n; c += V::size) {
+        const int64_t lanes = std::min(V::size, n - c);
+        store_c(i + r, c, lanes, load(row + c, lanes));
+      }
     }
   }
 }
