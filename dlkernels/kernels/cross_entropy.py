@@ -527,6 +527,8 @@ class _Layout(NamedTuple):
 
 
 def _layout_of(x: Tensor) -> _Layout | None:
+    if x.numel() == 0:  # strides of no rows may be any
+        return _Layout(1, 0, 0, 1, False)
     size, stride = list(x.shape), list(x.stride())
     if len(size) == 1:
         size, stride = [1, *size], [0, *stride]
