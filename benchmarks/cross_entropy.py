@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import Provider, Row, rows_of
+from benchmarks.measure import Provider, Row, compiled, rows_of
 
 OP = "cross_entropy"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -346,13 +346,6 @@ class _Graph:
         return self.results
 
 
-def _compiled(function: Callable, mode: str | None = None) -> Callable:
-    # A function of its own for each row: dynamo counts the recompilations of a code object, and
-    # every row is a new shape. Compiled at the first call, which is not timed.
-    torch.compiler.reset()
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
-
-
 def _peers(case: Case) -> dict[str, Callable]:
     """The loss functions of libraries for GPUs that are installed and cover the case."""
     peers = {}
@@ -389,15 +382,15 @@ def _providers(case: Case, device: str) -> list[Provider]:
         twin = Data(case, other, device)
         call = twin.work(F.cross_entropy)
         providers.append(Provider(f"stock {other}", call, twin.prepare, eager_stock=True))
-    providers.append(of("torch.compile", _compiled(F.cross_entropy)))
+    providers.append(of("torch.compile", compiled(F.cross_entropy)))
     if case.autotune:
         # Not plain max-autotune: its CUDA graphs would copy the logits into a place of their own.
-        tuned = _compiled(F.cross_entropy, "max-autotune-no-cudagraphs")
+        tuned = compiled(F.cross_entropy, "max-autotune-no-cudagraphs")
         providers.append(of("torch.compile max-autotune", tuned))
     providers += [
         of("own", _ours, kernels="own"),
         of("auto", _ours, kernels="auto"),
-        of("auto compiled", _compiled(_ours), kernels="auto"),
+        of("auto compiled", compiled(_ours), kernels="auto"),
     ]
     if device == "cuda":
         if len(case.shape) == 2 and not case.options:

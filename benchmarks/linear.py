@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import Provider, Row, rows_of
+from benchmarks.measure import Provider, Row, compiled, rewritten, rows_of
 
 OP = "linear"
 FORWARD, GRADIENT = "forward", "forward+gradient"
@@ -160,12 +160,7 @@ class Data:
 
     def prepare(self) -> None:
         """The input as a layer before has just written it."""
-        with torch.no_grad():
-            self.source.copy_(self.master)
-        self.x = self.source
-        if self.source.requires_grad:
-            with torch.enable_grad():
-                self.x = self.source.view_as(self.source)
+        self.x = rewritten(self.source, self.master)
 
     def work(self, output_of: Callable) -> Callable[[], tuple[torch.Tensor, ...]]:
         """The timed call: the output by ``output_of(x, weight[, bias])`` and, if the case has
@@ -194,13 +189,6 @@ def _ours(case: Case) -> Callable:
     return functools.partial(dlkernels.functional.linear, activation=case.activation)
 
 
-def _compiled(function: Callable) -> Callable:
-    # A function of its own for each row: dynamo counts the recompilations of a code object, and
-    # every row is a new shape. Compiled at the first call, which is not timed.
-    torch.compiler.reset()
-    return torch.compile(lambda *tensors: function(*tensors), fullgraph=True, dynamic=False)
-
-
 def _onednn(case: Case) -> Callable:
     """What inductor calls for a frozen layer, without the packed weight that freezing gives it."""
     scalars = [SLOPE] if case.activation == "leaky_relu" else []
@@ -221,7 +209,7 @@ def _providers(case: Case, device: str) -> list[Provider]:
 
     providers = [
         of("stock", _stock(case), eager_stock=True),
-        of("torch.compile", _compiled(_stock(case))),
+        of("torch.compile", compiled(_stock(case))),
         of("own", _ours(case), kernels="own"),
         of("auto", _ours(case), kernels="auto"),
     ]

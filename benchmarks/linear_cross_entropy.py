@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import Provider, Row, rows_of
+from benchmarks.measure import Provider, Row, compiled, rewritten, rows_of
 
 OP = "linear_cross_entropy"
 FORWARD, GRADIENT = "forward", "forward+gradient"
@@ -122,12 +122,7 @@ class Data:
 
     def prepare(self) -> None:
         """The input as a layer before has just written it."""
-        with torch.no_grad():
-            self.source.copy_(self.master)
-        self.x = self.source
-        if self.source.requires_grad:
-            with torch.enable_grad():
-                self.x = self.source.view_as(self.source)
+        self.x = rewritten(self.source, self.master)
 
     def work(self, loss_of: Callable) -> Callable[[], tuple[torch.Tensor, ...]]:
         """The timed call: ``loss_of(x, weight, target)`` and, if the case has some, gradients."""
@@ -169,13 +164,6 @@ def _ours(case: Case) -> Callable:
     return call
 
 
-def _compiled(function: Callable) -> Callable:
-    # A function of its own for each row: dynamo counts the recompilations of a code object, and
-    # every row is a new shape. Compiled at the first call, which is not timed.
-    torch.compiler.reset()
-    return torch.compile(lambda *tensors: function(*tensors), fullgraph=True, dynamic=False)
-
-
 def _liger(case: Case) -> Callable:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -204,7 +192,7 @@ def _providers(case: Case, device: str) -> list[Provider]:
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         providers.append(of("stock chunked", _chunked(case), eager_stock=True))
     providers += [
-        of("torch.compile", _compiled(_stock(case))),
+        of("torch.compile", compiled(_stock(case))),
         of("own", _ours(case), kernels="own"),
         of("auto", _ours(case), kernels="auto"),
     ]

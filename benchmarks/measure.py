@@ -1,11 +1,13 @@
 """How a row is timed: every provider in turn, in one process, with the same data before each call.
 
 A row is one shape of one op with the reason why it is looked at; a provider is one way to compute
-it. Providers are interleaved (A B C A B C ...), so that a change of the machine meets them all, in
-batches. A batch is steady when median/min < 1.15 for every provider and other processes left the
-cores alone: a busy machine can be evenly slow, and slows most what waits at barriers. An unsteady
-batch is taken again, up to a limit, and the steadiest one is kept, for all providers together, so
-that nobody's best moment is held against somebody else's bad one.
+it. Providers are interleaved, so that a change of the machine meets them all, and each round begins
+with another (A B C, B C A, ...), so that nobody always finds the memory that the same neighbour
+left: whether a large gradient's pages are fresh depends on it. Rounds come in batches. A batch is
+steady when median/min < 1.15 for every provider and other processes left the cores alone: a busy
+machine can be evenly slow, and slows most what waits at barriers. An unsteady batch is taken again,
+up to a limit, and the steadiest one is kept, for all providers together, so that nobody's best
+moment is held against somebody else's bad one.
 
 On a GPU a sample is timed by events. L2 is flushed before it, and where a sample is one call the
 GPU is kept busy until the host has queued it: what is timed is the GPU's work, which a training
@@ -81,6 +83,27 @@ class Row:
     @property
     def grad(self) -> bool:
         return self.work != "forward"
+
+
+def rewritten(source: torch.Tensor, master: torch.Tensor) -> torch.Tensor:
+    """``source`` as a layer before has just written it, from ``master``: without a graph behind it
+    but for the view of a leaf."""
+    with torch.no_grad():
+        source.copy_(master)
+    if not source.requires_grad:
+        return source
+    with torch.enable_grad():
+        return source.view_as(source)
+
+
+def compiled(function: Callable, mode: str | None = None) -> Callable:
+    """``function`` by torch.compile, at the first call, which is not timed."""
+    # A code object of its own for each row: dynamo counts the recompilations of one, and every row
+    # is a new shape.
+    torch.compiler.reset()
+    return torch.compile(
+        lambda *args, **kwargs: function(*args, **kwargs), fullgraph=True, dynamic=False, mode=mode
+    )
 
 
 def rows_of(op: str, cases: list, counted: Callable, providers: Callable, device: str) -> list[Row]:
@@ -193,7 +216,8 @@ def interleaved(providers: Sequence[Provider], take: Callable[[Provider], float]
         while rounds < ROUNDS[0] or (
             rounds < ROUNDS[1] and time.perf_counter() - begin < BATCH_SECONDS
         ):
-            for provider in providers:
+            first = rounds % len(providers)
+            for provider in (*providers[first:], *providers[:first]):
                 samples[provider.name].append(take(provider))
             rounds += 1
     finally:

@@ -212,8 +212,8 @@ def test_providers_are_interleaved(monkeypatch):
         return float(len(order))
 
     batch = measure.interleaved([provider("a"), provider("b"), provider("c")], take)
-    assert order == ["a", "b", "c"] * 3
-    assert batch.samples == {"a": [1.0, 4.0, 7.0], "b": [2.0, 5.0, 8.0], "c": [3.0, 6.0, 9.0]}
+    assert order == [*"abc", *"bca", *"cab"]
+    assert batch.samples == {"a": [1.0, 6.0, 8.0], "b": [2.0, 4.0, 9.0], "c": [3.0, 5.0, 7.0]}
 
 
 EVEN, UNEVEN, WILD = [10, 10, 10], [10, 12, 13], [10, 20, 30]

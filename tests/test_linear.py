@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from compare import assert_no_worse
+from graphs import check_second_backward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import (
@@ -52,6 +53,10 @@ SHAPES = {
     "a_block_of_k": ((5, 256), 9),
     "a_block_of_k_and_one": ((7, 257), 40),
     "three_blocks_of_k": ((13, 700), 50),
+    # More terms than a packed column of B may have, of float64, float32 and pairs of bfloat16: B in
+    # panels; and more rows than whose sums are kept meanwhile.
+    "panels_of_k": ((13, 8700), 40),
+    "panels_of_k_and_many_rows": ((800, 4200), 21),
     "many_rows": ((1030, 19), 6),
     "many_outputs": ((4, 30), 1025),
     "all_tails": ((131, 301), 75),
@@ -353,18 +358,7 @@ def test_a_second_backward(dtype, activation, own):
     """retain_graph: each backward is right for its upstream gradient, and leaves others alone."""
     tensors = [x.requires_grad_() for x in problem((9, 60), 30, dtype)]
     output = linear(*tensors, activation=activation)
-    upstream = torch.randn(9, 30).to(dtype)
-    first = torch.autograd.grad(output, tensors, upstream, retain_graph=True)
-    kept = [g.clone() for g in first]
-    second = torch.autograd.grad(output, tensors, 0.5 * upstream, retain_graph=True)
-    again = torch.autograd.grad(output, tensors, upstream)
-    for a, b, c, d in zip(first, kept, again, second, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)
-        # Exactly: the factor is a power of two. float16 has no room for the smallest.
-        room = 2.0**-23 if dtype == torch.float16 else 0.0
-        torch.testing.assert_close(a, 2 * d, atol=room, rtol=0)
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        torch.autograd.grad(output, tensors, upstream)
+    check_second_backward(output, tensors, torch.randn(9, 30).to(dtype), 0.5)
 
 
 def test_gradients_accumulate_and_are_not_shared(own):

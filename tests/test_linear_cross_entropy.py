@@ -11,6 +11,7 @@ import pytest
 import torch
 from compare import assert_no_worse
 from functorch.compile import make_boxed_func
+from graphs import check_second_backward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from threads import (
@@ -530,18 +531,7 @@ def test_linear_a_second_backward(dtype, reduction, own):
     x, weight, bias, target, arguments = problem((9, 30), (100,), dtype, reduction=reduction)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     loss = linear_cross_entropy(x, weight, target, linear_bias=bias, **arguments)
-    ones = torch.ones_like(loss)
-    first = torch.autograd.grad(loss, leaves, 2 * ones, retain_graph=True)
-    kept = [g.clone() for g in first]
-    second = torch.autograd.grad(loss, leaves, 0.5 * ones, retain_graph=True)
-    again = torch.autograd.grad(loss, leaves, 2 * ones)
-    for a, b, c, d in zip(first, kept, again, second, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)
-        # Exactly: the factor is a power of two. float16 has no room for the smallest.
-        room = 2.0**-23 if dtype == torch.float16 else 0.0
-        torch.testing.assert_close(a, 4 * d, atol=room, rtol=0)
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        torch.autograd.grad(loss, leaves, ones)
+    check_second_backward(loss, leaves, torch.full_like(loss, 2.0), 0.25)
 
 
 def test_gradients_accumulate_and_are_not_shared(own):

@@ -407,9 +407,15 @@ def test_forward_mode(op, dtype, own):
                 for f in (op.ours, op.stock)
             )
             assert torch.equal(ours, stock)
-            with forward_ad.dual_level():
-                dual = function(op.ours, forward_ad.make_dual(x, tangent))
-                torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, stock)
+            assert op is not LINEAR or x.numel() == 0 or stock.any()
+            with forward_ad.dual_level():  # in half precision stock's two ways may round apart
+                ours_dual, stock_dual = (
+                    forward_ad.unpack_dual(function(f, forward_ad.make_dual(x, tangent))).tangent
+                    for f in (op.ours, op.stock)
+                )
+            assert torch.equal(ours_dual, stock_dual)
+            if op is not LINEAR_CROSS_ENTROPY:
+                assert torch.equal(ours_dual, stock)
             if dtype == torch.float64:
                 leaf = x.clone().requires_grad_()
                 gradient = torch.autograd.grad(function(op.ours, leaf).sum(), leaf)[0]

@@ -264,20 +264,17 @@ void multiply_rows(int64_t n, bool second, const T* a, const T* b, int64_t depth
 // caches; where B is deep, also into panels of it, with the sums of as many rows in memory.
 template <typename S>
 struct Cut {
-  int64_t columns, panel, rows;
+  static constexpr int64_t kBytes = 2 << 20, kLeast = 128;  // of packed B; fewest columns
+  int64_t columns = kBlockColumns, panel, rows;
+  bool deep;
 
   explicit Cut(int64_t k) {
-    constexpr int64_t kBytes = 2 << 20, kLeast = 128;
-    const int64_t fit = kBytes / int64_t(sizeof(accumulate_t<S>)), depth = words<S>(k);
-    if (is_deep(depth))
-      columns = kBlockColumns, panel = fit / kBlockColumns / kDepth * kDepth, rows = 8 * kBlockRows;
-    else
-      columns =
-          std::clamp(fit / std::max<int64_t>(1, depth) / kLeast * kLeast, kLeast, kBlockColumns),
-      panel = depth, rows = kBlockRows;
-  }
-  static bool is_deep(int64_t depth) {
-    return depth * 128 * int64_t(sizeof(accumulate_t<S>)) > 2 << 20;
+    const int64_t depth = words<S>(k), fit = kBytes / int64_t(sizeof(accumulate_t<S>));
+    const int64_t fitting = fit / std::max<int64_t>(1, depth) / kLeast * kLeast;
+    deep = fitting == 0;
+    panel = deep ? fit / kBlockColumns / kDepth * kDepth : depth;
+    rows = deep ? 8 * kBlockRows : kBlockRows;
+    if (!deep) columns = std::min(fitting, kBlockColumns);
   }
 };
 
@@ -348,21 +345,20 @@ void run(const Matrix<A>& a, const Matrix<B>& b, int64_t i0, int64_t i1, int64_t
   static_assert(Word<A>::kPair == Word<B>::kPair && std::is_same_v<T, accumulate_t<B>>);
   const Cut<A> cut(k);
   const int64_t depth = words<A>(k);
-  const bool deep = cut.panel < depth;
   for (int64_t j = j0; j < j1; j += cut.columns) {
     const int64_t columns = std::min(cut.columns, j1 - j), pitch = round_up(columns, kColumns<T>);
     T* const packed_b = scratch;
     T* const packed_a = packed_b + cut.panel * pitch;
     T* const sums = packed_a + kBlockRows * kPitch;
-    if (!deep) pack_panels(b, 0, depth, k, j, columns, packed_b);
-    const int64_t height = deep ? cut.rows : i1 - i0;
+    if (!cut.deep) pack_panels(b, 0, depth, k, j, columns, packed_b);
+    const int64_t height = cut.deep ? cut.rows : i1 - i0;
     for (int64_t top = i0; top < i1; top += height)
       for (int64_t p = 0; p < std::max<int64_t>(depth, 1); p += std::max<int64_t>(cut.panel, 1)) {
         const int64_t end = std::min(depth, p + cut.panel);
-        if (deep) pack_panels(b, p, end, k, j, columns, packed_b);
+        if (cut.deep) pack_panels(b, p, end, k, j, columns, packed_b);
         for (int64_t i = top; i < std::min(i1, top + height); i += kBlockRows)
           multiply_block(a, packed_b, i, std::min(kBlockRows, i1 - i), j, columns, p, end, k,
-                         packed_a, sums + (deep ? (i - top) * pitch : 0), store_c);
+                         packed_a, sums + (cut.deep ? (i - top) * pitch : 0), store_c);
       }
   }
 }

@@ -41,28 +41,30 @@ struct Kept {
 // n elements, not initialised, from the start of a cache line on. Allocate it before a parallel
 // region: an exception inside would lose its text.
 //
-// The calling thread keeps the largest that was no larger than kKept for its next call: memory that
-// goes back to the system costs a fault for every page when it comes again. What is larger is
-// torch's, whose profiler counts it.
+// Of those from kSmall to kLarge bytes the calling thread keeps the largest for its next call:
+// memory that goes back to the system costs a fault for every page when it comes again. What is
+// smaller the heap keeps by itself; what is larger is torch's, whose profiler counts it.
 template <typename T>
 class Aligned {
  public:
-  explicit Aligned(int64_t n) : bytes_(std::max<int64_t>(n, 0) * int64_t(sizeof(T))) {
-    if (bytes_ > kKept) {
-      large_ = torch::stable::empty(std::array<int64_t, 1>{bytes_},
+  explicit Aligned(int64_t n) {
+    const int64_t bytes = std::max<int64_t>(n, 0) * int64_t(sizeof(T));
+    if (bytes > kLarge) {
+      large_ = torch::stable::empty(std::array<int64_t, 1>{bytes},
                                     torch::headeronly::ScalarType::Byte, std::nullopt,
                                     torch::stable::Device(torch::headeronly::DeviceType::CPU));
       data_ = static_cast<T*>(large_->mutable_data_ptr());
       return;
     }
-    if (kReuses && Kept::of_thread().bytes >= bytes_)
-      std::swap(small_, Kept::of_thread());
+    if (kReuses && bytes >= kSmall && bytes <= Kept::of_thread().bytes)
+      std::swap(own_, Kept::of_thread());
     else
-      small_ = Kept::allocate(bytes_);
-    data_ = reinterpret_cast<T*>(small_.data.get());
+      own_ = Kept::allocate(bytes);
+    data_ = reinterpret_cast<T*>(own_.data.get());
   }
   ~Aligned() {
-    if (kReuses && small_.bytes > Kept::of_thread().bytes) std::swap(small_, Kept::of_thread());
+    if (kReuses && own_.bytes >= kSmall && own_.bytes > Kept::of_thread().bytes)
+      std::swap(own_, Kept::of_thread());
   }
   Aligned(const Aligned&) = delete;
   Aligned& operator=(const Aligned&) = delete;
@@ -74,14 +76,13 @@ class Aligned {
   }
 
  private:
-  static constexpr int64_t kKept = 8 << 20;
+  static constexpr int64_t kSmall = 64 << 10, kLarge = 8 << 20;
 #ifdef __SANITIZE_ADDRESS__
   static constexpr bool kReuses = false;  // an array has no end that a sanitizer sees, otherwise
 #else
   static constexpr bool kReuses = true;
 #endif
-  int64_t bytes_;
-  Kept small_;
+  Kept own_;
   std::optional<torch::stable::Tensor> large_;
   T* data_;
 };

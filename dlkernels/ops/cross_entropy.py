@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dlkernels import config
-from dlkernels.ops.common import DTYPES, active_transform, is_batched, is_plain, not_differentiable
+from dlkernels.ops.common import DTYPES, active_transform, is_batched, not_differentiable, unfit
 
 _OP = "cross_entropy"
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -271,15 +271,8 @@ def setting_of_torchs(reduction, ignore_index, label_smoothing):
 
 def _refusal(input, target, weight, reduction, ignore_index, label_smoothing):
     """Why our kernels do not take these arguments: torch refuses them, or only torch can."""
-    if not (is_plain(input) and is_plain(target) and (weight is None or is_plain(weight))):
-        return "an argument is not a plain dense tensor"
-    device = input.device.type
-    if device not in config.libraries:
-        return f"no kernel for device {device}"
-    if device == "cuda" and config.is_gpu_too_old(input.device.index):
-        return "no kernel for a GPU older than sm_80"
-    if target.device != input.device or (weight is not None and weight.device != input.device):
-        return "tensors on different devices"
+    if reason := unfit((input, target, weight)):
+        return reason
     if setting := setting_of_torchs(reduction, ignore_index, label_smoothing):
         return setting
     if input.dtype not in DTYPES:
@@ -291,7 +284,7 @@ def _refusal(input, target, weight, reduction, ignore_index, label_smoothing):
         weight.requires_grad or weight.dim() != 1 or weight.shape[0] != input.shape[class_dim]
     ):
         return f"weight of shape {tuple(weight.shape)}, requires_grad={weight.requires_grad}"
-    autocast = torch.is_autocast_enabled(device)
+    autocast = torch.is_autocast_enabled(input.device.type)
     if weight is not None and weight.dtype != input.dtype and not autocast:
         return f"weight of {weight.dtype} beside input of {input.dtype}"
     if target.dtype == torch.int64 or target.dtype == torch.uint8:
@@ -390,6 +383,7 @@ def cross_entropy(
             type(input) is Tensor
             and type(target) is Tensor
             and weight is size_average is reduce is None
+            and type(reduction) is str
             and reduction in REDUCTIONS
             and not torch._C._is_torch_function_mode_enabled()
         ):  # where F.cross_entropy would end up, so that its price is not paid on top of ours

@@ -22,6 +22,7 @@ The idea of chunks, with the gradient made in the forward pass: Hsu et al., Lige
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ from dlkernels.ops.common import (
     active_transform,
     autocast_dtype,
     is_batched,
-    is_plain,
     not_differentiable,
+    unfit,
 )
 from dlkernels.ops.cross_entropy import (
     REDUCTIONS,
@@ -52,6 +53,7 @@ _CHUNK = 2**28  # logits of a chunk on a GPU
 # (benchmarks: "what calling costs").
 _SMALL = 2**21
 
+_BY_CHUNKS = "chunks of rows: torch does the product, our cross_entropy the rest"
 _TORCH_BACKWARD = "covered; the backward in torch ops, for the gradient of the probabilities"
 
 # ------------------------------------------------------------------------------------------ schemas
@@ -346,6 +348,20 @@ def _(grad_input, grad_weight, grad_bias, grad_loss):
 # ------------------------------------------------------------------------------------------- choice
 
 
+class _Call(NamedTuple):
+    """The arguments of torch's function, by its names and in its order."""
+
+    input: Tensor
+    linear_weight: Tensor
+    target: Tensor
+    linear_bias: Tensor | None
+    weight: Tensor | None
+    reduction: str
+    ignore_index: int | None
+    label_smoothing: float
+    options: object
+
+
 def _check_stocks(input, linear_weight, target, linear_bias, ignore_index):
     """Raises what torch raises before its product; torch below 2.13 has no such function."""
     if input.dim() not in (1, 2):
@@ -373,30 +389,12 @@ def _check_stocks(input, linear_weight, target, linear_bias, ignore_index):
         raise RuntimeError(f"{_OP}: probabilities as targets have no ignore_index")
 
 
-def _stock(
-    input,
-    linear_weight,
-    target,
-    linear_bias,
-    weight,
-    reduction,
-    ignore_index,
-    label_smoothing,
-    options,
-):
+def _stock(call):
     """torch's function; where torch has none, what it does without ``options``."""
-    function = getattr(F, "linear_cross_entropy", None)
-    arguments = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing}
-    if function is not None:
-        return function(
-            input,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            ignore_index=ignore_index,
-            options=options,
-            **arguments,
-        )
+    if function := getattr(F, "linear_cross_entropy", None):
+        return function(*call[:3], **dict(zip(_Call._fields[3:], call[3:], strict=True)))
+    input, linear_weight, target, linear_bias, weight, reduction, ignore_index, smoothing, _ = call
+    arguments = {"weight": weight, "reduction": reduction, "label_smoothing": smoothing}
     _check_stocks(input, linear_weight, target, linear_bias, ignore_index)
     outputs = linear_weight.shape[:-1]
     bias = None if linear_bias is None else linear_bias.flatten()
@@ -407,28 +405,13 @@ def _stock(
     return F.cross_entropy(logits, target, **arguments)
 
 
-def _refusal(
-    input,
-    linear_weight,
-    target,
-    linear_bias,
-    weight,
-    reduction,
-    ignore_index,
-    smoothing,
-    options,
-):
+def _refusal(call):
     """Why our kernels do not take these arguments: torch refuses them, or only torch can."""
-    tensors = (input, linear_weight, target, linear_bias, weight)
-    if not all(tensor is None or is_plain(tensor) for tensor in tensors):
-        return "an argument is not a plain dense tensor"
+    input, linear_weight, target, linear_bias, weight, *settings, options = call
+    reduction, ignore_index, smoothing = settings
+    if reason := unfit((input, linear_weight, target, linear_bias, weight)):
+        return reason
     device = input.device.type
-    if device not in config.libraries:
-        return f"no kernel for device {device}"
-    if device == "cuda" and config.is_gpu_too_old(input.device.index):
-        return "no kernel for a GPU older than sm_80"
-    if any(tensor is not None and tensor.device != input.device for tensor in tensors):
-        return "tensors on different devices"
     index = -100 if ignore_index is None else ignore_index
     if setting := setting_of_torchs(reduction, index, smoothing):
         return setting
@@ -492,7 +475,7 @@ def _choose(input, target, refusal, extras):
         return "own", "covered"
     if target.requires_grad and torch.is_grad_enabled():
         return config.owner(input.device.type), _TORCH_BACKWARD
-    return config.owner(input.device.type), "covered"
+    return config.owner(input.device.type), _BY_CHUNKS if input.is_cuda else "covered"
 
 
 # ------------------------------------------------------------------------------------------- public
@@ -543,7 +526,7 @@ def linear_cross_entropy(
         What torch raises: RuntimeError for shapes and dtypes, IndexError for a target out of range,
         ValueError for a batch that does not match. ValueError for softcap ≤ 0 or z_loss < 0.
     """
-    stock = (
+    call = _Call(
         input,
         linear_weight,
         target,
@@ -558,20 +541,20 @@ def linear_cross_entropy(
     if extras:
         check_extras(_OP, softcap, z_loss)
     if not all(isinstance(tensor, Tensor) for tensor in (input, linear_weight, target)):
-        return _stock(*stock)  # a TypeError of torch's
+        return _stock(call)  # a TypeError of torch's
     if not extras and _is_small(input, linear_weight):
         config.record(_OP, "stock", "too small for our call overhead")
-        return _stock(*stock)
-    refusal = _refusal(*stock)
+        return _stock(call)
+    refusal = _refusal(call)
     if refusal is not None and config.forced() == "own" and active_transform() is None:
-        _stock(*stock)  # bad input is torch's to refuse
+        _stock(call)  # bad input is torch's to refuse
         raise NotImplementedError(f"{_OP}: no kernel of ours: {refusal}")
     kernel, reason = _choose(input, target, refusal, extras)
     config.record(_OP, kernel, reason)
     if kernel == "stock":
-        return _stock(*stock)
+        return _stock(call)
     if kernel == "reference":
-        _stock(*stock)  # for its refusals
+        _stock(call)  # for its refusals
 
     device, dtype, probabilities = input.device.type, input.dtype, target.is_floating_point()
     if torch.is_autocast_enabled(device):
