@@ -36,6 +36,7 @@ namespace dlkernels::gemm {
 
 template <typename S>
 struct Matrix {
+  using Element = S;
   const S* data;
   int64_t row_stride, column_stride;
   const S* at(int64_t i, int64_t j) const { return data + i * row_stride + j * column_stride; }
@@ -187,15 +188,19 @@ void pack_columns(const Matrix<S>& b, int64_t p, int64_t depth, int64_t k, int64
   }
 }
 
-// `depth` words from word p on of columns [j, j + columns) of B, as panels of kColumns.
+// Whether rows are contiguous.
 template <typename S>
-void pack_b(const Matrix<S>& b, int64_t p, int64_t depth, int64_t k, int64_t j, int64_t columns,
-            accumulate_t<S>* to) {
-  using T = accumulate_t<S>;
+bool has_rows(const Matrix<S>& b) {
+  return b.column_stride == 1;
+}
+
+// `depth` words from word p on of columns [j, j + columns) of B, as panels of kColumns.
+template <typename MB, typename T>
+void pack_b(const MB& b, int64_t p, int64_t depth, int64_t k, int64_t j, int64_t columns, T* to) {
   using V = Vec<T>;
   // Rows that are contiguous are read along, a few side by side: memory's own prefetching sees
   // them.
-  const int64_t at_once = b.column_stride == 1 ? 8 : depth;
+  const int64_t at_once = has_rows(b) ? 8 : depth;
   for (int64_t d = 0; d < depth; d += at_once)
     for (int64_t c = 0; c < columns; c += kColumns<T>)
       for (int64_t v = 0; v < kColumns<T>; v += V::size)
@@ -258,6 +263,63 @@ void multiply_rows(int64_t n, bool second, const T* a, const T* b, int64_t depth
   kKernels[second][n - 1](a, b, depth, add, sums, pitch, ahead);
 }
 
+// ------------------------------------------------------------------------------------------ batched
+
+// The batched form, for many small products whose operands are made where they are used: A lies in
+// pieces of Vec::size words of k, row after row, B as packed panels do.
+//
+// rows × kColumns of C += A·B over `pieces` pieces, `step` apart, of which the last has `last` words.
+template <typename T, int rows>
+void multiply_piece_rows(const T* a, int64_t step, int64_t pieces, int64_t last, const T* b, bool add,
+                         T* c) {
+  using V = Vec<T>;
+  V sum[rows][kVectors];
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v)
+      sum[r][v] = add ? load(c + r * kColumns<T> + v * V::size) : V(T(0));
+  for (int64_t piece = 0; piece < pieces; ++piece, a += step) {
+    const int64_t words = piece + 1 < pieces ? V::size : last;
+    for (int64_t k = 0; k < words; ++k, b += kColumns<T>) {
+      __builtin_prefetch(b + 8 * kColumns<T>, 0, 3);
+      V column[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) column[v] = load(b + v * V::size);
+#pragma GCC unroll 12
+      for (int r = 0; r < rows; ++r) {
+        const V row(a[r * V::size + k]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(row, column[v], sum[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(c + r * kColumns<T> + v * V::size, sum[r][v]);
+}
+
+// The same for any number of rows.
+template <typename T, int... rows>
+void multiply_pieces(const T* a, int64_t step, int64_t pieces, int64_t last, const T* b, int64_t m,
+                     bool add, T* c, std::integer_sequence<int, rows...>) {
+  using Kernel = void (*)(const T*, int64_t, int64_t, int64_t, const T*, bool, T*);
+  constexpr Kernel kKernels[] = {&multiply_piece_rows<T, rows + 1>...};
+  // Of even heights: 13 rows are 7 and 6.
+  for (int64_t tiles = (m + kRows - 1) / kRows, i = 0; tiles > 0; --tiles) {
+    const int64_t height = (m - i + tiles - 1) / tiles;
+    kKernels[height - 1](a + i * Vec<T>::size, step, pieces, last, b, add, c + i * kColumns<T>);
+    i += height;
+  }
+}
+template <typename T>
+void multiply_pieces(const T* a, int64_t step, int64_t pieces, int64_t last, const T* b, int64_t m,
+                     bool add, T* c) {
+  multiply_pieces(a, step, pieces, last, b, m, add, c,
+                  std::make_integer_sequence<int, int(kRows)>());
+}
+
 // ------------------------------------------------------------------------------------------- whole
 
 // How a product of k terms is cut: into blocks of columns, whose packed B is to stay in the nearer
@@ -291,12 +353,11 @@ int64_t scratch_size(int64_t m, int64_t n, int64_t k) {
 // words [p0, p1), on top of what is in `sums` from p0 > 0 on. `packed_b` begins at p0. If these are
 // the last words each vector of C goes to store_c; A's rows have been read by then: C may lie over
 // them.
-template <typename A, typename Store>
-void multiply_block(const Matrix<A>& a, const accumulate_t<A>* packed_b, int64_t i, int64_t rows,
-                    int64_t j, int64_t columns, int64_t p0, int64_t p1, int64_t k,
-                    accumulate_t<A>* packed_a, accumulate_t<A>* sums, const Store& store_c,
-                    const void* next = nullptr, int64_t size = 0) {
-  using T = accumulate_t<A>;
+template <typename MA, typename T, typename Store>
+void multiply_block(const MA& a, const T* packed_b, int64_t i, int64_t rows, int64_t j,
+                    int64_t columns, int64_t p0, int64_t p1, int64_t k, T* packed_a, T* sums,
+                    const Store& store_c, const void* next = nullptr, int64_t size = 0) {
+  using A = typename MA::Element;
   using V = Vec<T>;
   const int64_t pitch = round_up(columns, kColumns<T>), depth = words<A>(k);
   const int64_t tiles = (rows + kRows - 1) / kRows * (pitch / kColumns<T>);
@@ -327,10 +388,10 @@ void multiply_block(const Matrix<A>& a, const accumulate_t<A>* packed_b, int64_t
 }
 
 // Words [p0, p1) of columns [j, j + columns) of B, as multiply_block reads them.
-template <typename S>
-void pack_panels(const Matrix<S>& b, int64_t p0, int64_t p1, int64_t k, int64_t j, int64_t columns,
-                 accumulate_t<S>* to) {
-  const int64_t pitch = round_up(columns, kColumns<accumulate_t<S>>);
+template <typename MB, typename T>
+void pack_panels(const MB& b, int64_t p0, int64_t p1, int64_t k, int64_t j, int64_t columns,
+                 T* to) {
+  const int64_t pitch = round_up(columns, kColumns<T>);
   for (int64_t p = p0; p < p1; p += kDepth)
     pack_b(b, p, std::min(kDepth, p1 - p), k, j, columns, to + (p - p0) * pitch);
 }
@@ -338,10 +399,11 @@ void pack_panels(const Matrix<S>& b, int64_t p0, int64_t p1, int64_t k, int64_t 
 // Rows [i0, i1) and columns [j0, j1) of A·B on the calling thread. Each vector of C goes once to
 // store_c(i, j, lanes, value): columns j … j + lanes − 1 of row i. A and B may differ in type where
 // their words are alike.
-template <typename A, typename B, typename Store>
-void run(const Matrix<A>& a, const Matrix<B>& b, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-         int64_t k, accumulate_t<A>* scratch, const Store& store_c) {
-  using T = accumulate_t<A>;
+template <typename MA, typename MB, typename T, typename Store>
+void run(const MA& a, const MB& b, int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t k,
+         T* scratch, const Store& store_c) {
+  using A = typename MA::Element;
+  using B = typename MB::Element;
   static_assert(Word<A>::kPair == Word<B>::kPair && std::is_same_v<T, accumulate_t<B>>);
   const Cut<A> cut(k);
   const int64_t depth = words<A>(k);
@@ -456,6 +518,10 @@ bool has_few_rows(const Matrix<A>& a, const Matrix<B>& b, int64_t m, int64_t k) 
          (b.column_stride == 1 || (b.row_stride == 1 && a.column_stride == 1));
 }
 
+template <typename MA, typename MB>
+constexpr bool kMatrices = std::is_same_v<MA, Matrix<typename MA::Element>> &&
+                           std::is_same_v<MB, Matrix<typename MB::Element>>;
+
 // rows × Vec::size of A·B from column j on, of which `columns` are there.
 template <typename A, typename B>
 void few_rows(const Matrix<A>& a, const Matrix<B>& b, int64_t rows, int64_t j, int64_t columns,
@@ -525,14 +591,19 @@ struct Grid {
   }
 };
 
-// Every vector of C[m×n] = A·B goes to store_c(i, j, lanes, value), over all threads.
-template <typename A, typename B, typename Store>
-void multiply(const Matrix<A>& a, const Matrix<B>& b, int64_t m, int64_t n, int64_t k,
-              const Store& store_c) {
+// Every vector of C[m×n] = A·B goes to store_c(i, j, lanes, value), over all threads. A and B are
+// matrices, or anything else that has elements and is packed by functions of its own: pack_a,
+// pack_columns, has_rows.
+template <typename MA, typename MB, typename Store>
+void multiply(const MA& a, const MB& b, int64_t m, int64_t n, int64_t k, const Store& store_c) {
+  using A = typename MA::Element;
   using T = accumulate_t<A>;
   if (m == 0 || n == 0) return;
-  const bool few_rows = has_few_rows(a, b, m, k);
-  const bool few_columns = !few_rows && has_few_rows(b.transposed(), a.transposed(), n, k);
+  bool few_rows = false, few_columns = false;
+  if constexpr (kMatrices<MA, MB>) {
+    few_rows = has_few_rows(a, b, m, k);
+    few_columns = !few_rows && has_few_rows(b.transposed(), a.transposed(), n, k);
+  }
   const int64_t most = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t threads = std::clamp<int64_t>(m * n * std::max<int64_t>(k, 1) / kGrain, 1, most);
   Grid grid(m, n, threads, kColumns<T>);
@@ -552,12 +623,17 @@ void multiply(const Matrix<A>& a, const Matrix<B>& b, int64_t m, int64_t n, int6
       const int64_t i = t / grid.columns * height, j = t % grid.columns * width;
       if (i >= m || j >= n) continue;
       const int64_t i1 = std::min(m, i + height), j1 = std::min(n, j + width);
-      if (few_rows)
-        run_few_rows(a, b, m, j, j1, k, store_c);
-      else if (few_columns)
-        run_few_columns(a, b, n, i, i1, k, store_c);
-      else
-        run(a, b, i, i1, j, j1, k, scratch, store_c);
+      if constexpr (kMatrices<MA, MB>) {
+        if (few_rows) {
+          run_few_rows(a, b, m, j, j1, k, store_c);
+          continue;
+        }
+        if (few_columns) {
+          run_few_columns(a, b, n, i, i1, k, store_c);
+          continue;
+        }
+      }
+      run(a, b, i, i1, j, j1, k, scratch, store_c);
     }
   });
 }

@@ -1,0 +1,108 @@
+// The algorithms of conv2d, and which of them a convolution takes. Tensors are dense NHWC.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "conv2d_depthwise.h"
+#include "conv2d_direct.h"
+#include "conv2d_shape.h"
+#include "conv2d_winograd.h"
+#include "memory.h"
+#include "simd.h"
+
+namespace dlkernels::conv2d {
+
+using torch::headeronly::ScalarType;
+
+enum class Algorithm { kAten, kDirect, kWinograd, kDepthwise };
+enum class Direction { kForward, kInputGradient, kWeightGradient };
+
+// Which of ours suits the geometry.
+inline Algorithm suited(const Shape& shape, ScalarType dtype, bool exact) {
+  constexpr int64_t kFewest = 16;  // channels that pay for Winograd's transforms
+  if (shape.groups > 1 && shape.groups == shape.c && shape.groups == shape.k)
+    return Algorithm::kDepthwise;
+  if (shape.is(3, 1) && shape.dilation[0] == 1 && shape.dilation[1] == 1 && shape.groups == 1 &&
+      std::min(shape.c, shape.k) >= kFewest && dtype != ScalarType::Double && !exact)
+    return Algorithm::kWinograd;
+  return Algorithm::kDirect;
+}
+
+// kAten only where `own` is false: as far as measured (benchmarks/conv2d.py).
+inline Algorithm choose(const Shape& shape, ScalarType dtype, Direction, bool exact, bool own) {
+  const Algorithm ours = suited(shape, dtype, exact);
+  return own || ours == Algorithm::kWinograd ? ours : Algorithm::kAten;
+}
+
+namespace detail {
+
+// The 3×3 weight as float in order of k, c, r, s: itself, or a copy that `keep` holds.
+template <typename S>
+const float* as_float(const Shape& shape, const Weight<const S>& w, Aligned<float>& keep) {
+  if constexpr (std::is_same_v<S, float>)
+    if (w.stride[0] == shape.c * 9 && w.stride[1] == 9 && w.stride[2] == 3 && w.stride[3] == 1)
+      return w.data;
+  torch::stable::parallel_for(0, shape.k, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      for (int64_t tap = 0; tap < 9; ++tap)
+        for (int64_t c = 0; c < shape.c; ++c)
+          keep.get()[(k * shape.c + c) * 9 + tap] = widen(*w.at(k, c, tap / 3, tap % 3));
+  });
+  return keep.get();
+}
+
+template <typename S>
+constexpr bool has_winograd = !std::is_same_v<S, double>;
+
+}  // namespace detail
+
+// y = epilogue(conv(x, w)); epilogue(value, channel, lanes) takes vectors of channels.
+template <typename S, typename Epilogue>
+void forward(const Shape& shape, Algorithm algorithm, const S* x, Weight<const S> w, S* y,
+             const Epilogue& epilogue) {
+  if (algorithm == Algorithm::kDepthwise) return depthwise::forward(shape, x, w, y, epilogue);
+  if constexpr (detail::has_winograd<S>)
+    if (algorithm == Algorithm::kWinograd) {
+      Aligned<float> keep(shape.k * shape.c * 9);
+      const winograd::Filters filters{detail::as_float(shape, w, keep), shape.c, shape.k, false};
+      return winograd::Correlation<S, Epilogue>{
+          x, shape.n, shape.h, shape.w, filters, {shape.padding[0], shape.padding[1]},
+          y, shape.p, shape.q, epilogue}.run();
+    }
+  direct_forward(shape, x, w, y, epilogue);
+}
+
+// dx = epilogue(…): a transposed convolution is one with an epilogue.
+template <typename S, typename Epilogue>
+void input_gradient(const Shape& shape, Algorithm algorithm, const S* dy, Weight<const S> w, S* dx,
+                    const Epilogue& epilogue) {
+  if (algorithm == Algorithm::kDepthwise)
+    return depthwise::input_gradient(shape, dy, w, dx, epilogue);
+  if constexpr (detail::has_winograd<S>)
+    if (algorithm == Algorithm::kWinograd) {
+      Aligned<float> keep(shape.k * shape.c * 9);
+      const winograd::Filters filters{detail::as_float(shape, w, keep), shape.k, shape.c, true};
+      return winograd::Correlation<S, Epilogue>{
+          dy, shape.n, shape.p, shape.q, filters, {2 - shape.padding[0], 2 - shape.padding[1]},
+          dx, shape.h, shape.w, epilogue}.run();
+    }
+  direct_input_gradient(shape, dy, w, dx, epilogue);
+}
+
+template <typename S>
+void weight_gradient(const Shape& shape, Algorithm algorithm, const S* dy, const S* x,
+                     Weight<S> dw) {
+  if (algorithm == Algorithm::kDepthwise) return depthwise::weight_gradient(shape, dy, x, dw);
+  if constexpr (detail::has_winograd<S>)
+    if (algorithm == Algorithm::kWinograd)
+      return winograd::WeightGradient<S>{
+          x, shape.n, shape.h, shape.w, shape.c, {shape.padding[0], shape.padding[1]},
+          dy, shape.p, shape.q, shape.k, dw}.run();
+  direct_weight_gradient(shape, dy, x, dw);
+}
+
+}  // namespace dlkernels::conv2d

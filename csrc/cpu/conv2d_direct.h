@@ -1,0 +1,355 @@
+// Convolutions of any geometry as products of gemm.h whose one side is read in place (implicit
+// GEMM), never written out as a matrix:
+//   Y[pixel, k]  = Σ_e patch(X)[pixel, e] · W[e, k]        e = (row of the kernel, column, c)
+//   dX[pixel, c] = Σ_e patch(dY)[pixel, e] · W[e, c]       e = (row, column, k)
+//   dW[k, e]     = Σ_pixels dY[pixel, k] · patch(X)[pixel, e]
+// With a stride dX falls into stride² phases, pixels of equal remainders, each with the taps of the
+// kernel that reach it and a patch of stride 1. A row of the kernel is one run of contiguous
+// elements where its columns are neighbours: packing copies runs.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "conv2d_shape.h"
+#include "gemm.h"
+#include "memory.h"
+#include "simd.h"
+
+namespace dlkernels::conv2d {
+
+// Taps of the kernel whose elements follow each other in memory: those at (row, column), (row,
+// column + 1), … of the patch, in the kernel at (r, s), (r, s + step), …
+struct Run {
+  int64_t row, column, taps, r, s, step;
+};
+
+// The patches of a grid of pixels as a matrix: a row for each pixel, in order of n, y, x; a row's
+// elements are those of its runs, each filled up with zeros to `length`. Of pixel (y, x) the run
+// (row, column) begins at (y·stride + row, x·stride + column); beyond the image are zeros.
+template <typename S>
+struct Patches {
+  using Element = S;
+  const S* data;  // of the group's first channel
+  int64_t height, width, channels, pitch;
+  int64_t grid_height, grid_width, stride[2];
+  const std::vector<Run>* runs;
+  int64_t length;
+
+  // `length` for runs of so many taps.
+  static int64_t padded(int64_t taps, int64_t channels, int64_t to) {
+    return gemm::round_up(taps * channels, to);
+  }
+  int64_t elements() const { return int64_t(runs->size()) * length; }
+  // What is there of a run at a pixel: elements [from, to) of it, at `at`.
+  struct Piece {
+    const S* at;
+    int64_t from, to;
+  };
+  Piece piece(int64_t n, int64_t y, int64_t x, const Run& run) const {
+    const int64_t row = y * stride[0] + run.row, column = x * stride[1] + run.column;
+    const int64_t first = std::max<int64_t>(0, -column);
+    const int64_t last = std::min(run.taps, width - column);
+    if (row < 0 || row >= height || last <= first) return {data, 0, 0};
+    return {data + ((n * height + row) * width + column) * pitch, first * channels,
+            last * channels};
+  }
+};
+
+template <typename S>
+bool has_rows(const Patches<S>&) {
+  return true;
+}
+
+namespace detail {
+
+// The place of pixel i in its grid, stepping.
+struct Pixel {
+  int64_t n, y, x, height, width;
+  Pixel(int64_t i, int64_t height, int64_t width)
+      : n(i / (height * width)),
+        y(i / width % height),
+        x(i % width),
+        height(height),
+        width(width) {}
+  void next() {
+    if (++x < width) return;
+    x = 0;
+    if (++y < height) return;
+    y = 0;
+    ++n;
+  }
+};
+
+// Words [begin, end) of a run from `to` on, in whole vectors: up to V::size − 1 words more than
+// there are get written, with zeros.
+template <typename S>
+accumulate_t<S>* copy_piece(const typename Patches<S>::Piece& piece, int64_t begin, int64_t end,
+                            accumulate_t<S>* to) {
+  using W = gemm::Word<S>;
+  using T = accumulate_t<S>;
+  using V = Vec<T>;
+  constexpr int64_t terms = W::kPair ? 2 : 1;
+  const int64_t from = std::clamp(piece.from, begin, end);
+  const int64_t until = std::clamp(piece.to, from, end);
+  int64_t e = begin;
+  for (; e < from; e += V::size * terms) store(to + (e - begin) / terms, V(T(0)));
+  if (terms == 2 && from % 2 != begin % 2 && until > from) {  // a pair begins with a zero
+    S pair[2] = {S{}, piece.at[from]};
+    to[(from - begin) / 2] = W::one(pair, 1, 2);
+    e = from + 1;
+  } else {
+    e = from;
+  }
+  for (; e < until; e += V::size * terms)
+    store(to + (e - begin) / terms,
+          W::along(piece.at + e, std::min(V::size, (until - e + terms - 1) / terms), until - e));
+  for (e = begin + (until - begin + terms - 1) / terms * terms; e < end; e += V::size * terms)
+    store(to + (e - begin) / terms, V(T(0)));
+  return to + (end - begin) / terms;
+}
+
+}  // namespace detail
+
+// As gemm's of a matrix. Rows are kPitch words apart, of which the last 16 take what copy_piece
+// writes beyond the end.
+template <typename S>
+void pack_a(const Patches<S>& a, int64_t i, int64_t rows, int64_t p, int64_t depth, int64_t,
+            accumulate_t<S>* to) {
+  static_assert(gemm::kPitch - gemm::kDepth >= Vec<accumulate_t<S>>::size);
+  constexpr int64_t terms = gemm::Word<S>::kPair ? 2 : 1;
+  const int64_t begin = p * terms, end = (p + depth) * terms;
+  detail::Pixel pixel(i, a.grid_height, a.grid_width);
+  for (int64_t r = 0; r < rows; ++r, to += gemm::kPitch, pixel.next()) {
+    accumulate_t<S>* at = to;
+    for (int64_t e = begin, run = begin / a.length; e < end; ++run) {
+      const int64_t start = run * a.length, until = std::min(end, start + a.length);
+      at = detail::copy_piece<S>(a.piece(pixel.n, pixel.y, pixel.x, (*a.runs)[run]), e - start,
+                                 until - start, at);
+      e = until;
+    }
+  }
+}
+
+// As gemm's of a matrix. The vector lies within one run: `length` is a multiple of vectors.
+template <typename S>
+void pack_columns(const Patches<S>& b, int64_t p, int64_t depth, int64_t k, int64_t j, int64_t n,
+                  accumulate_t<S>* to) {
+  using W = gemm::Word<S>;
+  using T = accumulate_t<S>;
+  using V = Vec<T>;
+  constexpr int64_t terms = W::kPair ? 2 : 1, step = gemm::kColumns<T>;
+  if (n == 0) {
+    for (int64_t d = 0; d < depth; ++d) store(to + d * step, V(T(0)));
+    return;
+  }
+  const Run& run = (*b.runs)[j / b.length];
+  const int64_t begin = j % b.length;
+  detail::Pixel pixel(p * terms, b.grid_height, b.grid_width);
+  const auto piece = [&]() {
+    typename Patches<S>::Piece found = b.piece(pixel.n, pixel.y, pixel.x, run);
+    found.from = std::clamp(found.from, begin, begin + n);
+    found.to = std::clamp(found.to, found.from, begin + n);
+    pixel.next();
+    return found;
+  };
+  for (int64_t d = 0; d < depth; ++d) {
+    if constexpr (terms == 1) {
+      const auto found = piece();
+      if (found.from == begin && found.to == begin + V::size) {
+        store(to + d * step, load(found.at + begin));
+      } else {
+        store(to + d * step, V(T(0)));
+        if (found.to > found.from)
+          store(to + d * step + found.from - begin, load(found.at + found.from, found.to - found.from),
+                found.to - found.from);
+      }
+    } else {
+      S pair[2][V::size] = {};
+      for (int64_t q = 0; q < std::min<int64_t>(2, k - (p + d) * 2); ++q) {
+        const auto found = piece();
+        std::copy(found.at + found.from, found.at + found.to, pair[q] + found.from - begin);
+      }
+      store(to + d * step, W::across(pair[0], V::size, 2, V::size));
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------- whole
+
+namespace detail {
+
+// The weights of a group as gemm's B: columns × elements of the runs, with zeros where those have
+// some. `at(column, channel)` is where a tap's (0, 0) stands.
+template <typename S, typename At>
+gemm::Matrix<S> gather(const Weight<const S>& w, const std::vector<Run>& runs, int64_t length,
+                       int64_t channels, int64_t columns, const At& at, S* to) {
+  const int64_t elements = int64_t(runs.size()) * length;
+  torch::stable::parallel_for(0, columns, std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, elements)),
+                              [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j)
+      for (size_t i = 0; i < runs.size(); ++i) {
+        const Run& run = runs[i];
+        S* const row = to + j * elements + int64_t(i) * length;
+        for (int64_t tap = 0; tap < run.taps; ++tap)
+          for (int64_t c = 0; c < channels; ++c)
+            row[tap * channels + c] =
+                at(j, c)[run.r * w.stride[2] + (run.s + tap * run.step) * w.stride[3]];
+        std::fill(row + run.taps * channels, row + length, S{});
+      }
+  });
+  return gemm::Matrix<S>{to, 1, elements};
+}
+
+// Its inverse, for the gradient of group `group`.
+template <typename S>
+void scatter(const S* from, const std::vector<Run>& runs, int64_t length, int64_t channels,
+             int64_t rows, int64_t first, const Weight<S>& dw) {
+  const int64_t elements = int64_t(runs.size()) * length;
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, elements)),
+                              [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      for (size_t i = 0; i < runs.size(); ++i)
+        for (int64_t tap = 0; tap < runs[i].taps; ++tap)
+          for (int64_t c = 0; c < channels; ++c)
+            *dw.at(first + k, c, runs[i].r, runs[i].s + tap) =
+                from[k * elements + int64_t(i) * length + tap * channels + c];
+  });
+}
+
+// The runs of a forward pass: rows of the kernel where its columns are neighbours, else taps.
+inline std::vector<Run> runs_of(const Shape& shape) {
+  std::vector<Run> runs;
+  const int64_t taps = shape.dilation[1] == 1 && shape.groups == 1 ? shape.s : 1;
+  for (int64_t r = 0; r < shape.r; ++r)
+    for (int64_t s = 0; s < shape.s; s += taps)
+      runs.push_back({r * shape.dilation[0] - shape.padding[0],
+                      s * shape.dilation[1] - shape.padding[1], taps, r, s, 1});
+  return runs;
+}
+
+// The taps along one axis that reach pixels of remainder `phase` of the input: pixel
+// phase + i·stride is reached by tap t from output i + offset.
+struct Tap {
+  int64_t tap, offset;
+};
+inline std::vector<Tap> taps_of_phase(int64_t phase, int64_t size, int64_t stride, int64_t padding,
+                                      int64_t dilation) {
+  std::vector<Tap> taps;
+  for (int64_t t = size; t-- > 0;)  // so that offsets rise
+    if ((phase + padding - t * dilation) % stride == 0)
+      taps.push_back({t, (phase + padding - t * dilation) / stride});
+  return taps;
+}
+
+template <typename S>
+int64_t word_multiple() {
+  return gemm::Word<S>::kPair ? 2 : 1;
+}
+
+}  // namespace detail
+
+template <typename S, typename Epilogue>
+void direct_forward(const Shape& shape, const S* x, const Weight<const S>& w, S* y,
+                    const Epilogue& epilogue) {
+  using V = Vec<accumulate_t<S>>;
+  const int64_t channels = shape.c / shape.groups, outputs = shape.k / shape.groups;
+  const std::vector<Run> runs = detail::runs_of(shape);
+  const int64_t length =
+      Patches<S>::padded(runs[0].taps, channels, detail::word_multiple<S>());
+  const int64_t elements = int64_t(runs.size()) * length;
+  const Aligned<S> weights(outputs * elements);
+  const bool plain = shape.is(1, 1) && shape.padding[0] == 0 && shape.padding[1] == 0;
+  for (int64_t g = 0; g < shape.groups; ++g) {
+    const auto b = detail::gather(
+        w, runs, length, channels, outputs,
+        [&](int64_t k, int64_t c) { return w.at(g * outputs + k, c, 0, 0); }, weights.get());
+    const auto store_y = [&, first = g * outputs](int64_t i, int64_t j, int64_t lanes, V value) {
+      store(y + i * shape.k + first + j, epilogue(value, first + j, lanes), lanes);
+    };
+    if (plain) {
+      const gemm::Matrix<S> a{x + g * channels, shape.c, 1};
+      gemm::multiply(a, b, shape.pixels(), outputs, channels, store_y);
+    } else {
+      const Patches<S> a{x + g * channels, shape.h, shape.w, channels, shape.c, shape.p, shape.q,
+                         {shape.stride[0], shape.stride[1]}, &runs, length};
+      gemm::multiply(a, b, shape.pixels(), outputs, elements, store_y);
+    }
+  }
+}
+
+// `epilogue` is that of a transposed convolution, whose forward pass this is.
+template <typename S, typename Epilogue>
+void direct_input_gradient(const Shape& shape, const S* dy, const Weight<const S>& w, S* dx,
+                           const Epilogue& epilogue) {
+  using T = accumulate_t<S>;
+  using V = Vec<T>;
+  const int64_t channels = shape.c / shape.groups, outputs = shape.k / shape.groups;
+  const Aligned<S> weights(channels * shape.r * shape.s * (outputs + 1));
+  for (int64_t phase = 0; phase < shape.stride[0] * shape.stride[1]; ++phase) {
+    const int64_t y0 = phase / shape.stride[1], x0 = phase % shape.stride[1];
+    if (y0 >= shape.h || x0 >= shape.w) continue;
+    const int64_t rows = (shape.h - y0 - 1) / shape.stride[0] + 1;
+    const int64_t columns = (shape.w - x0 - 1) / shape.stride[1] + 1;
+    const auto down =
+        detail::taps_of_phase(y0, shape.r, shape.stride[0], shape.padding[0], shape.dilation[0]);
+    const auto across =
+        detail::taps_of_phase(x0, shape.s, shape.stride[1], shape.padding[1], shape.dilation[1]);
+    // Taps that are one output apart make a run.
+    bool one_run = shape.groups == 1 && !across.empty();
+    for (size_t i = 1; i < across.size(); ++i)
+      one_run = one_run && across[i].offset == across[i - 1].offset + 1;
+    std::vector<Run> runs;
+    for (const auto& row : down)
+      for (const auto& column : across) {
+        const int64_t taps = one_run ? int64_t(across.size()) : 1;
+        const int64_t step = taps > 1 ? across[1].tap - across[0].tap : 0;
+        runs.push_back({row.offset, column.offset, taps, row.tap, column.tap, step});
+        if (one_run) break;
+      }
+    const int64_t length =
+        runs.empty() ? 1
+                     : Patches<S>::padded(runs[0].taps, outputs, detail::word_multiple<S>());
+    const int64_t elements = int64_t(runs.size()) * length;
+    for (int64_t g = 0; g < shape.groups; ++g) {
+      const auto b = detail::gather(
+          w, runs, length, outputs, channels,
+          [&](int64_t c, int64_t k) { return w.at(g * outputs + k, c, 0, 0); }, weights.get());
+      const auto store_dx = [&, first = g * channels](int64_t i, int64_t j, int64_t lanes,
+                                                      V value) {
+        const int64_t n = i / (rows * columns), row = i / columns % rows * shape.stride[0] + y0;
+        const int64_t column = i % columns * shape.stride[1] + x0;
+        store(dx + ((n * shape.h + row) * shape.w + column) * shape.c + first + j,
+              epilogue(value, first + j, lanes), lanes);
+      };
+      const Patches<S> a{dy + g * outputs, shape.p, shape.q, outputs, shape.k, rows, columns,
+                         {1, 1}, &runs, length};
+      gemm::multiply(a, b, shape.n * rows * columns, channels, elements, store_dx);
+    }
+  }
+}
+
+template <typename S>
+void direct_weight_gradient(const Shape& shape, const S* dy, const S* x, const Weight<S>& dw) {
+  using V = Vec<accumulate_t<S>>;
+  const int64_t channels = shape.c / shape.groups, outputs = shape.k / shape.groups;
+  const std::vector<Run> runs = detail::runs_of(shape);
+  const int64_t length = Patches<S>::padded(runs[0].taps, channels, V::size);
+  const int64_t elements = int64_t(runs.size()) * length;
+  const Aligned<S> gradient(outputs * elements);
+  for (int64_t g = 0; g < shape.groups; ++g) {
+    const gemm::Matrix<S> a{dy + g * outputs, 1, shape.k};
+    const Patches<S> b{x + g * channels, shape.h, shape.w, channels, shape.c, shape.p, shape.q,
+                       {shape.stride[0], shape.stride[1]}, &runs, length};
+    gemm::multiply(a, b, outputs, elements, shape.pixels(),
+                   [&](int64_t i, int64_t j, int64_t lanes, V value) {
+                     store(gradient.get() + i * elements + j, value, lanes);
+                   });
+    detail::scatter(gradient.get(), runs, length, channels, outputs, g * outputs, dw);
+  }
+}
+
+}  // namespace dlkernels::conv2d

@@ -1,0 +1,569 @@
+// 3×3 convolutions of stride 1 by Winograd's minimal filtering F(4×4, 3×3): 36 products in place of
+// 144 for each 4×4 tile of the output.
+//
+//   Y = Aᵀ[ (G g Gᵀ) ⊙ (Bᵀ d B) ]A                         d: 6×6 of the input, g: 3×3 of the weight
+//   dX: the same of dY and the weight turned by 180°, C and K changed about
+//   dg = Gᵀ[ Σ_tiles (A dY Aᵀ) ⊙ (Bᵀ d B) ]G               the transpose of the first in g
+//
+// by the points 0, ±a, ±b, ∞ with a = 3/4, b = 3/2 (Toom and Cook's construction): errors of 2-3
+// times a direct sum's where the usual 0, ±1, ±2 have 5-25. Everything is float inside, also for
+// bf16 and f16.
+//
+// In turn for each block of tiles: V = Bᵀ d B of all channels, then for each panel of output
+// channels M = the 36 products V·U, and Aᵀ M A with the epilogue right after, while M is in L2.
+// Where tiles are few and channels many U, 4 times the weight, is the larger side: then V is of all
+// tiles, threads share the panels, and each panel's U is made as it is used.
+// V[channels / L][point][tile][L], U[panel][point][channel][panel's columns], M[point][tile][panel's
+// columns], L lanes of a vector; the tile count of V and the strides between points are kept off
+// powers of two.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "conv2d_shape.h"
+#include "gemm.h"
+#include "memory.h"
+#include "simd.h"
+
+namespace dlkernels::conv2d::winograd {
+
+using V = Vec<float>;
+constexpr int64_t kLanes = V::size, kPanel = gemm::kColumns<float>, kTile = 4, kPatch = 6;
+constexpr int64_t kPoints = kPatch * kPatch;
+constexpr float kA = 0.75f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
+
+inline int64_t blocks_of(int64_t channels) { return (channels + kLanes - 1) / kLanes; }
+inline int64_t panels_of(int64_t channels) { return (channels + kPanel - 1) / kPanel; }
+
+// -------------------------------------------------------------------------------------- transforms
+
+// Bᵀ of six values.
+struct PatchPoints {
+  static constexpr int in = 6, out = 6;
+  static void apply(const V (&d)[6], V (&to)[6]) {
+  const V a2(kA2), b2(kB2), a(kA), b(kB), zero(0.0f);
+  const V minus_sum(-(kA2 + kB2)), product(kA2 * kB2), minus_a2(-kA2), minus_b2(-kB2);
+  to[0] = fma(product, d[0], fma(minus_sum, d[2], d[4]));
+  to[5] = fma(product, d[1], fma(minus_sum, d[3], d[5]));
+  const V even_a = fma(minus_b2, d[2], d[4]), odd_a = fma(minus_b2, d[1], d[3]) * a;
+  const V even_b = fma(minus_a2, d[2], d[4]), odd_b = fma(minus_a2, d[1], d[3]) * b;
+  to[1] = even_a + odd_a;
+  to[2] = even_a - odd_a;
+  to[3] = even_b + odd_b;
+  to[4] = even_b - odd_b;
+  }
+};
+
+// Aᵀ of six values.
+struct TileOfPoints {
+  static constexpr int in = 6, out = 4;
+  static void apply(const V (&m)[6], V (&to)[4]) {
+  const V a(kA), b(kB), a2(kA2), b2(kB2), a3(kA2 * kA), b3(kB2 * kB);
+  const V sum_a = m[1] + m[2], sum_b = m[3] + m[4];
+  const V difference_a = m[1] - m[2], difference_b = m[3] - m[4];
+  to[0] = m[0] + (sum_a + sum_b);
+  to[1] = fma(a, difference_a, b * difference_b);
+  to[2] = fma(a2, sum_a, b2 * sum_b);
+  to[3] = fma(a3, difference_a, fma(b3, difference_b, m[5]));
+  }
+};
+
+// A of four values: the transpose of tile_of_points.
+struct TilePoints {
+  static constexpr int in = 4, out = 6;
+  static void apply(const V (&y)[4], V (&to)[6]) {
+  const V a(kA), b(kB), a2(kA2), b2(kB2), a3(kA2 * kA), b3(kB2 * kB);
+  const V even_a = fma(a2, y[2], y[0]), odd_a = fma(a3, y[3], a * y[1]);
+  const V even_b = fma(b2, y[2], y[0]), odd_b = fma(b3, y[3], b * y[1]);
+  to[0] = y[0];
+  to[1] = even_a + odd_a;
+  to[2] = even_a - odd_a;
+  to[3] = even_b + odd_b;
+  to[4] = even_b - odd_b;
+  to[5] = y[3];
+  }
+};
+
+// 1 / Π_j (p_i − p_j) over the finite points p_j ≠ p_i.
+constexpr float kN0 = 1 / (kA2 * kB2), kNa = 1 / (2 * kA2 * (kA2 - kB2)),
+                kNb = 1 / (2 * kB2 * (kB2 - kA2));
+
+// G of three values.
+struct FilterPoints {
+  static constexpr int in = 3, out = 6;
+  static void apply(const V (&g)[3], V (&to)[6]) {
+  const V n0(kN0), na(kNa), nb(kNb), ea(kNa * kA2), eb(kNb * kB2), oa(kNa * kA), ob(kNb * kB);
+  const V even_a = fma(ea, g[2], na * g[0]), odd_a = oa * g[1];
+  const V even_b = fma(eb, g[2], nb * g[0]), odd_b = ob * g[1];
+  to[0] = n0 * g[0];
+  to[1] = even_a + odd_a;
+  to[2] = even_a - odd_a;
+  to[3] = even_b + odd_b;
+  to[4] = even_b - odd_b;
+  to[5] = g[2];
+  }
+};
+
+// Gᵀ of six values: the transpose of filter_points.
+struct FilterOfPoints {
+  static constexpr int in = 6, out = 3;
+  static void apply(const V (&m)[6], V (&to)[3]) {
+  const V n0(kN0), na(kNa), nb(kNb), ea(kNa * kA2), eb(kNb * kB2), oa(kNa * kA), ob(kNb * kB);
+  const V sum_a = m[1] + m[2], sum_b = m[3] + m[4];
+  to[0] = fma(n0, m[0], fma(na, sum_a, nb * sum_b));
+  to[1] = fma(oa, m[1] - m[2], ob * (m[3] - m[4]));
+  to[2] = fma(ea, sum_a, fma(eb, sum_b, m[5]));
+  }
+};
+
+// Each column and then each row of a square of values by Transform: put(i, j, value) gets the
+// result.
+template <typename Transform, typename Get, typename Put>
+inline __attribute__((always_inline)) void both_ways(const Get& get, const Put& put) {
+  constexpr int in = Transform::in, out = Transform::out;
+  V half[out][in];
+#pragma GCC unroll 6
+  for (int j = 0; j < in; ++j) {
+    V column[in], made[out];
+#pragma GCC unroll 6
+    for (int i = 0; i < in; ++i) column[i] = get(i, j);
+    Transform::apply(column, made);
+#pragma GCC unroll 6
+    for (int i = 0; i < out; ++i) half[i][j] = made[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < out; ++i) {
+    V made[out];
+    Transform::apply(half[i], made);
+#pragma GCC unroll 6
+    for (int j = 0; j < out; ++j) put(i, j, made[j]);
+  }
+}
+
+// ------------------------------------------------------------------------------------------- tiles
+
+// The tiles of an image stack in order of n, row, column.
+struct Tiles {
+  int64_t rows, columns, count;
+  Tiles(int64_t n, int64_t height, int64_t width)
+      : rows((height + kTile - 1) / kTile),
+        columns((width + kTile - 1) / kTile),
+        count(n * rows * columns) {}
+};
+
+// size × size pixels of an image stack, from `row`, `column` on, zeros beyond the image's edges.
+template <typename S>
+struct Window {
+  const S* corner;  // of (row, column), though it may not be there
+  int64_t row_stride, column_stride;
+  int64_t y0, y1, x0, x1;  // what is there: [y0, y1) × [x0, x1) of the window
+
+  Window(const S* image, int64_t height, int64_t width, int64_t channels, int64_t row,
+         int64_t column, int64_t size)
+      : corner(image + (row * width + column) * channels),
+        row_stride(width * channels),
+        column_stride(channels),
+        y0(std::max<int64_t>(0, -row)),
+        y1(std::min(size, height - row)),
+        x0(std::max<int64_t>(0, -column)),
+        x1(std::min(size, width - column)),
+        whole(y0 == 0 && x0 == 0 && y1 == size && x1 == size) {}
+  bool has(int64_t y, int64_t x) const { return y >= y0 && y < y1 && x >= x0 && x < x1; }
+  // What the window below has and this one has not, for the columns that no neighbour asks for.
+  // Beyond the image's last row lies the next image.
+  void prefetch_below(int64_t size, int64_t c) const {
+    for (int64_t y = size; y < size + kTile; ++y)
+      for (int64_t x = 1; x <= kTile; ++x)
+        __builtin_prefetch(corner + y * row_stride + x * column_stride + c, 0, 2);
+  }
+  bool whole;
+};
+
+// The points of a window's channels [c, c + lanes): point i·6 + j goes to to + (i·6 + j)·stride.
+template <typename Transform, typename S>
+inline void transform_window(const Window<S>& window, int64_t c, int64_t lanes, float* to,
+                             int64_t stride) {
+  static constexpr S kZeros[kLanes] = {};
+  const auto put = [&](int i, int j, V value) {
+    float* const at = to + (i * kPatch + j) * stride;
+    __builtin_prefetch(at + 4 * kLanes, 1, 3);
+    store(at, value);
+  };
+  const S* const from = window.corner + c;
+  const int64_t dy = window.row_stride, dx = window.column_stride;
+  const auto place = [&](int i, int j) {
+    return window.has(i, j) ? from + i * dy + j * dx : kZeros;
+  };
+  if (lanes < kLanes)
+    both_ways<Transform>([&](int i, int j) { return load(place(i, j), lanes); }, put);
+  else if (!window.whole)
+    both_ways<Transform>([&](int i, int j) { return load(place(i, j)); }, put);
+  else
+    both_ways<Transform>([&](int i, int j) { return load(from + i * dy + j * dx); }, put);
+}
+
+// V of tiles [t0, t0 + tiles) of an image stack whose first tile's window begins at (row0, column0).
+template <typename Transform, typename S>
+void transform_tiles(const S* x, int64_t height, int64_t width, int64_t channels, const Tiles& grid,
+                     int64_t row0, int64_t column0, int64_t t0, int64_t tiles, int64_t pitch,
+                     float* to) {
+  const int64_t image = height * width * channels;
+  const auto window_of = [&](int64_t t) {
+    const int64_t column = t % grid.columns, row = t / grid.columns % grid.rows;
+    return Window<S>(x + t / (grid.columns * grid.rows) * image, height, width, channels,
+                     row * kTile + row0, column * kTile + column0, Transform::in);
+  };
+  for (int64_t t = 0; t < tiles; ++t) {
+    const Window<S> window = window_of(t0 + t);
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      window.prefetch_below(Transform::in, c);
+      transform_window<Transform>(window, c, std::min(kLanes, channels - c),
+                                  to + (c / kLanes * kPoints * pitch + t) * kLanes,
+                                  pitch * kLanes);
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------- weights
+
+// How the 9 values of (input channel, output channel) are found: the output channels' weights as
+// they are, or, for the input gradient, turned by 180° with the channels changed about.
+struct Filters {
+  const float* data;  // k × c × 3 × 3
+  int64_t inputs, outputs;
+  bool turned;
+
+  // U of a panel of outputs from o on and of inputs [c0, c1), each channel kPanel after the last,
+  // each point `stride` after the last.
+  void transform(int64_t o, int64_t c0, int64_t c1, float* to, int64_t stride) const {
+    constexpr int64_t kAtOnce = 8;
+    float staged[kAtOnce * 9 * kPanel];
+    for (int64_t c = c0; c < c1; c += kAtOnce) {
+      const int64_t channels = std::min(kAtOnce, c1 - c);
+      for (int64_t v = 0; v < kPanel; v += kLanes) {
+        const int64_t n = std::clamp<int64_t>(outputs - o - v, 0, kLanes);
+        if (turned) {
+          for (int64_t i = 0; i < channels; ++i)
+            gemm::pack_columns(gemm::Matrix<float>{data + (c + i) * outputs * 9, 1, 9}, 0, 9, 9,
+                               o + v, n, staged + i * 9 * kPanel + v);
+        } else {
+          gemm::pack_columns(gemm::Matrix<float>{data, 1, inputs * 9}, c * 9, channels * 9,
+                             inputs * 9, o + v, n, staged + v);
+        }
+      }
+      for (int64_t i = 0; i < channels; ++i)
+        for (int64_t v = 0; v < kPanel; v += kLanes) {
+          const float* const from = staged + i * 9 * kPanel + v;
+          float* const at = to + (c - c0 + i) * kPanel + v;
+          both_ways<FilterPoints>(
+              [&](int y, int x) { return load(from + (turned ? 8 - y * 3 - x : y * 3 + x) * kPanel); },
+              [&](int y, int x, V value) { store(at + (y * kPatch + x) * stride, value); });
+        }
+    }
+  }
+};
+
+// Between the points of U of so many channels.
+inline int64_t point_stride(int64_t channels) { return channels * kPanel + kLanes; }
+
+// ---------------------------------------------------------------------------------------- products
+
+// Y of tiles [t0, t0 + tiles) and channels [o, o + kPanel) from M.
+template <typename S, typename Epilogue>
+void write_tiles(const float* m, int64_t m_stride, S* y, int64_t height, int64_t width,
+                 int64_t channels, const Tiles& grid, int64_t t0, int64_t tiles, int64_t o,
+                 const Epilogue& epilogue) {
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t at = t0 + t, column = at % grid.columns * kTile,
+                  row = at / grid.columns % grid.rows * kTile;
+    S* const corner =
+        y + ((at / (grid.columns * grid.rows) * height + row) * width + column) * channels;
+    const int64_t rows = std::min(kTile, height - row), columns = std::min(kTile, width - column);
+    for (int64_t v = 0; v < kPanel && o + v < channels; v += kLanes) {
+      for (int64_t i = kTile; i < 2 * kTile; ++i)  // of the tile below, to be written
+        for (int64_t j = 0; j < kTile; ++j)
+          __builtin_prefetch(corner + (i * width + j) * channels + o + v, 1, 2);
+      const float* const from = m + t * kPanel + v;
+      const int64_t lanes = std::min(kLanes, channels - o - v);
+      both_ways<TileOfPoints>(
+          [&](int i, int j) { return load(from + (i * kPatch + j) * m_stride); },
+          [&](int i, int j, V value) {
+            if (i < rows && j < columns)
+              store(corner + (i * width + j) * channels + o + v,
+                    epilogue(value, o + v, lanes), lanes);
+          });
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------- whole
+
+// x (n × height × width × inputs) → y (n × rows × columns × outputs), the window of whose first tile
+// begins at −padding.
+template <typename S, typename Epilogue>
+struct Correlation {
+  const S* x;
+  int64_t n, height, width;
+  Filters filters;
+  int64_t padding[2];
+  S* y;
+  int64_t rows, columns;
+  const Epilogue& epilogue;
+
+  const Tiles grid{n, rows, columns};
+  const int64_t inputs = filters.inputs, outputs = filters.outputs;
+  const int64_t panels = panels_of(outputs), blocks = blocks_of(inputs);
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+
+  void run() const {
+    if (grid.count < outputs / 2)
+      by_panels();
+    else
+      by_tiles();
+  }
+
+  // Products of `channels` channels, whose V and U are given, on top of M where `add`.
+  static void multiply(const float* v, int64_t pitch, int64_t channels, const float* u,
+                       int64_t u_stride, int64_t tiles, float* m, int64_t m_stride, bool add) {
+    const int64_t pieces = blocks_of(channels), last = channels - (pieces - 1) * kLanes;
+    for (int64_t point = 0; point < kPoints; ++point)
+      gemm::multiply_pieces(v + point * pitch * kLanes, kPoints * pitch * kLanes, pieces, last,
+                            u + point * u_stride, tiles, add, m + point * m_stride);
+  }
+
+  void by_tiles() const {
+    constexpr int64_t kBytes = 640 << 10;  // of V and M: they are to stay in L2
+    const int64_t fit = kBytes / (kPoints * (blocks * kLanes + kPanel) * int64_t(sizeof(float)));
+    const int64_t most =
+        std::clamp<int64_t>(fit / gemm::kRows * gemm::kRows, gemm::kRows, 4 * gemm::kRows);
+    const int64_t parts = gemm::round_up((grid.count + most - 1) / most, threads);
+    const int64_t pitch = ((grid.count + parts - 1) / parts) | 1;
+    const int64_t u_stride = point_stride(inputs), u_size = kPoints * u_stride;
+    const int64_t v_size = blocks * kPoints * pitch * kLanes;
+    const int64_t m_stride = pitch * kPanel, m_size = kPoints * m_stride;
+    const Aligned<float> memory(panels * u_size + threads * (v_size + m_size));
+    float* const u = memory.get();
+    advise_huge_pages(u, panels * u_size * sizeof(float));
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel)
+        filters.transform(panel * kPanel, 0, inputs, u + panel * u_size, u_stride);
+    });
+    std::atomic<int64_t> callers{0};
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      float* const v = u + panels * u_size + callers.fetch_add(1) * (v_size + m_size);
+      float* const m = v + v_size;
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t t0 = part * grid.count / parts;
+        const int64_t tiles = (part + 1) * grid.count / parts - t0;
+        if (tiles == 0) continue;
+        transform_tiles<PatchPoints>(x, height, width, inputs, grid, -padding[0], -padding[1], t0,
+                                     tiles, pitch, v);
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          multiply(v, pitch, inputs, u + panel * u_size, u_stride, tiles, m, m_stride, false);
+          write_tiles(m, m_stride, y, rows, columns, outputs, grid, t0, tiles, panel * kPanel,
+                      epilogue);
+        }
+      }
+    });
+  }
+
+  void by_panels() const {
+    constexpr int64_t kTiles = 96, kChannels = 64;  // M, and U of so many channels, stay in L2
+    static_assert(kChannels % kLanes == 0);
+    const int64_t parts = (grid.count + kTiles - 1) / kTiles;
+    const int64_t pitch = grid.count | 1, u_stride = point_stride(kChannels);
+    const int64_t v_size = blocks * kPoints * pitch * kLanes, u_size = kPoints * u_stride;
+    const int64_t m_stride = ((grid.count + parts - 1) / parts | 1) * kPanel;
+    const int64_t m_size = kPoints * m_stride;
+    const Aligned<float> memory(v_size + threads * (u_size + m_size));
+    float* const v = memory.get();
+    advise_huge_pages(v, v_size * sizeof(float));
+    torch::stable::parallel_for(0, grid.count, 1, [&](int64_t begin, int64_t end) {
+      transform_tiles<PatchPoints>(x, height, width, inputs, grid, -padding[0], -padding[1], begin,
+                                   end - begin, pitch, v + begin * kLanes);
+    });
+    std::atomic<int64_t> callers{0};
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      float* const u = v + v_size + callers.fetch_add(1) * (u_size + m_size);
+      float* const m = u + u_size;
+      for (int64_t panel = begin; panel < end; ++panel)
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t t0 = part * grid.count / parts;
+          const int64_t tiles = (part + 1) * grid.count / parts - t0;
+          for (int64_t c = 0; c < inputs; c += kChannels) {
+            const int64_t channels = std::min(kChannels, inputs - c);
+            filters.transform(panel * kPanel, c, c + channels, u, u_stride);
+            multiply(v + (c / kLanes * kPoints * pitch + t0) * kLanes, pitch, channels, u, u_stride,
+                     tiles, m, m_stride, c > 0);
+          }
+          write_tiles(m, m_stride, y, rows, columns, outputs, grid, t0, tiles, panel * kPanel,
+                      epilogue);
+        }
+    });
+  }
+};
+
+// --------------------------------------------------------------------------------- weight gradient
+
+// rows × vectors of one point of dU, or `first` of it, += Σ over `tiles` of dY's channels from `a` on times x's from
+// `b` on; these are kLanes a tile, vectors b_step apart.
+template <int rows, int vectors>
+inline void add_outer_products(const float* a, const float* b, int64_t b_step, int64_t tiles,
+                               bool first, float* to, int64_t to_stride) {
+  V sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) sum[r][v] = V(0.0f);
+  for (int64_t t = 0; t < tiles; ++t) {
+    V column[vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) column[v] = load(b + v * b_step + t * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const V row(a[t * kLanes + r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) sum[r][v] = fma(row, column[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      float* const at = to + r * to_stride + v * kLanes;
+      store(at, first ? sum[r][v] : load(at) + sum[r][v]);
+    }
+}
+
+// dW from x (n × height × width × inputs) and dY (n × rows × columns × outputs). Threads share the
+// tiles of a chunk for the transforms, then blocks of dU for the products: each sum is one thread's,
+// over the tiles in order.
+template <typename S>
+struct WeightGradient {
+  const S* x;
+  int64_t n, height, width, inputs;
+  int64_t padding[2];
+  const S* dy;
+  int64_t rows, columns, outputs;
+  Weight<S> dw;
+
+  const Tiles grid{n, rows, columns};
+  const int64_t x_blocks = blocks_of(inputs), y_blocks = blocks_of(outputs);
+
+  void run() const {
+    constexpr int64_t kBytes = 8 << 20;  // of V and of dY's points: the part of L3 that they take
+    const int64_t point_bytes = kPoints * (x_blocks + y_blocks) * kLanes * int64_t(sizeof(float));
+    const int64_t most = std::clamp<int64_t>(kBytes / point_bytes, 64, 1024);
+    const int64_t chunks = (grid.count + most - 1) / most;
+    const int64_t pitch = ((grid.count + chunks - 1) / chunks) | 1;
+    const int64_t v_size = kPoints * x_blocks * kLanes * pitch;
+    const int64_t d_size = kPoints * y_blocks * kLanes * pitch;
+    const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+    // Of one chunk the sums of a block are done at once, and are the thread's scratch.
+    const bool whole = chunks > 1;
+    const Block all{0, y_blocks, 0, x_blocks};
+    const int64_t u_size = whole ? kPoints * all.stride() : threads * kPoints * kBlock.stride();
+    const Aligned<float> memory(v_size + d_size + u_size);
+    float* const v = memory.get();
+    float* const d = v + v_size;
+    float* const du = d + d_size;
+    advise_huge_pages(v, (v_size + d_size + u_size) * sizeof(float));
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t t0 = chunk * grid.count / chunks, t1 = (chunk + 1) * grid.count / chunks;
+      torch::stable::parallel_for(t0, t1, 1, [&](int64_t begin, int64_t end) {
+        const int64_t at = (begin - t0) * kLanes;
+        transform_tiles<PatchPoints>(x, height, width, inputs, grid, -padding[0], -padding[1],
+                                     begin, end - begin, pitch, v + at);
+        transform_tiles<TilePoints>(dy, rows, columns, outputs, grid, 0, 0, begin, end - begin,
+                                    pitch, d + at);
+      });
+      if (!whole) break;
+      torch::stable::parallel_for(0, kPoints * y_blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t point = i / y_blocks, k = i % y_blocks;
+          const Block block{k, k + 1, 0, x_blocks};
+          multiply(v, d, pitch, t1 - t0, point, block, chunk == 0,
+                   du + point * all.stride() + k * block.stride());
+        }
+      });
+    }
+    if (whole)
+      return torch::stable::parallel_for(0, y_blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) {
+          const Block block{k, k + 1, 0, x_blocks};
+          write(du + k * block.stride(), all.stride(), block);
+        }
+      });
+    const int64_t across = (x_blocks + kBlock.c1 - 1) / kBlock.c1;
+    const int64_t down = (y_blocks + kBlock.k1 - 1) / kBlock.k1;
+    std::atomic<int64_t> callers{0};
+    torch::stable::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
+      float* const sums = du + callers.fetch_add(1) * kPoints * kBlock.stride();
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t k = i / across * kBlock.k1, c = i % across * kBlock.c1;
+        const Block block{k, std::min(k + kBlock.k1, y_blocks), c,
+                          std::min(c + kBlock.c1, x_blocks)};
+        for (int64_t point = 0; point < kPoints; ++point)
+          multiply(v, d, pitch, grid.count, point, block, true, sums + point * block.stride());
+        write(sums, block.stride(), block);
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kDepth = 64;  // tiles whose operands are in L1 at once
+
+  // Blocks of kLanes output channels [k0, k1) and input channels [c0, c1) of dU, row by row.
+  struct Block {
+    int64_t k0, k1, c0, c1;
+    constexpr int64_t pitch() const { return (c1 - c0 + 1) * kLanes; }
+    constexpr int64_t stride() const { return (k1 - k0) * kLanes * pitch(); }  // between points
+  };
+  static constexpr Block kBlock{0, 32 / kLanes, 0, 128 / kLanes};  // whose 36 points stay in L2
+
+  // One point of a block of dU += dY's points · V.
+  void multiply(const float* v, const float* d, int64_t pitch, int64_t tiles, int64_t point,
+                const Block& block, bool first, float* to) const {
+    constexpr int kHeight = kLanes / 2;
+    const int64_t piece = pitch * kLanes, step = kPoints * piece, row = block.pitch();
+    for (int64_t t = 0; t < tiles; t += kDepth, first = false) {
+      const int64_t depth = std::min(kDepth, tiles - t);
+      for (int64_t c = block.c0; c < block.c1; c += 2)
+        for (int64_t k = block.k0; k < block.k1; ++k)
+          for (int64_t half = 0; half < kLanes; half += kHeight) {
+            const float* const a = d + point * piece + k * step + t * kLanes + half;
+            const float* const b = v + point * piece + c * step + t * kLanes;
+            float* const sums = to + ((k - block.k0) * kLanes + half) * row + (c - block.c0) * kLanes;
+            if (c + 1 < block.c1)
+              add_outer_products<kHeight, 2>(a, b, step, depth, first, sums, row);
+            else
+              add_outer_products<kHeight, 1>(a, b, step, depth, first, sums, row);
+          }
+    }
+  }
+
+  // Gᵀ dU G of a block, whose points are `stride` apart.
+  void write(const float* du, int64_t stride, const Block& block) const {
+    for (int64_t k = block.k0 * kLanes; k < std::min(block.k1 * kLanes, outputs); ++k)
+      for (int64_t c = block.c0 * kLanes; c < std::min(block.c1 * kLanes, inputs); c += kLanes) {
+        const float* const from =
+            du + (k - block.k0 * kLanes) * block.pitch() + c - block.c0 * kLanes;
+        const int64_t lanes = std::min(kLanes, inputs - c);
+        both_ways<FilterOfPoints>(
+            [&](int i, int j) { return load(from + (i * kPatch + j) * stride); },
+            [&](int i, int j, V value) {
+              S* const at = dw.at(k, c, i, j);
+              if (dw.stride[1] == 1) return store(at, value, lanes);
+              float numbers[kLanes];
+              store(numbers, value);
+              for (int64_t l = 0; l < lanes; ++l) at[l * dw.stride[1]] = narrow<S>(numbers[l]);
+            });
+      }
+  }
+};
+
+}  // namespace dlkernels::conv2d::winograd
