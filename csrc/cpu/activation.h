@@ -1,0 +1,95 @@
+// The activations of an epilogue, and their derivatives, which follow from the output alone.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "../check.h"
+#include "simd.h"
+
+namespace dlkernels {
+
+enum class Activation { kNone, kRelu, kLeakyRelu, kTanh, kSigmoid };
+constexpr double kSlope = 0.01;  // of leaky_relu
+
+inline Activation parse_activation(const char* op, const std::string& name) {
+  constexpr std::array<const char*, 5> kNames{"none", "relu", "leaky_relu", "tanh", "sigmoid"};
+  const auto* found = std::find(kNames.begin(), kNames.end(), name);
+  DLK_CHECK(found != kNames.end(), op,
+            ": expected activation none, relu, leaky_relu, tanh or sigmoid, got ", name);
+  return Activation(found - kNames.begin());
+}
+
+template <typename T>
+Vec<T> activate(Activation activation, Vec<T> x) {
+  using V = Vec<T>;
+  const V zero(T(0)), one(T(1));
+  switch (activation) {
+    case Activation::kNone:
+      return x;
+    case Activation::kRelu:
+      return select(less(x, zero), zero, x);
+    case Activation::kLeakyRelu:
+      return select(less(x, zero), V(T(kSlope)) * x, x);
+    case Activation::kTanh:
+      return tanh(x);
+    default:
+      return one / (one + exp(zero - x));
+  }
+}
+
+// g · act'(x) from y = act(x). As stock's: where a ReLU is 0 an infinite g is too, and where it is
+// NaN g passes.
+template <typename T>
+Vec<T> through(Activation activation, Vec<T> g, Vec<T> y) {
+  using V = Vec<T>;
+  const V zero(T(0)), one(T(1));
+  switch (activation) {
+    case Activation::kNone:
+      return g;
+    case Activation::kRelu:
+      return select(less(zero, y), g, select(less(y, one), zero, g));
+    case Activation::kLeakyRelu:
+      return select(less(zero, y), g, V(T(kSlope)) * g);
+    case Activation::kTanh:
+      return g * (one - y * y);
+    default:
+      return g * (y * (one - y));
+  }
+}
+
+// to[i] = function(i, lanes) for each vector of n elements, over all threads.
+template <typename S, typename Function>
+void for_each_vector(int64_t n, S* to, const Function& function) {
+  using V = Vec<accumulate_t<S>>;
+  constexpr int64_t kGrain = 1 << 16;  // fewest elements worth a second thread
+  torch::stable::parallel_for(0, (n + V::size - 1) / V::size, kGrain / V::size,
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin * V::size; i < std::min(n, end * V::size);
+                                     i += V::size) {
+                                  const int64_t lanes = std::min(V::size, n - i);
+                                  store(to + i, function(i, lanes), lanes);
+                                }
+                              });
+}
+
+// n elements of x through the activation, in their place.
+template <typename S>
+void activate_in_place(Activation activation, S* x, int64_t n) {
+  for_each_vector(n, x,
+                  [=](int64_t i, int64_t lanes) { return activate(activation, load(x + i, lanes)); });
+}
+
+// z = g · act'(…) of n elements, from y = act(…).
+template <typename S>
+void before_activation(Activation activation, const S* g, const S* y, S* z, int64_t n) {
+  for_each_vector(n, z, [=](int64_t i, int64_t lanes) {
+    return through(activation, load(g + i, lanes), load(y + i, lanes));
+  });
+}
+
+}  // namespace dlkernels
