@@ -22,19 +22,23 @@ enum class Algorithm { kAten, kDirect, kWinograd, kDepthwise };
 enum class Direction { kForward, kInputGradient, kWeightGradient };
 
 // Which of ours suits the geometry.
-inline Algorithm suited(const Shape& shape, ScalarType dtype, bool exact) {
+inline Algorithm suited(const Shape& shape, ScalarType dtype, Direction direction, bool exact) {
   constexpr int64_t kFewest = 16;  // channels that pay for Winograd's transforms
+  // Of few tiles a sum is short, and its error small beside that of the transforms.
+  const bool few = direction == Direction::kWeightGradient &&
+                   winograd::Tiles(shape.n, shape.p, shape.q).count < 16;
   if (shape.groups > 1 && shape.groups == shape.c && shape.groups == shape.k)
     return Algorithm::kDepthwise;
   if (shape.is(3, 1) && shape.dilation[0] == 1 && shape.dilation[1] == 1 && shape.groups == 1 &&
-      std::min(shape.c, shape.k) >= kFewest && dtype != ScalarType::Double && !exact)
+      std::min(shape.c, shape.k) >= kFewest && dtype != ScalarType::Double && !exact && !few)
     return Algorithm::kWinograd;
   return Algorithm::kDirect;
 }
 
 // kAten only where `own` is false: as far as measured (benchmarks/conv2d.py).
-inline Algorithm choose(const Shape& shape, ScalarType dtype, Direction, bool exact, bool own) {
-  const Algorithm ours = suited(shape, dtype, exact);
+inline Algorithm choose(const Shape& shape, ScalarType dtype, Direction direction, bool exact,
+                        bool own) {
+  const Algorithm ours = suited(shape, dtype, direction, exact);
   return own || ours == Algorithm::kWinograd ? ours : Algorithm::kAten;
 }
 
@@ -71,7 +75,8 @@ void forward(const Shape& shape, Algorithm algorithm, const S* x, Weight<const S
       const winograd::Filters filters{detail::as_float(shape, w, keep), shape.c, shape.k, false};
       return winograd::Correlation<S, Epilogue>{
           x, shape.n, shape.h, shape.w, filters, {shape.padding[0], shape.padding[1]},
-          y, shape.p, shape.q, epilogue}.run();
+          y, shape.p, shape.q, epilogue}
+          .run();
     }
   direct_forward(shape, x, w, y, epilogue);
 }
@@ -88,7 +93,8 @@ void input_gradient(const Shape& shape, Algorithm algorithm, const S* dy, Weight
       const winograd::Filters filters{detail::as_float(shape, w, keep), shape.k, shape.c, true};
       return winograd::Correlation<S, Epilogue>{
           dy, shape.n, shape.p, shape.q, filters, {2 - shape.padding[0], 2 - shape.padding[1]},
-          dx, shape.h, shape.w, epilogue}.run();
+          dx, shape.h, shape.w, epilogue}
+          .run();
     }
   direct_input_gradient(shape, dy, w, dx, epilogue);
 }
@@ -100,8 +106,9 @@ void weight_gradient(const Shape& shape, Algorithm algorithm, const S* dy, const
   if constexpr (detail::has_winograd<S>)
     if (algorithm == Algorithm::kWinograd)
       return winograd::WeightGradient<S>{
-          x, shape.n, shape.h, shape.w, shape.c, {shape.padding[0], shape.padding[1]},
-          dy, shape.p, shape.q, shape.k, dw}.run();
+          x,  shape.n, shape.h, shape.w, shape.c, {shape.padding[0], shape.padding[1]},
+          dy, shape.p, shape.q, shape.k, dw}
+          .run();
   direct_weight_gradient(shape, dy, x, dw);
 }
 

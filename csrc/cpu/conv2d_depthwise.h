@@ -17,8 +17,8 @@
 
 namespace dlkernels::conv2d::depthwise {
 
-constexpr int64_t kStrip = 8;         // pixels at once
-constexpr int64_t kChunks = 64;       // of the rows that a weight gradient is summed over
+constexpr int64_t kStrip = 8;        // pixels at once
+constexpr int64_t kChunks = 64;      // of the rows that a weight gradient is summed over
 constexpr int64_t kGrain = 1 << 14;  // fewest multiply-adds worth a second thread
 
 inline int64_t rows_worth_a_thread(const Shape& shape) {
@@ -138,9 +138,8 @@ void input_gradient(const Shape& shape, const S* dy, const Weight<const S>& w, S
                   const int64_t first = std::max<int64_t>(0, -left);
                   const int64_t last = std::min(count, shape.q - left);
                   if (first < last)
-                    reach.push_back(
-                        {image + (down / shape.stride[0] * shape.q + left) * shape.c,
-                         r * shape.s + s, first, last});
+                    reach.push_back({image + (down / shape.stride[0] * shape.q + left) * shape.c,
+                                     r * shape.s + s, first, last});
                 }
               }
               for (int64_t c = 0; c < shape.c; c += V::size) {
@@ -174,7 +173,8 @@ void weight_gradient(const Shape& shape, const S* dy, const S* x, const Weight<S
         const S* const image = x + at / shape.p * shape.h * shape.w * shape.c;
         const S* const upstream = dy + at * shape.q * shape.c;
         for (int64_t r = 0; r < shape.r; ++r) {
-          const int64_t row = at % shape.p * shape.stride[0] - shape.padding[0] + r * shape.dilation[0];
+          const int64_t row =
+              at % shape.p * shape.stride[0] - shape.padding[0] + r * shape.dilation[0];
           if (row < 0 || row >= shape.h) continue;
           for (int64_t s = 0; s < shape.s; ++s) {
             const int64_t step = shape.stride[1], left = s * shape.dilation[1] - shape.padding[1];

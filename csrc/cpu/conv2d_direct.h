@@ -164,8 +164,8 @@ void pack_columns(const Patches<S>& b, int64_t p, int64_t depth, int64_t k, int6
       } else {
         store(to + d * step, V(T(0)));
         if (found.to > found.from)
-          store(to + d * step + found.from - begin, load(found.at + found.from, found.to - found.from),
-                found.to - found.from);
+          store(to + d * step + found.from - begin,
+                load(found.at + found.from, found.to - found.from), found.to - found.from);
       }
     } else {
       S pair[2][V::size] = {};
@@ -188,19 +188,20 @@ template <typename S, typename At>
 gemm::Matrix<S> gather(const Weight<const S>& w, const std::vector<Run>& runs, int64_t length,
                        int64_t channels, int64_t columns, const At& at, S* to) {
   const int64_t elements = int64_t(runs.size()) * length;
-  torch::stable::parallel_for(0, columns, std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, elements)),
-                              [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j)
-      for (size_t i = 0; i < runs.size(); ++i) {
-        const Run& run = runs[i];
-        S* const row = to + j * elements + int64_t(i) * length;
-        for (int64_t tap = 0; tap < run.taps; ++tap)
-          for (int64_t c = 0; c < channels; ++c)
-            row[tap * channels + c] =
-                at(j, c)[run.r * w.stride[2] + (run.s + tap * run.step) * w.stride[3]];
-        std::fill(row + run.taps * channels, row + length, S{});
-      }
-  });
+  torch::stable::parallel_for(
+      0, columns, std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, elements)),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t j = begin; j < end; ++j)
+          for (size_t i = 0; i < runs.size(); ++i) {
+            const Run& run = runs[i];
+            S* const row = to + j * elements + int64_t(i) * length;
+            for (int64_t tap = 0; tap < run.taps; ++tap)
+              for (int64_t c = 0; c < channels; ++c)
+                row[tap * channels + c] =
+                    at(j, c)[run.r * w.stride[2] + (run.s + tap * run.step) * w.stride[3]];
+            std::fill(row + run.taps * channels, row + length, S{});
+          }
+      });
   return gemm::Matrix<S>{to, 1, elements};
 }
 
@@ -209,15 +210,16 @@ template <typename S>
 void scatter(const S* from, const std::vector<Run>& runs, int64_t length, int64_t channels,
              int64_t rows, int64_t first, const Weight<S>& dw) {
   const int64_t elements = int64_t(runs.size()) * length;
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, elements)),
-                              [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k)
-      for (size_t i = 0; i < runs.size(); ++i)
-        for (int64_t tap = 0; tap < runs[i].taps; ++tap)
-          for (int64_t c = 0; c < channels; ++c)
-            *dw.at(first + k, c, runs[i].r, runs[i].s + tap) =
-                from[k * elements + int64_t(i) * length + tap * channels + c];
-  });
+  torch::stable::parallel_for(
+      0, rows, std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, elements)),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k)
+          for (size_t i = 0; i < runs.size(); ++i)
+            for (int64_t tap = 0; tap < runs[i].taps; ++tap)
+              for (int64_t c = 0; c < channels; ++c)
+                *dw.at(first + k, c, runs[i].r, runs[i].s + tap) =
+                    from[k * elements + int64_t(i) * length + tap * channels + c];
+      });
 }
 
 // The runs of a forward pass: rows of the kernel where its columns are neighbours, else taps.
@@ -258,8 +260,7 @@ void direct_forward(const Shape& shape, const S* x, const Weight<const S>& w, S*
   using V = Vec<accumulate_t<S>>;
   const int64_t channels = shape.c / shape.groups, outputs = shape.k / shape.groups;
   const std::vector<Run> runs = detail::runs_of(shape);
-  const int64_t length =
-      Patches<S>::padded(runs[0].taps, channels, detail::word_multiple<S>());
+  const int64_t length = Patches<S>::padded(runs[0].taps, channels, detail::word_multiple<S>());
   const int64_t elements = int64_t(runs.size()) * length;
   const Aligned<S> weights(outputs * elements);
   const bool plain = shape.is(1, 1) && shape.padding[0] == 0 && shape.padding[1] == 0;
@@ -274,8 +275,16 @@ void direct_forward(const Shape& shape, const S* x, const Weight<const S>& w, S*
       const gemm::Matrix<S> a{x + g * channels, shape.c, 1};
       gemm::multiply(a, b, shape.pixels(), outputs, channels, store_y);
     } else {
-      const Patches<S> a{x + g * channels, shape.h, shape.w, channels, shape.c, shape.p, shape.q,
-                         {shape.stride[0], shape.stride[1]}, &runs, length};
+      const Patches<S> a{x + g * channels,
+                         shape.h,
+                         shape.w,
+                         channels,
+                         shape.c,
+                         shape.p,
+                         shape.q,
+                         {shape.stride[0], shape.stride[1]},
+                         &runs,
+                         length};
       gemm::multiply(a, b, shape.pixels(), outputs, elements, store_y);
     }
   }
@@ -311,8 +320,7 @@ void direct_input_gradient(const Shape& shape, const S* dy, const Weight<const S
         if (one_run) break;
       }
     const int64_t length =
-        runs.empty() ? 1
-                     : Patches<S>::padded(runs[0].taps, outputs, detail::word_multiple<S>());
+        runs.empty() ? 1 : Patches<S>::padded(runs[0].taps, outputs, detail::word_multiple<S>());
     const int64_t elements = int64_t(runs.size()) * length;
     for (int64_t g = 0; g < shape.groups; ++g) {
       const auto b = detail::gather(
@@ -325,8 +333,8 @@ void direct_input_gradient(const Shape& shape, const S* dy, const Weight<const S
         store(dx + ((n * shape.h + row) * shape.w + column) * shape.c + first + j,
               epilogue(value, first + j, lanes), lanes);
       };
-      const Patches<S> a{dy + g * outputs, shape.p, shape.q, outputs, shape.k, rows, columns,
-                         {1, 1}, &runs, length};
+      const Patches<S> a{dy + g * outputs, shape.p, shape.q, outputs, shape.k, rows,
+                         columns,          {1, 1},  &runs,   length};
       gemm::multiply(a, b, shape.n * rows * columns, channels, elements, store_dx);
     }
   }
@@ -342,8 +350,16 @@ void direct_weight_gradient(const Shape& shape, const S* dy, const S* x, const W
   const Aligned<S> gradient(outputs * elements);
   for (int64_t g = 0; g < shape.groups; ++g) {
     const gemm::Matrix<S> a{dy + g * outputs, 1, shape.k};
-    const Patches<S> b{x + g * channels, shape.h, shape.w, channels, shape.c, shape.p, shape.q,
-                       {shape.stride[0], shape.stride[1]}, &runs, length};
+    const Patches<S> b{x + g * channels,
+                       shape.h,
+                       shape.w,
+                       channels,
+                       shape.c,
+                       shape.p,
+                       shape.q,
+                       {shape.stride[0], shape.stride[1]},
+                       &runs,
+                       length};
     gemm::multiply(a, b, outputs, elements, shape.pixels(),
                    [&](int64_t i, int64_t j, int64_t lanes, V value) {
                      store(gradient.get() + i * elements + j, value, lanes);

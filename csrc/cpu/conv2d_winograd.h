@@ -1,9 +1,9 @@
 // 3×3 convolutions of stride 1 by Winograd's minimal filtering F(4×4, 3×3): 36 products in place of
 // 144 for each 4×4 tile of the output.
 //
-//   Y = Aᵀ[ (G g Gᵀ) ⊙ (Bᵀ d B) ]A                         d: 6×6 of the input, g: 3×3 of the weight
-//   dX: the same of dY and the weight turned by 180°, C and K changed about
-//   dg = Gᵀ[ Σ_tiles (A dY Aᵀ) ⊙ (Bᵀ d B) ]G               the transpose of the first in g
+//   Y = Aᵀ[ (G g Gᵀ) ⊙ (Bᵀ d B) ]A                         d: 6×6 of the input, g: 3×3 of the
+//   weight dX: the same of dY and the weight turned by 180°, C and K changed about dg = Gᵀ[ Σ_tiles
+//   (A dY Aᵀ) ⊙ (Bᵀ d B) ]G               the transpose of the first in g
 //
 // by the points 0, ±a, ±b, ∞ with a = 3/4, b = 3/2 (Toom and Cook's construction): errors of 2-3
 // times a direct sum's where the usual 0, ±1, ±2 have 5-25. Everything is float inside, also for
@@ -13,9 +13,9 @@
 // channels M = the 36 products V·U, and Aᵀ M A with the epilogue right after, while M is in L2.
 // Where tiles are few and channels many U, 4 times the weight, is the larger side: then V is of all
 // tiles, threads share the panels, and each panel's U is made as it is used.
-// V[channels / L][point][tile][L], U[panel][point][channel][panel's columns], M[point][tile][panel's
-// columns], L lanes of a vector; the tile count of V and the strides between points are kept off
-// powers of two.
+// V[channels / L][point][tile][L], U[panel][point][channel][panel's columns],
+// M[point][tile][panel's columns], L lanes of a vector; the tile count of V and the strides between
+// points are kept off powers of two.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -45,16 +45,16 @@ inline int64_t panels_of(int64_t channels) { return (channels + kPanel - 1) / kP
 struct PatchPoints {
   static constexpr int in = 6, out = 6;
   static void apply(const V (&d)[6], V (&to)[6]) {
-  const V a2(kA2), b2(kB2), a(kA), b(kB), zero(0.0f);
-  const V minus_sum(-(kA2 + kB2)), product(kA2 * kB2), minus_a2(-kA2), minus_b2(-kB2);
-  to[0] = fma(product, d[0], fma(minus_sum, d[2], d[4]));
-  to[5] = fma(product, d[1], fma(minus_sum, d[3], d[5]));
-  const V even_a = fma(minus_b2, d[2], d[4]), odd_a = fma(minus_b2, d[1], d[3]) * a;
-  const V even_b = fma(minus_a2, d[2], d[4]), odd_b = fma(minus_a2, d[1], d[3]) * b;
-  to[1] = even_a + odd_a;
-  to[2] = even_a - odd_a;
-  to[3] = even_b + odd_b;
-  to[4] = even_b - odd_b;
+    const V a2(kA2), b2(kB2), a(kA), b(kB), zero(0.0f);
+    const V minus_sum(-(kA2 + kB2)), product(kA2 * kB2), minus_a2(-kA2), minus_b2(-kB2);
+    to[0] = fma(product, d[0], fma(minus_sum, d[2], d[4]));
+    to[5] = fma(product, d[1], fma(minus_sum, d[3], d[5]));
+    const V even_a = fma(minus_b2, d[2], d[4]), odd_a = fma(minus_b2, d[1], d[3]) * a;
+    const V even_b = fma(minus_a2, d[2], d[4]), odd_b = fma(minus_a2, d[1], d[3]) * b;
+    to[1] = even_a + odd_a;
+    to[2] = even_a - odd_a;
+    to[3] = even_b + odd_b;
+    to[4] = even_b - odd_b;
   }
 };
 
@@ -62,13 +62,13 @@ struct PatchPoints {
 struct TileOfPoints {
   static constexpr int in = 6, out = 4;
   static void apply(const V (&m)[6], V (&to)[4]) {
-  const V a(kA), b(kB), a2(kA2), b2(kB2), a3(kA2 * kA), b3(kB2 * kB);
-  const V sum_a = m[1] + m[2], sum_b = m[3] + m[4];
-  const V difference_a = m[1] - m[2], difference_b = m[3] - m[4];
-  to[0] = m[0] + (sum_a + sum_b);
-  to[1] = fma(a, difference_a, b * difference_b);
-  to[2] = fma(a2, sum_a, b2 * sum_b);
-  to[3] = fma(a3, difference_a, fma(b3, difference_b, m[5]));
+    const V a(kA), b(kB), a2(kA2), b2(kB2), a3(kA2 * kA), b3(kB2 * kB);
+    const V sum_a = m[1] + m[2], sum_b = m[3] + m[4];
+    const V difference_a = m[1] - m[2], difference_b = m[3] - m[4];
+    to[0] = m[0] + (sum_a + sum_b);
+    to[1] = fma(a, difference_a, b * difference_b);
+    to[2] = fma(a2, sum_a, b2 * sum_b);
+    to[3] = fma(a3, difference_a, fma(b3, difference_b, m[5]));
   }
 };
 
@@ -76,15 +76,15 @@ struct TileOfPoints {
 struct TilePoints {
   static constexpr int in = 4, out = 6;
   static void apply(const V (&y)[4], V (&to)[6]) {
-  const V a(kA), b(kB), a2(kA2), b2(kB2), a3(kA2 * kA), b3(kB2 * kB);
-  const V even_a = fma(a2, y[2], y[0]), odd_a = fma(a3, y[3], a * y[1]);
-  const V even_b = fma(b2, y[2], y[0]), odd_b = fma(b3, y[3], b * y[1]);
-  to[0] = y[0];
-  to[1] = even_a + odd_a;
-  to[2] = even_a - odd_a;
-  to[3] = even_b + odd_b;
-  to[4] = even_b - odd_b;
-  to[5] = y[3];
+    const V a(kA), b(kB), a2(kA2), b2(kB2), a3(kA2 * kA), b3(kB2 * kB);
+    const V even_a = fma(a2, y[2], y[0]), odd_a = fma(a3, y[3], a * y[1]);
+    const V even_b = fma(b2, y[2], y[0]), odd_b = fma(b3, y[3], b * y[1]);
+    to[0] = y[0];
+    to[1] = even_a + odd_a;
+    to[2] = even_a - odd_a;
+    to[3] = even_b + odd_b;
+    to[4] = even_b - odd_b;
+    to[5] = y[3];
   }
 };
 
@@ -96,15 +96,15 @@ constexpr float kN0 = 1 / (kA2 * kB2), kNa = 1 / (2 * kA2 * (kA2 - kB2)),
 struct FilterPoints {
   static constexpr int in = 3, out = 6;
   static void apply(const V (&g)[3], V (&to)[6]) {
-  const V n0(kN0), na(kNa), nb(kNb), ea(kNa * kA2), eb(kNb * kB2), oa(kNa * kA), ob(kNb * kB);
-  const V even_a = fma(ea, g[2], na * g[0]), odd_a = oa * g[1];
-  const V even_b = fma(eb, g[2], nb * g[0]), odd_b = ob * g[1];
-  to[0] = n0 * g[0];
-  to[1] = even_a + odd_a;
-  to[2] = even_a - odd_a;
-  to[3] = even_b + odd_b;
-  to[4] = even_b - odd_b;
-  to[5] = g[2];
+    const V n0(kN0), na(kNa), nb(kNb), ea(kNa * kA2), eb(kNb * kB2), oa(kNa * kA), ob(kNb * kB);
+    const V even_a = fma(ea, g[2], na * g[0]), odd_a = oa * g[1];
+    const V even_b = fma(eb, g[2], nb * g[0]), odd_b = ob * g[1];
+    to[0] = n0 * g[0];
+    to[1] = even_a + odd_a;
+    to[2] = even_a - odd_a;
+    to[3] = even_b + odd_b;
+    to[4] = even_b - odd_b;
+    to[5] = g[2];
   }
 };
 
@@ -112,11 +112,11 @@ struct FilterPoints {
 struct FilterOfPoints {
   static constexpr int in = 6, out = 3;
   static void apply(const V (&m)[6], V (&to)[3]) {
-  const V n0(kN0), na(kNa), nb(kNb), ea(kNa * kA2), eb(kNb * kB2), oa(kNa * kA), ob(kNb * kB);
-  const V sum_a = m[1] + m[2], sum_b = m[3] + m[4];
-  to[0] = fma(n0, m[0], fma(na, sum_a, nb * sum_b));
-  to[1] = fma(oa, m[1] - m[2], ob * (m[3] - m[4]));
-  to[2] = fma(ea, sum_a, fma(eb, sum_b, m[5]));
+    const V n0(kN0), na(kNa), nb(kNb), ea(kNa * kA2), eb(kNb * kB2), oa(kNa * kA), ob(kNb * kB);
+    const V sum_a = m[1] + m[2], sum_b = m[3] + m[4];
+    to[0] = fma(n0, m[0], fma(na, sum_a, nb * sum_b));
+    to[1] = fma(oa, m[1] - m[2], ob * (m[3] - m[4]));
+    to[2] = fma(ea, sum_a, fma(eb, sum_b, m[5]));
   }
 };
 
@@ -206,7 +206,8 @@ inline void transform_window(const Window<S>& window, int64_t c, int64_t lanes, 
     both_ways<Transform>([&](int i, int j) { return load(from + i * dy + j * dx); }, put);
 }
 
-// V of tiles [t0, t0 + tiles) of an image stack whose first tile's window begins at (row0, column0).
+// V of tiles [t0, t0 + tiles) of an image stack whose first tile's window begins at (row0,
+// column0).
 template <typename Transform, typename S>
 void transform_tiles(const S* x, int64_t height, int64_t width, int64_t channels, const Tiles& grid,
                      int64_t row0, int64_t column0, int64_t t0, int64_t tiles, int64_t pitch,
@@ -222,8 +223,7 @@ void transform_tiles(const S* x, int64_t height, int64_t width, int64_t channels
     for (int64_t c = 0; c < channels; c += kLanes) {
       window.prefetch_below(Transform::in, c);
       transform_window<Transform>(window, c, std::min(kLanes, channels - c),
-                                  to + (c / kLanes * kPoints * pitch + t) * kLanes,
-                                  pitch * kLanes);
+                                  to + (c / kLanes * kPoints * pitch + t) * kLanes, pitch * kLanes);
     }
   }
 }
@@ -260,7 +260,9 @@ struct Filters {
           const float* const from = staged + i * 9 * kPanel + v;
           float* const at = to + (c - c0 + i) * kPanel + v;
           both_ways<FilterPoints>(
-              [&](int y, int x) { return load(from + (turned ? 8 - y * 3 - x : y * 3 + x) * kPanel); },
+              [&](int y, int x) {
+                return load(from + (turned ? 8 - y * 3 - x : y * 3 + x) * kPanel);
+              },
               [&](int y, int x, V value) { store(at + (y * kPatch + x) * stride, value); });
         }
     }
@@ -293,8 +295,8 @@ void write_tiles(const float* m, int64_t m_stride, S* y, int64_t height, int64_t
           [&](int i, int j) { return load(from + (i * kPatch + j) * m_stride); },
           [&](int i, int j, V value) {
             if (i < rows && j < columns)
-              store(corner + (i * width + j) * channels + o + v,
-                    epilogue(value, o + v, lanes), lanes);
+              store(corner + (i * width + j) * channels + o + v, epilogue(value, o + v, lanes),
+                    lanes);
           });
     }
   }
@@ -302,8 +304,8 @@ void write_tiles(const float* m, int64_t m_stride, S* y, int64_t height, int64_t
 
 // ------------------------------------------------------------------------------------------- whole
 
-// x (n × height × width × inputs) → y (n × rows × columns × outputs), the window of whose first tile
-// begins at −padding.
+// x (n × height × width × inputs) → y (n × rows × columns × outputs), the window of whose first
+// tile begins at −padding.
 template <typename S, typename Epilogue>
 struct Correlation {
   const S* x;
@@ -409,8 +411,8 @@ struct Correlation {
 
 // --------------------------------------------------------------------------------- weight gradient
 
-// rows × vectors of one point of dU, or `first` of it, += Σ over `tiles` of dY's channels from `a` on times x's from
-// `b` on; these are kLanes a tile, vectors b_step apart.
+// rows × vectors of one point of dU, or `first` of it, += Σ over `tiles` of dY's channels from `a`
+// on times x's from `b` on; these are kLanes a tile, vectors b_step apart.
 template <int rows, int vectors>
 inline void add_outer_products(const float* a, const float* b, int64_t b_step, int64_t tiles,
                                bool first, float* to, int64_t to_stride) {
@@ -440,8 +442,8 @@ inline void add_outer_products(const float* a, const float* b, int64_t b_step, i
 }
 
 // dW from x (n × height × width × inputs) and dY (n × rows × columns × outputs). Threads share the
-// tiles of a chunk for the transforms, then blocks of dU for the products: each sum is one thread's,
-// over the tiles in order.
+// tiles of a chunk for the transforms, then blocks of dU for the products: each sum is one
+// thread's, over the tiles in order.
 template <typename S>
 struct WeightGradient {
   const S* x;
@@ -515,7 +517,7 @@ struct WeightGradient {
   }
 
  private:
-  static constexpr int64_t kDepth = 64;  // tiles whose operands are in L1 at once
+  static constexpr int64_t kDepth = 16;  // tiles that are summed before they join the sum of all
 
   // Blocks of kLanes output channels [k0, k1) and input channels [c0, c1) of dU, row by row.
   struct Block {
@@ -537,7 +539,8 @@ struct WeightGradient {
           for (int64_t half = 0; half < kLanes; half += kHeight) {
             const float* const a = d + point * piece + k * step + t * kLanes + half;
             const float* const b = v + point * piece + c * step + t * kLanes;
-            float* const sums = to + ((k - block.k0) * kLanes + half) * row + (c - block.c0) * kLanes;
+            float* const sums =
+                to + ((k - block.k0) * kLanes + half) * row + (c - block.c0) * kLanes;
             if (c + 1 < block.c1)
               add_outer_products<kHeight, 2>(a, b, step, depth, first, sums, row);
             else

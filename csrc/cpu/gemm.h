@@ -263,15 +263,17 @@ void multiply_rows(int64_t n, bool second, const T* a, const T* b, int64_t depth
   kKernels[second][n - 1](a, b, depth, add, sums, pitch, ahead);
 }
 
-// ------------------------------------------------------------------------------------------ batched
+// ------------------------------------------------------------------------------------------
+// batched
 
 // The batched form, for many small products whose operands are made where they are used: A lies in
 // pieces of Vec::size words of k, row after row, B as packed panels do.
 //
-// rows × kColumns of C += A·B over `pieces` pieces, `step` apart, of which the last has `last` words.
+// rows × kColumns of C += A·B over `pieces` pieces, `step` apart, of which the last has `last`
+// words.
 template <typename T, int rows>
-void multiply_piece_rows(const T* a, int64_t step, int64_t pieces, int64_t last, const T* b, bool add,
-                         T* c) {
+void multiply_piece_rows(const T* a, int64_t step, int64_t pieces, int64_t last, const T* b,
+                         bool add, T* c) {
   using V = Vec<T>;
   V sum[rows][kVectors];
 #pragma GCC unroll 12
