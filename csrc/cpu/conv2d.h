@@ -35,11 +35,34 @@ inline Algorithm suited(const Shape& shape, ScalarType dtype, Direction directio
   return Algorithm::kDirect;
 }
 
-// kAten only where `own` is false: as far as measured (benchmarks/conv2d.py).
+// Whether ours is known to be the faster: Winograd's where the products that it saves, of 4 at best
+// less what tiles beyond the edge and lanes beyond the last channel take, pay for the transforms
+// and for its way here. torch's bf16 products run at twice the rate of float's, where the processor
+// has them; its direct algorithms are at the multiply-add peak.
+inline bool pays(const Shape& shape, ScalarType dtype, Direction direction, Algorithm ours) {
+  if (ours != Algorithm::kWinograd) return false;
+  const bool of_weight = direction == Direction::kWeightGradient;
+  const bool of_input = direction == Direction::kInputGradient;
+  const int64_t outputs = of_input ? shape.c : shape.k;
+  const winograd::Tiles tiles = of_input ? winograd::Tiles(shape.n, shape.h, shape.w)
+                                         : winograd::Tiles(shape.n, shape.p, shape.q);
+  const int64_t pixels = of_input ? shape.n * shape.h * shape.w : shape.pixels();
+  double saved = 4.0 * double(pixels) / double(tiles.count * 16);
+  if (!of_weight)
+    saved *= double(outputs) / double(winograd::panels_of(outputs) * winograd::kPanel);
+  const int64_t work = shape.multiply_adds();
+#if DLK_BF16
+  if (dtype == ScalarType::BFloat16)
+    return saved >= (of_weight ? 3 : 3.5) && work >= (of_weight ? 1 << 21 : 1 << 27);
+#endif
+  return saved >= 2 && work >= 1 << 21 && pixels >= 40;
+}
+
+// kAten only where `own` is false.
 inline Algorithm choose(const Shape& shape, ScalarType dtype, Direction direction, bool exact,
                         bool own) {
   const Algorithm ours = suited(shape, dtype, direction, exact);
-  return own || ours == Algorithm::kWinograd ? ours : Algorithm::kAten;
+  return own || pays(shape, dtype, direction, ours) ? ours : Algorithm::kAten;
 }
 
 namespace detail {

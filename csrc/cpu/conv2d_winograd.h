@@ -465,8 +465,10 @@ struct WeightGradient {
     const int64_t v_size = kPoints * x_blocks * kLanes * pitch;
     const int64_t d_size = kPoints * y_blocks * kLanes * pitch;
     const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+    const int64_t across = (x_blocks + kBlock.c1 - 1) / kBlock.c1;
+    const int64_t down = (y_blocks + kBlock.k1 - 1) / kBlock.k1;
     // Of one chunk the sums of a block are done at once, and are the thread's scratch.
-    const bool whole = chunks > 1;
+    const bool whole = chunks > 1 || across * down < threads;
     const Block all{0, y_blocks, 0, x_blocks};
     const int64_t u_size = whole ? kPoints * all.stride() : threads * kPoints * kBlock.stride();
     const Aligned<float> memory(v_size + d_size + u_size);
@@ -500,8 +502,6 @@ struct WeightGradient {
           write(du + k * block.stride(), all.stride(), block);
         }
       });
-    const int64_t across = (x_blocks + kBlock.c1 - 1) / kBlock.c1;
-    const int64_t down = (y_blocks + kBlock.k1 - 1) / kBlock.k1;
     std::atomic<int64_t> callers{0};
     torch::stable::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
       float* const sums = du + callers.fetch_add(1) * kPoints * kBlock.stride();
