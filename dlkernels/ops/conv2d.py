@@ -451,15 +451,9 @@ def _is_small(input, weight, stride, transposed=False):
 _DIRECTIONS = ("forward", "input gradient", "weight gradient")
 
 
-def _algorithms(input, weight, bias, stride, padding, dilation, groups, activation, exact, own):
+def _algorithms(input, weight, *settings):
     image = input if input.dim() == 4 else input.unsqueeze(0)
-    # Autocast has still to come: the choice is that of its dtype.
-    dtype = autocast_dtype(input, input.device.type)
-    if image.dtype != dtype:
-        image, weight = image.to(dtype), weight.to(dtype)
-    return _ops.conv2d_algorithm(
-        image, weight, None, stride, padding, dilation, groups, activation, exact, own
-    ).split(", ")
+    return _ops.conv2d_algorithm(image, weight, None, *settings).split(", ")
 
 
 def _refuse_torchs(op, algorithms, input, weight):
@@ -513,7 +507,6 @@ def _cast(input, weight, bias):
 
 def _call(public, function, raw, input, weight, bias, *settings):
     """The kernel, with a derivative where one is needed."""
-    input, weight, bias = _cast(input, weight, bias)
     batched = input.dim() == 4
     if not batched:
         input = input.unsqueeze(0)
@@ -583,11 +576,12 @@ def conv2d(
         return _refused(_OP, reason, stocks)
     if behind != (0, 0):
         input = F.pad(input, (0, behind[0], 0, behind[1]))
+    input, weight, bias = _cast(input, weight, bias)
     device = input.device.type
     own = config.forced() == "own"
     settings = (*settings, activation, _is_exact(device), own)
     if (own or config.is_recording()) and not torch.compiler.is_compiling():
-        algorithms = _algorithms(input, weight, bias, *settings)
+        algorithms = _algorithms(input, weight, *settings)
         if own:
             _refuse_torchs(_OP, algorithms, input, weight)
         _note(_OP, device, algorithms)
@@ -640,6 +634,7 @@ def conv_transpose2d(
     if reason is not None:
         config.record(_TRANSPOSE, "stock", reason)
         return _refused(_TRANSPOSE, reason, stocks)
+    input, weight, bias = _cast(input, weight, bias)
     device = input.device.type
     own, exact = config.forced() == "own", _is_exact(device)
     if (own or config.is_recording()) and not torch.compiler.is_compiling():
@@ -648,7 +643,7 @@ def conv_transpose2d(
         batch = input.shape[0] if input.dim() == 4 else 1
         image = input.new_empty(()).expand(batch, weight.shape[1] * groups, *size)
         gradient, forward, of_weight = _algorithms(
-            image, weight, None, stride, padding, dilation, groups, "none", exact, own
+            image, weight, stride, padding, dilation, groups, "none", exact, own
         )
         algorithms = forward, gradient, of_weight
         if own:
