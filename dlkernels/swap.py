@@ -36,10 +36,15 @@ class Twin(NamedTuple):
     ours: type[torch.nn.Module]
     extras: tuple[str, ...] = ()  # attributes that stock lacks: in use, there is no way back
     fits: Callable[[torch.nn.Module], bool] = lambda module: True
+    # How often stock's error verify allows in float32, and in the gradient of a weight: more than
+    # twice where a faster algorithm is the point.
+    allowed: tuple[float, float] = (2.0, 2.0)
 
 
 # One line per class. The first that fits is taken; a class of ours stands in one line only.
 TWINS: list[Twin] = [
+    Twin("conv2d", torch.nn.Conv2d, nn.Conv2d, allowed=(4.0, 5.0)),
+    Twin("conv2d", torch.nn.ConvTranspose2d, nn.ConvTranspose2d, allowed=(4.0, 5.0)),
     Twin(
         "cross_entropy",
         torch.nn.CrossEntropyLoss,
@@ -494,7 +499,9 @@ def _errors(result: Tensor, exact: Tensor, where: Tensor) -> tuple[float, float]
     return difference.abs().max().item(), difference.square().mean().sqrt().item()
 
 
-def _judge(ours: Tensor | None, stock: Tensor, exact: Tensor) -> tuple[float, float, bool, str]:
+def _judge(
+    ours: Tensor | None, stock: Tensor, exact: Tensor, factor: float
+) -> tuple[float, float, bool, str]:
     """(error, stock_error, ok, reason) by the rule of ``verify``."""
     finite = stock.isfinite()
     where = finite & exact.isfinite()
@@ -515,11 +522,19 @@ def _judge(ours: Tensor | None, stock: Tensor, exact: Tensor) -> tuple[float, fl
         # The reference is no finer than what it judges. What is left to find is an accumulation in
         # float32, which is off by 2**29 ulp.
         ulp *= 2**10
-    if error > 2 * stock_error + ulp:
-        return error, stock_error, False, f"largest error > 2 x stock's + {ulp:.1e}"
-    if rms > 2 * stock_rms + ulp:
-        return error, stock_error, False, f"rms error {rms:.1e} > 2 x stock's {stock_rms:.1e} + ulp"
+    if error > factor * stock_error + ulp:
+        return error, stock_error, False, f"largest error > {factor:.0f} x stock's + {ulp:.1e}"
+    if rms > factor * stock_rms + ulp:
+        reason = f"rms error {rms:.1e} > {factor:.0f} x stock's {stock_rms:.1e} + ulp"
+        return error, stock_error, False, reason
     return error, stock_error, True, ""
+
+
+def _factor(module: torch.nn.Module, what: str, tensor: Tensor) -> float:
+    """How often stock's error is allowed."""
+    if tensor.dtype is not torch.float32:
+        return 2.0
+    return _ours(module).allowed[what == "grad weight"]
 
 
 @contextlib.contextmanager
@@ -604,8 +619,9 @@ def verify(
     The model runs once as stock, forward and backward. For each module of ours the inputs and the
     upstream gradient that it met there are replayed through our class, the stock class, and the
     stock class in float64. A result is ``ok`` if its error is at most 2 x the error of stock
-    + 1 ulp of the largest value, in the maximum and in the root mean square. Where a tensor is a
-    number or two, stock can be exact by luck and ours miss that by an ulp: look at the error then.
+    + 1 ulp of the largest value, in the maximum and in the root mean square; of a convolution in
+    float32 4 x, of its weight's gradient 5 x. Where a tensor is a number or two, stock can be exact
+    by luck and ours miss that by an ulp: look at the error then.
 
     Args:
         model: swapped, or built of ``dlkernels.nn``; a loss module too: ``verify(loss, (x, y))``.
@@ -642,7 +658,7 @@ def verify(
             ours, stock = _replay(call, "ours"), _replay(call, "stock")
             exact = _replay(call, "stock", torch.float64)
             for what, tensor in stock.items():
-                judged = _judge(ours.get(what), tensor, exact[what])
+                judged = _judge(ours.get(what), tensor, exact[what], _factor(module, what, tensor))
                 verdict = Verified(name, cls, what, *judged)
                 known = worst.setdefault(what, verdict)
                 if (not verdict.ok, verdict.error) > (not known.ok, known.error):
