@@ -23,14 +23,21 @@ enum class Direction { kForward, kInputGradient, kWeightGradient };
 
 // Which of ours suits the geometry.
 inline Algorithm suited(const Shape& shape, ScalarType dtype, Direction direction, bool exact) {
-  constexpr int64_t kFewest = 16;  // channels that pay for Winograd's transforms
-  // Of few tiles a sum is short, and its error small beside that of the transforms.
-  const bool few = direction == Direction::kWeightGradient &&
-                   winograd::Tiles(shape.n, shape.p, shape.q).count < 16;
+  // Channels that pay for Winograd's transforms. Its rounding is several times that of a short sum
+  // of products, and torch's sums are the better where channels do not fill its blocks.
+  constexpr int64_t kFewest = 16, kMany = 64;
+  const int64_t fewest = std::min(shape.c, shape.k);
+  const bool enough =
+      fewest >= kMany || (fewest >= kFewest && shape.c % kFewest == 0 && shape.k % kFewest == 0);
+  // Of few tiles the weight gradient's sums are short as well.
+  const int64_t tiles = direction == Direction::kInputGradient
+                            ? winograd::Tiles(shape.n, shape.h, shape.w).count
+                            : winograd::Tiles(shape.n, shape.p, shape.q).count;
+  const bool few = tiles < (direction == Direction::kWeightGradient ? 64 : 4);
   if (shape.groups > 1 && shape.groups == shape.c && shape.groups == shape.k)
     return Algorithm::kDepthwise;
   if (shape.is(3, 1) && shape.dilation[0] == 1 && shape.dilation[1] == 1 && shape.groups == 1 &&
-      std::min(shape.c, shape.k) >= kFewest && dtype != ScalarType::Double && !exact && !few)
+      enough && dtype != ScalarType::Double && !exact && !few)
     return Algorithm::kWinograd;
   return Algorithm::kDirect;
 }

@@ -59,11 +59,6 @@ struct Patches {
   }
 };
 
-template <typename S>
-bool has_rows(const Patches<S>&) {
-  return true;
-}
-
 namespace detail {
 
 // The place of pixel i in its grid, stepping.
@@ -134,47 +129,50 @@ void pack_a(const Patches<S>& a, int64_t i, int64_t rows, int64_t p, int64_t dep
   }
 }
 
-// As gemm's of a matrix. The vector lies within one run: `length` is a multiple of vectors.
-template <typename S>
-void pack_columns(const Patches<S>& b, int64_t p, int64_t depth, int64_t k, int64_t j, int64_t n,
-                  accumulate_t<S>* to) {
+// As gemm's of a matrix. A vector lies within one run: `length` is a multiple of vectors.
+template <typename S, typename T>
+void pack_b(const Patches<S>& b, int64_t p, int64_t depth, int64_t k, int64_t j, int64_t columns,
+            T* to) {
   using W = gemm::Word<S>;
-  using T = accumulate_t<S>;
   using V = Vec<T>;
   constexpr int64_t terms = W::kPair ? 2 : 1, step = gemm::kColumns<T>;
-  if (n == 0) {
-    for (int64_t d = 0; d < depth; ++d) store(to + d * step, V(T(0)));
-    return;
-  }
-  const Run& run = (*b.runs)[j / b.length];
-  const int64_t begin = j % b.length;
   detail::Pixel pixel(p * terms, b.grid_height, b.grid_width);
-  const auto piece = [&]() {
-    typename Patches<S>::Piece found = b.piece(pixel.n, pixel.y, pixel.x, run);
-    found.from = std::clamp(found.from, begin, begin + n);
-    found.to = std::clamp(found.to, found.from, begin + n);
+  const int64_t end = gemm::round_up(columns, step);
+  for (int64_t d = 0; d < depth; ++d, to += step) {
+    detail::Pixel places[2] = {pixel, pixel};
     pixel.next();
-    return found;
-  };
-  for (int64_t d = 0; d < depth; ++d) {
-    if constexpr (terms == 1) {
-      const auto found = piece();
-      if (found.from == begin && found.to == begin + V::size) {
-        store(to + d * step, load(found.at + begin));
-      } else {
-        store(to + d * step, V(T(0)));
-        if (found.to > found.from)
-          store(to + d * step + found.from - begin,
-                load(found.at + found.from, found.to - found.from), found.to - found.from);
+    if (terms == 2) places[1] = pixel, pixel.next();
+    const bool both = terms == 2 && (p + d) * 2 + 1 < k;
+    int64_t c = 0;  // of the packed columns
+    for (int64_t run = j / b.length, e = j % b.length; c < columns; ++run, e = 0) {
+      typename Patches<S>::Piece piece[2] = {};
+      for (int q = 0; q < 1 + both; ++q)
+        piece[q] = b.piece(places[q].n, places[q].y, places[q].x, (*b.runs)[run]);
+      for (; e < b.length && c < columns; e += V::size, c += V::size) {
+        T* const at = to + c / step * step * depth + c % step;
+        const auto whole = [&](int q) { return piece[q].from <= e && e + V::size <= piece[q].to; };
+        if constexpr (terms == 1) {
+          if (whole(0)) {
+            store(at, load(piece[0].at + e));
+            continue;
+          }
+        } else if (whole(0) && whole(1)) {
+          store(at, W::across(piece[0].at + e, piece[1].at - piece[0].at, 2, V::size));
+          continue;
+        }
+        S part[2][V::size] = {};
+        for (int q = 0; q < terms; ++q) {
+          const int64_t from = std::max(piece[q].from, e);
+          const int64_t until = std::min(piece[q].to, e + V::size);
+          if (from < until) std::copy(piece[q].at + from, piece[q].at + until, part[q] + from - e);
+        }
+        if constexpr (terms == 1)
+          store(at, load(part[0]));
+        else
+          store(at, W::across(part[0], V::size, 2, V::size));
       }
-    } else {
-      S pair[2][V::size] = {};
-      for (int64_t q = 0; q < std::min<int64_t>(2, k - (p + d) * 2); ++q) {
-        const auto found = piece();
-        std::copy(found.at + found.from, found.at + found.to, pair[q] + found.from - begin);
-      }
-      store(to + d * step, W::across(pair[0], V::size, 2, V::size));
     }
+    for (; c < end; c += V::size) store(to + c / step * step * depth + c % step, V(T(0)));
   }
 }
 

@@ -441,9 +441,11 @@ inline void add_outer_products(const float* a, const float* b, int64_t b_step, i
     }
 }
 
-// dW from x (n × height × width × inputs) and dY (n × rows × columns × outputs). Threads share the
-// tiles of a chunk for the transforms, then blocks of dU for the products: each sum is one
-// thread's, over the tiles in order.
+// dW from x (n × height × width × inputs) and dY (n × rows × columns × outputs). Where dU is small
+// the tiles fall into kGroups groups with sums of their own, which are added in order, and a thread
+// takes whole groups: what it transforms nobody else reads. Otherwise, or with more threads than
+// groups, threads share the tiles of a chunk for the transforms, then parts of dU for the products.
+// Either way a sum runs over the same tiles in the same order.
 template <typename S>
 struct WeightGradient {
   const S* x;
@@ -455,63 +457,65 @@ struct WeightGradient {
 
   const Tiles grid{n, rows, columns};
   const int64_t x_blocks = blocks_of(inputs), y_blocks = blocks_of(outputs);
+  const int64_t u_size = kPoints * all().stride();
+  const int64_t tile_size = kPoints * (x_blocks + y_blocks) * kLanes;  // of V and of dY's points
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
 
   void run() const {
-    constexpr int64_t kBytes = 8 << 20;  // of V and of dY's points: the part of L3 that they take
-    const int64_t point_bytes = kPoints * (x_blocks + y_blocks) * kLanes * int64_t(sizeof(float));
-    const int64_t most = std::clamp<int64_t>(kBytes / point_bytes, 64, 1024);
-    const int64_t chunks = (grid.count + most - 1) / most;
-    const int64_t pitch = ((grid.count + chunks - 1) / chunks) | 1;
-    const int64_t v_size = kPoints * x_blocks * kLanes * pitch;
-    const int64_t d_size = kPoints * y_blocks * kLanes * pitch;
-    const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-    const int64_t across = (x_blocks + kBlock.c1 - 1) / kBlock.c1;
-    const int64_t down = (y_blocks + kBlock.k1 - 1) / kBlock.k1;
-    // Of one chunk the sums of a block are done at once, and are the thread's scratch.
-    const bool whole = chunks > 1 || across * down < threads;
-    const Block all{0, y_blocks, 0, x_blocks};
-    const int64_t u_size = whole ? kPoints * all.stride() : threads * kPoints * kBlock.stride();
-    const Aligned<float> memory(v_size + d_size + u_size);
-    float* const v = memory.get();
-    float* const d = v + v_size;
-    float* const du = d + d_size;
-    advise_huge_pages(v, (v_size + d_size + u_size) * sizeof(float));
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t t0 = chunk * grid.count / chunks, t1 = (chunk + 1) * grid.count / chunks;
-      torch::stable::parallel_for(t0, t1, 1, [&](int64_t begin, int64_t end) {
-        const int64_t at = (begin - t0) * kLanes;
-        transform_tiles<PatchPoints>(x, height, width, inputs, grid, -padding[0], -padding[1],
-                                     begin, end - begin, pitch, v + at);
-        transform_tiles<TilePoints>(dy, rows, columns, outputs, grid, 0, 0, begin, end - begin,
-                                    pitch, d + at);
+    constexpr int64_t kGroups = 8, kSmall = 1 << 18, kShared = 3 << 20, kOwn = 160 << 10;  // floats
+    const int64_t groups = u_size <= kSmall && grid.count >= 128 * kGroups ? kGroups : 1;
+    const bool own = groups > 1 && threads <= groups;
+    const int64_t fit = (own ? kOwn : kShared) / tile_size / kDepth * kDepth;
+    const int64_t chunk = std::min(std::max(fit, kDepth), gemm::round_up(grid.count, kDepth));
+    if (groups == 1 && grid.count <= chunk && blocks() >= threads) return by_blocks();
+    const int64_t size = Aligned<float>::padded((chunk | 1) * tile_size);
+    const Aligned<float> memory(groups * u_size + (own ? threads : 1) * size);
+    float* const du = memory.get();
+    float* const scratch = du + groups * u_size;
+    advise_huge_pages(du, (groups * u_size + (own ? threads : 1) * size) * sizeof(float));
+    const auto tiles_of = [&](int64_t group) { return group * grid.count / groups; };
+    if (own) {
+      std::atomic<int64_t> callers{0};
+      torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+        const Points points(*this, chunk, scratch + callers.fetch_add(1) * size);
+        for (int64_t group = begin; group < end; ++group)
+          for (int64_t t = tiles_of(group); t < tiles_of(group + 1); t += chunk) {
+            const int64_t tiles = std::min(chunk, tiles_of(group + 1) - t);
+            points.transform(t, t, t + tiles);
+            for (int64_t point = 0; point < kPoints; ++point)
+              points.multiply(tiles, point, all(), t == tiles_of(group),
+                              du + group * u_size + point * all().stride());
+          }
       });
-      if (!whole) break;
-      torch::stable::parallel_for(0, kPoints * y_blocks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t point = i / y_blocks, k = i % y_blocks;
-          const Block block{k, k + 1, 0, x_blocks};
-          multiply(v, d, pitch, t1 - t0, point, block, chunk == 0,
-                   du + point * all.stride() + k * block.stride());
+    } else {
+      const Points points(*this, chunk, scratch);
+      for (int64_t group = 0; group < groups; ++group)
+        for (int64_t t = tiles_of(group); t < tiles_of(group + 1); t += chunk) {
+          const int64_t tiles = std::min(chunk, tiles_of(group + 1) - t);
+          torch::stable::parallel_for(t, t + tiles, 1, [&](int64_t begin, int64_t end) {
+            points.transform(t, begin, end);
+          });
+          torch::stable::parallel_for(0, kPoints * y_blocks, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+              const int64_t point = i / y_blocks, k = i % y_blocks;
+              const Block block{k, k + 1, 0, x_blocks};
+              points.multiply(tiles, point, block, t == tiles_of(group),
+                              du + group * u_size + point * all().stride() + k * block.stride());
+            }
+          });
         }
-      });
     }
-    if (whole)
-      return torch::stable::parallel_for(0, y_blocks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t k = begin; k < end; ++k) {
-          const Block block{k, k + 1, 0, x_blocks};
-          write(du + k * block.stride(), all.stride(), block);
-        }
-      });
-    std::atomic<int64_t> callers{0};
-    torch::stable::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
-      float* const sums = du + callers.fetch_add(1) * kPoints * kBlock.stride();
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t k = i / across * kBlock.k1, c = i % across * kBlock.c1;
-        const Block block{k, std::min(k + kBlock.k1, y_blocks), c,
-                          std::min(c + kBlock.c1, x_blocks)};
-        for (int64_t point = 0; point < kPoints; ++point)
-          multiply(v, d, pitch, grid.count, point, block, true, sums + point * block.stride());
-        write(sums, block.stride(), block);
+    torch::stable::parallel_for(0, y_blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const Block block{k, k + 1, 0, x_blocks};
+        float* const sums = du + k * block.stride();
+        for (int64_t group = 1; group < groups; ++group)
+          for (int64_t point = 0; point < kPoints; ++point) {
+            float* const to = sums + point * all().stride();
+            for (int64_t at = 0; at < block.stride(); at += kLanes)
+              store(to + at, load(to + at) + load(to + group * u_size + at));
+          }
+        write(sums, all().stride(), block);
       }
     });
   }
@@ -526,27 +530,51 @@ struct WeightGradient {
     constexpr int64_t stride() const { return (k1 - k0) * kLanes * pitch(); }  // between points
   };
   static constexpr Block kBlock{0, 32 / kLanes, 0, 128 / kLanes};  // whose 36 points stay in L2
+  Block all() const { return {0, y_blocks, 0, x_blocks}; }
+  int64_t across() const { return (x_blocks + kBlock.c1 - 1) / kBlock.c1; }
+  int64_t blocks() const { return across() * ((y_blocks + kBlock.k1 - 1) / kBlock.k1); }
 
-  // One point of a block of dU += dY's points · V.
-  void multiply(const float* v, const float* d, int64_t pitch, int64_t tiles, int64_t point,
-                const Block& block, bool first, float* to) const {
-    constexpr int kHeight = kLanes / 2;
-    const int64_t piece = pitch * kLanes, step = kPoints * piece, row = block.pitch();
-    for (int64_t t = 0; t < tiles; t += kDepth, first = false) {
-      const int64_t depth = std::min(kDepth, tiles - t);
-      for (int64_t c = block.c0; c < block.c1; c += 2)
-        for (int64_t k = block.k0; k < block.k1; ++k)
-          for (int64_t half = 0; half < kLanes; half += kHeight) {
-            const float* const a = d + point * piece + k * step + t * kLanes + half;
-            const float* const b = v + point * piece + c * step + t * kLanes;
-            float* const sums =
-                to + ((k - block.k0) * kLanes + half) * row + (c - block.c0) * kLanes;
-            if (c + 1 < block.c1)
-              add_outer_products<kHeight, 2>(a, b, step, depth, first, sums, row);
-            else
-              add_outer_products<kHeight, 1>(a, b, step, depth, first, sums, row);
-          }
+  // V and dY's points of up to `most` tiles.
+  struct Points {
+    const WeightGradient& of;
+    int64_t pitch;
+    float *v, *d;
+
+    Points(const WeightGradient& of, int64_t most, float* scratch)
+        : of(of), pitch(most | 1), v(scratch), d(v + kPoints * of.x_blocks * kLanes * pitch) {}
+
+    // Of tiles [begin, end), where t0 is the first that is here.
+    void transform(int64_t t0, int64_t begin, int64_t end) const {
+      const int64_t at = (begin - t0) * kLanes;
+      transform_tiles<PatchPoints>(of.x, of.height, of.width, of.inputs, of.grid, -of.padding[0],
+                                   -of.padding[1], begin, end - begin, pitch, v + at);
+      transform_tiles<TilePoints>(of.dy, of.rows, of.columns, of.outputs, of.grid, 0, 0, begin,
+                                  end - begin, pitch, d + at);
     }
+    void multiply(int64_t tiles, int64_t point, const Block& block, bool first, float* to) const;
+  };
+
+  // Of few tiles: the sums of a block at once, then what becomes of them.
+  void by_blocks() const {
+    const int64_t scratch = kPoints * kBlock.stride();
+    const int64_t size = Aligned<float>::padded((grid.count | 1) * tile_size);
+    const Aligned<float> memory(size + threads * scratch);
+    advise_huge_pages(memory.get(), size * sizeof(float));
+    const Points points(*this, grid.count, memory.get());
+    torch::stable::parallel_for(
+        0, grid.count, 1, [&](int64_t begin, int64_t end) { points.transform(0, begin, end); });
+    std::atomic<int64_t> callers{0};
+    torch::stable::parallel_for(0, blocks(), 1, [&](int64_t begin, int64_t end) {
+      float* const sums = memory.get() + size + callers.fetch_add(1) * scratch;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t k = i / across() * kBlock.k1, c = i % across() * kBlock.c1;
+        const Block block{k, std::min(k + kBlock.k1, y_blocks), c,
+                          std::min(c + kBlock.c1, x_blocks)};
+        for (int64_t point = 0; point < kPoints; ++point)
+          points.multiply(grid.count, point, block, true, sums + point * block.stride());
+        write(sums, block.stride(), block);
+      }
+    });
   }
 
   // Gᵀ dU G of a block, whose points are `stride` apart.
@@ -568,5 +596,27 @@ struct WeightGradient {
       }
   }
 };
+
+// One point of a block of dU += dY's points · V.
+template <typename S>
+void WeightGradient<S>::Points::multiply(int64_t tiles, int64_t point, const Block& block,
+                                         bool first, float* to) const {
+  constexpr int kHeight = kLanes / 2;
+  const int64_t piece = pitch * kLanes, step = kPoints * piece, row = block.pitch();
+  for (int64_t t = 0; t < tiles; t += kDepth, first = false) {
+    const int64_t depth = std::min(kDepth, tiles - t);
+    for (int64_t c = block.c0; c < block.c1; c += 2)
+      for (int64_t k = block.k0; k < block.k1; ++k)
+        for (int64_t half = 0; half < kLanes; half += kHeight) {
+          const float* const a = d + point * piece + k * step + t * kLanes + half;
+          const float* const b = v + point * piece + c * step + t * kLanes;
+          float* const sums = to + ((k - block.k0) * kLanes + half) * row + (c - block.c0) * kLanes;
+          if (c + 1 < block.c1)
+            add_outer_products<kHeight, 2>(a, b, step, depth, first, sums, row);
+          else
+            add_outer_products<kHeight, 1>(a, b, step, depth, first, sums, row);
+        }
+  }
+}
 
 }  // namespace dlkernels::conv2d::winograd

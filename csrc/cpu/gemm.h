@@ -188,19 +188,13 @@ void pack_columns(const Matrix<S>& b, int64_t p, int64_t depth, int64_t k, int64
   }
 }
 
-// Whether rows are contiguous.
-template <typename S>
-bool has_rows(const Matrix<S>& b) {
-  return b.column_stride == 1;
-}
-
 // `depth` words from word p on of columns [j, j + columns) of B, as panels of kColumns.
 template <typename MB, typename T>
 void pack_b(const MB& b, int64_t p, int64_t depth, int64_t k, int64_t j, int64_t columns, T* to) {
   using V = Vec<T>;
   // Rows that are contiguous are read along, a few side by side: memory's own prefetching sees
   // them.
-  const int64_t at_once = has_rows(b) ? 8 : depth;
+  const int64_t at_once = b.column_stride == 1 ? 8 : depth;
   for (int64_t d = 0; d < depth; d += at_once)
     for (int64_t c = 0; c < columns; c += kColumns<T>)
       for (int64_t v = 0; v < kColumns<T>; v += V::size)
@@ -275,31 +269,36 @@ template <typename T, int rows>
 void multiply_piece_rows(const T* a, int64_t step, int64_t pieces, int64_t last, const T* b,
                          bool add, T* c) {
   using V = Vec<T>;
-  V sum[rows][kVectors];
+  constexpr int64_t kAtOnce = 32 / V::size;  // pieces that are summed before they join C
+  for (int64_t piece = 0; piece < pieces; add = true) {
+    V sum[rows][kVectors];
 #pragma GCC unroll 12
-  for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v)
-      sum[r][v] = add ? load(c + r * kColumns<T> + v * V::size) : V(T(0));
-  for (int64_t piece = 0; piece < pieces; ++piece, a += step) {
-    const int64_t words = piece + 1 < pieces ? V::size : last;
-    for (int64_t k = 0; k < words; ++k, b += kColumns<T>) {
-      __builtin_prefetch(b + 8 * kColumns<T>, 0, 3);
-      V column[kVectors];
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = V(T(0));
+    for (const int64_t end = std::min(pieces, piece + kAtOnce); piece < end; ++piece, a += step) {
+      const int64_t words = piece + 1 < pieces ? V::size : last;
+      for (int64_t k = 0; k < words; ++k, b += kColumns<T>) {
+        __builtin_prefetch(b + 8 * kColumns<T>, 0, 3);
+        V column[kVectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) column[v] = load(b + v * V::size);
+        for (int v = 0; v < kVectors; ++v) column[v] = load(b + v * V::size);
 #pragma GCC unroll 12
-      for (int r = 0; r < rows; ++r) {
-        const V row(a[r * V::size + k]);
+        for (int r = 0; r < rows; ++r) {
+          const V row(a[r * V::size + k]);
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(row, column[v], sum[r][v]);
+          for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(row, column[v], sum[r][v]);
+        }
       }
     }
-  }
 #pragma GCC unroll 12
-  for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(c + r * kColumns<T> + v * V::size, sum[r][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        T* const at = c + r * kColumns<T> + v * V::size;
+        store(at, add ? load(at) + sum[r][v] : sum[r][v]);
+      }
+  }
 }
 
 // The same for any number of rows.
@@ -594,8 +593,8 @@ struct Grid {
 };
 
 // Every vector of C[m×n] = A·B goes to store_c(i, j, lanes, value), over all threads. A and B are
-// matrices, or anything else that has elements and is packed by functions of its own: pack_a,
-// pack_columns, has_rows.
+// matrices, or anything else that has elements and is packed by functions of its own, pack_a and
+// pack_b.
 template <typename MA, typename MB, typename Store>
 void multiply(const MA& a, const MB& b, int64_t m, int64_t n, int64_t k, const Store& store_c) {
   using A = typename MA::Element;
