@@ -490,7 +490,7 @@ def test_forward_mode(op, dtype, own):
                 for f in (op.ours, op.stock)
             )
             assert torch.equal(ours, stock)
-            assert op is not LINEAR or x.numel() == 0 or stock.any()
+            assert op is not LINEAR or 0 in (x.numel(), stock.numel()) or stock.any()
             with forward_ad.dual_level():  # in half precision stock's two ways may round apart
                 ours_dual, stock_dual = (
                     forward_ad.unpack_dual(function(f, forward_ad.make_dual(x, tangent))).tangent
