@@ -67,21 +67,20 @@ template <typename S, typename Function>
 void for_each_vector(int64_t n, S* to, const Function& function) {
   using V = Vec<accumulate_t<S>>;
   constexpr int64_t kGrain = 1 << 16;  // fewest elements worth a second thread
-  torch::stable::parallel_for(0, (n + V::size - 1) / V::size, kGrain / V::size,
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin * V::size; i < std::min(n, end * V::size);
-                                     i += V::size) {
-                                  const int64_t lanes = std::min(V::size, n - i);
-                                  store(to + i, function(i, lanes), lanes);
-                                }
-                              });
+  torch::stable::parallel_for(
+      0, (n + V::size - 1) / V::size, kGrain / V::size, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * V::size; i < std::min(n, end * V::size); i += V::size) {
+          const int64_t lanes = std::min(V::size, n - i);
+          store(to + i, function(i, lanes), lanes);
+        }
+      });
 }
 
 // n elements of x through the activation, in their place.
 template <typename S>
 void activate_in_place(Activation activation, S* x, int64_t n) {
-  for_each_vector(n, x,
-                  [=](int64_t i, int64_t lanes) { return activate(activation, load(x + i, lanes)); });
+  for_each_vector(
+      n, x, [=](int64_t i, int64_t lanes) { return activate(activation, load(x + i, lanes)); });
 }
 
 // z = g · act'(…) of n elements, from y = act(…).

@@ -72,8 +72,8 @@ void check_image(const char* op, const char* argument, const Tensor& x) {
   DLK_CHECK(x.dim() == 4, op, ": expected ", argument, " with 4 dimensions, got shape ",
             shape_string(x.sizes()));
   for (int64_t d = 1; d < 4; ++d)
-    DLK_CHECK(x.size(d) >= 1, op, ": expected ", argument, " that is empty in the batch alone, got ",
-              shape_string(x.sizes()));
+    DLK_CHECK(x.size(d) >= 1, op, ": expected ", argument,
+              " that is empty in the batch alone, got ", shape_string(x.sizes()));
 }
 
 // How often a kernel of `kernel` elements fits into `size` padded ones.
@@ -224,8 +224,8 @@ conv2d::Weight<const S> weight_of(const Tensor& weight) {
 
 // An output that ends before the input does (output_padding beyond the stride) is torch's.
 Algorithm choose(const Settings& set, const Shape& shape, ScalarType dtype, Direction direction) {
-  const bool whole = shape.p == outputs(set, 0, shape.h, shape.r) &&
-                     shape.q == outputs(set, 1, shape.w, shape.s);
+  const bool whole =
+      shape.p == outputs(set, 0, shape.h, shape.r) && shape.q == outputs(set, 1, shape.w, shape.s);
   if (!whole) return Algorithm::kAten;
   return conv2d::choose(shape, dtype, direction, set.exact, set.own);
 }
@@ -240,15 +240,10 @@ const char* name_of(Algorithm algorithm) {
 Tensor aten_convolution(const Settings& set, const Tensor& input, const Tensor& weight,
                         const Optional& bias) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 9> stack{from(input),
-                                    from(weight),
-                                    from(bias),
-                                    from(set.stride),
-                                    from(set.padding),
-                                    from(set.dilation),
-                                    from(set.transposed),
-                                    from(set.output_padding),
-                                    from(set.groups)};
+  std::array<StableIValue, 9> stack{
+      from(input),       from(weight),       from(bias),           from(set.stride),
+      from(set.padding), from(set.dilation), from(set.transposed), from(set.output_padding),
+      from(set.groups)};
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
@@ -286,8 +281,8 @@ Tensor forward(const Settings& set, const Tensor& input, const Tensor& weight, c
   const Sizes sizes = set.transposed ? input_sizes(shape) : output_sizes(shape);
   if (shape.n == 0) return empty(input, sizes, format);
   const ScalarType dtype = input.scalar_type();
-  const Algorithm algorithm = choose(
-      set, shape, dtype, set.transposed ? Direction::kInputGradient : Direction::kForward);
+  const Algorithm algorithm =
+      choose(set, shape, dtype, set.transposed ? Direction::kInputGradient : Direction::kForward);
   Tensor output;
   for_dtype<bf16, f16>(dtype, [&](auto tag) {
     using S = decltype(tag);
@@ -371,8 +366,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Settings& set, const Tensor& g
     return {grad_input, grad_weight, grad_bias};
   }
 
-  const Algorithm for_input = choose(
-      set, shape, dtype, set.transposed ? Direction::kForward : Direction::kInputGradient);
+  const Algorithm for_input =
+      choose(set, shape, dtype, set.transposed ? Direction::kForward : Direction::kInputGradient);
   const Algorithm for_weight = choose(set, shape, dtype, Direction::kWeightGradient);
   const Tensor grad = output ? before_activation(grad_output, *output, act) : grad_output;
   const bool aten_input = want.input && for_input == Algorithm::kAten;
@@ -439,17 +434,19 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor in
 Tensor conv_transpose2d_forward(Tensor input, Tensor weight, Optional bias, Ints stride,
                                 Ints padding, Ints output_padding, int64_t groups, Ints dilation,
                                 bool exact, bool own) {
-  const Settings set{kTranspose, stride, padding, dilation, output_padding, groups, true, exact,
-                     own};
+  const Settings set{kTranspose, stride, padding, dilation, output_padding,
+                     groups,     true,   exact,   own};
   return forward(set, input, weight, bias, Activation::kNone);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_transpose2d_backward(
-    Tensor grad_output, Tensor input, Tensor weight, Ints stride, Ints padding, Ints output_padding,
-    int64_t groups, Ints dilation, bool exact, bool own, bool want_input, bool want_weight,
-    bool want_bias) {
-  const Settings set{kTranspose, stride, padding, dilation, output_padding, groups, true, exact,
-                     own};
+std::tuple<Tensor, Tensor, Tensor> conv_transpose2d_backward(Tensor grad_output, Tensor input,
+                                                             Tensor weight, Ints stride,
+                                                             Ints padding, Ints output_padding,
+                                                             int64_t groups, Ints dilation,
+                                                             bool exact, bool own, bool want_input,
+                                                             bool want_weight, bool want_bias) {
+  const Settings set{kTranspose, stride, padding, dilation, output_padding,
+                     groups,     true,   exact,   own};
   return backward(set, grad_output, input, weight, std::nullopt, Activation::kNone,
                   {want_input, want_weight, want_bias});
 }

@@ -90,7 +90,8 @@ void input_gradient(const Shape& d, Algorithm, const S* dy, Weight<const S> w, S
             const S* const row =
                 dy + ((n * d.p + p / d.stride[0]) * d.q + q / d.stride[1]) * d.k + c / c_in * k_in;
             for (int64_t k = 0; k < k_in; ++k)
-              sum += double(widen(row[k])) * double(widen(*w.at(c / c_in * k_in + k, c % c_in, r, s)));
+              sum +=
+                  double(widen(row[k])) * double(widen(*w.at(c / c_in * k_in + k, c % c_in, r, s)));
           }
         write(sum, c, dx + at * d.c + c, epilogue);
       }
