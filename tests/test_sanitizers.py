@@ -83,8 +83,8 @@ FAULTS = {
     ),
     "image_transposed_too_far": (
         "layout.h",
-        "rows, std::min(kSize, r1 - r), ",
-        "rows, std::min(kSize, r1 - r + 1), ",
+        "std::min(kSize, r1 - r), ",
+        "std::min(kSize, r1 - r + 1), ",
         "test_layouts and weight_offset and float32",
         "ERROR: AddressSanitizer: heap-buffer-overflow",
     ),
