@@ -48,8 +48,10 @@ def owners() -> list[tuple[str, ...]]:
     names = [name[len(SPACE) :] for name in names if name.startswith(SPACE)]
     raw: dict[str, list[str]] = {op: [] for op in ops}
     for name in names:
-        # linear_cross_entropy_forward is of linear_cross_entropy, not of linear.
-        of = max((op for op in ops if name.startswith(f"{op}_")), key=len, default=None)
+        # linear_cross_entropy_forward is of linear_cross_entropy, not of linear; conv_transpose2d's
+        # are of conv2d.
+        stem = name.replace("_transpose", "")
+        of = max((op for op in ops if stem.startswith(f"{op}_")), key=len, default=None)
         if of and name not in ops:
             raw[of].append(name)
     return [(op, *(_owner(raw[op], device) for device in DEVICES)) for op in ops]

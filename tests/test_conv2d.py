@@ -289,12 +289,14 @@ def test_layouts(layout, dtype, own, poisoned):
 @by_dtype
 def test_transposition_of_larger_images(dtype, own):
     """Whole tiles of what goes between NCHW and NHWC, and their tails; the numbers are exact."""
-    for channels, size in ((64, (16, 16)), (130, (9, 15)), (16, (1, 67)), (3, (65, 4))):
+    sizes = (16, 16), (9, 15), (1, 67), (65, 4), (71, 61), (1, 2), (90, 3), (1, 3)
+    for channels, size in zip((64, 130, 16, 3, 2, 129, 4, 4100), sizes, strict=True):
         x = torch.randn(2, channels, *size).to(dtype)
-        weight = torch.eye(channels, dtype=dtype)[:, :, None, None]
-        for wanted in (x, channels_last(x)):
-            for kernel in (weight, channels_last(weight)):
-                assert torch.equal(conv2d(wanted, kernel), x)
+        weight = torch.ones(channels, 1, 1, 1, dtype=dtype)
+        formats = same_memory, channels_last
+        for of_input, of_weight in itertools.product(formats, formats):
+            y = conv2d(of_input(x), of_weight(weight), groups=channels)
+            assert torch.equal(y, x)
 
 
 @drawing(max_examples=60, deadline=None, derandomize=True)
@@ -1131,7 +1133,7 @@ def chosen(function, kernels, *tensors, **keywords):
 
 
 def test_choice():
-    x, weight, bias = problem(Shape((8, 16, 30, 30), 32, THREE), torch.float32)
+    x, weight, bias = problem(Shape((8, 16, 30, 30), 40, THREE), torch.float32)
     ours, small = dlkernels.config.owner("cpu"), "too small for our call overhead"
     forced = "dlkernels.config.kernels is 'stock'"
     kernel, reason = chosen(conv2d, "own", x, weight, bias, padding=1)

@@ -34,6 +34,7 @@ def test_every_public_name_of_torch_nn_is_there():
 
 def test_names_without_a_kernel_are_torchs_own_objects():
     ours = {"CrossEntropyLoss", "LazyLinear", "Linear", "LinearCrossEntropyLoss", "functional"}
+    ours |= {"Conv2d", "ConvTranspose2d", "LazyConv2d", "LazyConvTranspose2d"}
     others = [name for name in dir(torch.nn) if name[0] != "_" and name not in ours]
     assert len(others) > 100
     assert [name for name in others if getattr(nn, name) is not getattr(torch.nn, name)] == []
@@ -56,7 +57,8 @@ def test_a_name_that_neither_has_is_an_attribute_error():
 def test_functional_is_ours_completed_by_torchs():
     assert nn.functional is dlkernels.functional
     assert nn.functional.cross_entropy is not torch.nn.functional.cross_entropy
-    assert nn.functional.linear is not torch.nn.functional.linear
+    for name in ("conv2d", "conv_transpose2d", "linear"):
+        assert getattr(nn.functional, name) is not getattr(torch.nn.functional, name)
     assert nn.functional.relu is torch.nn.functional.relu
     assert "max_pool2d" in dir(nn.functional)
 
@@ -276,6 +278,160 @@ def test_refusals_of_linear_are_stocks():
         with pytest.raises(stock.type) as ours:
             nn.Linear(*made)(given)
         assert str(ours.value).splitlines()[0] == str(stock.value).splitlines()[0]
+
+
+# --- Conv2d, ConvTranspose2d ------------------------------------------------------------------
+
+# Arguments after the channels, of both; and of one of them.
+LAYERS = [
+    ("Conv2d", (3,), {}),
+    ("Conv2d", ((3, 2),), {"stride": 2, "padding": 1, "dilation": 2, "groups": 2, "bias": False}),
+    ("Conv2d", (3,), {"padding": "same"}),
+    ("Conv2d", ((2, 4),), {"padding": "same", "dilation": (1, 3)}),
+    ("Conv2d", (3,), {"padding": (1, 2), "padding_mode": "reflect"}),
+    ("Conv2d", (3,), {"padding": 2, "padding_mode": "replicate", "stride": 2}),
+    ("Conv2d", ((3, 2),), {"padding": "same", "padding_mode": "circular"}),
+    ("ConvTranspose2d", (3,), {}),
+    ("ConvTranspose2d", (4,), {"stride": 3, "padding": 1, "output_padding": 2, "groups": 2}),
+    ("ConvTranspose2d", (3,), {"bias": False, "dilation": 2}),
+]
+by_layer = pytest.mark.parametrize(("name", "arguments", "settings"), LAYERS)
+
+
+def both(name, *arguments, **settings):
+    """Stock's and ours, from one seed."""
+    modules = []
+    for namespace in (torch.nn, nn):
+        torch.manual_seed(3)
+        modules.append(getattr(namespace, name)(*arguments, **settings))
+    return modules
+
+
+@by_layer
+def test_convolutions_are_stocks(name, arguments, settings, monkeypatch):
+    monkeypatch.setattr(dlkernels.config, "kernels", "own")
+    stock, ours = both(name, 4, 6, *arguments, **settings)
+    assert isinstance(ours, type(stock))
+    assert repr(ours) == repr(stock) and vars(ours).keys() == vars(stock).keys()
+    for key, value in stock.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], value)
+    stock.load_state_dict(saved_and_loaded(ours.state_dict(), weights_only=True))
+    ours.load_state_dict(stock.state_dict())
+    for shape in ((2, 4, 9, 8), (4, 9, 8)):
+        x = torch.randn(shape, requires_grad=True)
+        outputs = stock(x), ours(x)
+        torch.testing.assert_close(*outputs)
+        upstream = torch.randn_like(outputs[0])
+        pairs = (
+            torch.autograd.grad(output, (x, *module.parameters()), upstream)
+            for output, module in zip(outputs, (stock, ours), strict=True)
+        )
+        for a, b in zip(*pairs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Conv2d", "ConvTranspose2d", "LazyConv2d", "LazyConvTranspose2d"])
+def test_constructor_of_convolutions_is_stocks(name):
+    ours, stock = getattr(nn, name), getattr(torch.nn, name)
+    assert issubclass(ours, stock)
+    assert inspect.signature(ours) == inspect.signature(stock)
+    for wrong in ({"padding_mode": "mirror"}, {"groups": 0}):
+        errors = []
+        for module in (stock, ours):
+            with pytest.raises(ValueError) as error:
+                module(*(() if name.startswith("Lazy") else (4,)), 5, 3, **wrong)
+            errors.append(str(error.value))
+        assert errors[0] == errors[1]
+
+
+@by_layer
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda m: saved_and_loaded(m, weights_only=False)]
+)
+def test_copies_of_convolutions(again, name, arguments, settings):
+    _, layer = both(name, 4, 6, *arguments, **settings)
+    copied = again(layer)
+    assert type(copied) is type(layer) and copied.weight is not layer.weight
+    assert repr(copied) == repr(layer)
+    x = torch.randn(2, 4, 9, 8)
+    assert torch.equal(copied(x), layer(x))
+
+
+@by_layer
+def test_convolutions_hand_all_they_hold_to_the_function(name, arguments, settings, monkeypatch):
+    _, layer = both(name, 4, 6, *arguments, **settings)
+    function = {"Conv2d": "conv2d", "ConvTranspose2d": "conv_transpose2d"}[name]
+    seen = []
+    monkeypatch.setattr(nn.functional, function, lambda *arguments: seen.append(arguments))
+    x = torch.randn(2, 4, 9, 8)
+    layer(x)
+    ((given, weight, bias, stride, padding, *rest),) = seen
+    assert weight is layer.weight and bias is layer.bias and stride == layer.stride
+    if name == "ConvTranspose2d":
+        assert given is x and padding == layer.padding
+        assert rest == [layer.output_padding, layer.groups, layer.dilation]
+    elif layer.padding_mode == "zeros":
+        assert given is x and padding == layer.padding
+        assert rest == [layer.dilation, layer.groups]
+    else:
+        assert given.shape[-1] > x.shape[-1] and padding == (0, 0)
+
+
+def test_the_size_of_a_transposed_convolution():
+    stock, ours = both("ConvTranspose2d", 4, 6, 3, stride=3)
+    x = torch.randn(2, 4, 5, 6)
+    for size in ([16, 19], [2, 6, 15, 20], torch.Size([17, 18])):
+        torch.testing.assert_close(ours(x, size), stock(x, size))
+        assert ours(x, output_size=size).shape[-2:] == torch.Size(size[-2:])
+    for wrong in ([14, 18], [15, 21], [15]):
+        errors = []
+        for module in (stock, ours):
+            with pytest.raises(ValueError) as error:
+                module(x, wrong)
+            errors.append(str(error.value))
+        assert errors[0] == errors[1]
+    for module in (stock, ours):
+        module.padding_mode = "reflect"
+        with pytest.raises(ValueError, match="Only `zeros` padding mode"):
+            module(x)
+
+
+@pytest.mark.parametrize("name", ["Conv2d", "ConvTranspose2d"])
+def test_lazy_convolutions_become_ours(name):
+    lazy = getattr(nn, f"Lazy{name}")(6, 3, padding=1)
+    assert lazy.has_uninitialized_params()
+    x = torch.randn(2, 4, 7, 8)
+    first = lazy(x)
+    assert type(lazy) is getattr(nn, name) and lazy.in_channels == 4
+    assert repr(lazy) == repr(getattr(torch.nn, name)(4, 6, 3, padding=1))
+    torch.testing.assert_close(lazy(x), first)
+
+
+def test_hooks_and_parametrizations_of_conv2d(monkeypatch):
+    monkeypatch.setattr(dlkernels.config, "kernels", "own")
+    stock, layer = both("Conv2d", 4, 6, 3)
+    fired = []
+    for module in (layer, stock):
+        torch.nn.utils.parametrizations.spectral_norm(module)
+        module.eval()
+        module.register_forward_hook(lambda module, args, out: fired.append(module) or 2 * out)
+    layer.load_state_dict(stock.state_dict())
+    assert isinstance(layer, nn.Conv2d)
+    x = torch.randn(2, 4, 7, 8)
+    torch.testing.assert_close(layer(x), stock(x))
+    assert fired == [layer, stock]
+
+
+@pytest.mark.parametrize("name", ["Conv2d", "ConvTranspose2d"])
+def test_refusals_of_convolutions_are_stocks(name):
+    x = torch.randn(2, 4, 9, 8)
+    for given in (x[:, :3], x[0, 0], x[None], x.double(), [1.0]):
+        errors = []
+        for module in both(name, 4, 6, 3):
+            with pytest.raises((RuntimeError, TypeError, ValueError, AttributeError)) as error:
+                module(given)
+            errors.append((type(error.value), str(error.value).splitlines()[0]))
+        assert errors[0] == errors[1]
 
 
 # --- LinearCrossEntropyLoss -------------------------------------------------------------------

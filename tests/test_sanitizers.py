@@ -44,9 +44,14 @@ PARTS = {
     "test_uint8": "",
     "test_the_same_bits": "",
     "test_four_threads": "",
-    # Of linear: every shape in each arithmetic, every layout of memory.
+    # Of linear and conv2d: every shape in each arithmetic, every layout of memory.
     "test_shapes": "no_bias",
     "test_layouts": "",
+    # Of conv2d.
+    "test_transposed_shapes": "",
+    "test_transposition_of": "",
+    "test_an_empty_batch": "",
+    "test_the_gradient_of_a_bias": "",
     # Of linear_cross_entropy: every way of its chunks, in each arithmetic.
     "test_linear_index_targets": "none and not no_bias and not ranges_in_place",
     "test_the_loss_without_gradients": "float32",
@@ -75,6 +80,13 @@ FAULTS = {
         "for (int64_t k = 0; k <= kPiece<T>; ++k)\n          piece[k] =",
         "test_index_targets and transposed_tail and float32 and mean",
         r"cross_entropy_columns\.h:\d+:\d+: runtime error: (store to address|index)",
+    ),
+    "image_transposed_too_far": (
+        "layout.h",
+        "std::min(kSize, r1 - r), ",
+        "std::min(kSize, r1 - r + 1), ",
+        "test_layouts and weight_offset and float32",
+        "ERROR: AddressSanitizer: heap-buffer-overflow",
     ),
     "last_terms_of_a_dot_product": (
         "gemm.h",
@@ -167,7 +179,7 @@ def run_suite(folder: Path, selection: str) -> subprocess.CompletedProcess:
         "OMP_WAIT_POLICY": "passive",  # threads that wait leave the cores to others
     }
     command = [sys.executable, "-m", "pytest", "-n0", "-q", "-s", "-p", "no:cacheprovider"]
-    ops = ("cross_entropy", "linear", "linear_cross_entropy")
+    ops = ("conv2d", "cross_entropy", "linear", "linear_cross_entropy")
     command += [*(f"tests/test_{op}.py" for op in ops), "-k", selection]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -188,4 +200,4 @@ def test_a_planted_fault_is_reported(fault, builds):
     done = run_suite(builds["faulty"], selection)
     assert done.returncode not in (0, 5), done.stdout + done.stderr  # 5: nothing was selected
     assert re.search(report, done.stderr), done.stdout[-3000:] + done.stderr[:3000]
-    assert re.search("dlkernels::(cross_entropy|gemm)::", done.stderr)
+    assert re.search("dlkernels::(cross_entropy|gemm|layout)::", done.stderr)

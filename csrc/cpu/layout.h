@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -30,27 +31,67 @@ void transpose_square(const S* from, int64_t pitch, S* to, int64_t to_pitch, int
   }
 }
 
+// Columns of `rows` rows, a number known to the compiler, to their transpose, and back.
+template <int rows, typename S>
+void interleave(const S* from, int64_t pitch, S* to, int64_t columns) {
+  for (int64_t c = 0; c < columns; ++c)
+    for (int r = 0; r < rows; ++r) to[c * rows + r] = from[r * pitch + c];
+}
+template <int rows, typename S>
+void separate(const S* from, S* to, int64_t pitch, int64_t columns) {
+  for (int64_t c = 0; c < columns; ++c)
+    for (int r = 0; r < rows; ++r) to[r * pitch + c] = from[c * rows + r];
+}
+
+// As interleave or separate, for 1 to kFew rows of which nothing is known.
+constexpr int64_t kFew = 4;
+template <typename S>
+void transpose_few(bool into, const S* from, S* to, int64_t pitch, int64_t rows, int64_t columns) {
+  const auto with = [&](auto known) {
+    into ? interleave<known>(from, pitch, to, columns) : separate<known>(from, to, pitch, columns);
+  };
+  switch (rows) {
+    case 1:
+      return with(std::integral_constant<int, 1>());
+    case 2:
+      return with(std::integral_constant<int, 2>());
+    case 3:
+      return with(std::integral_constant<int, 3>());
+    default:
+      return with(std::integral_constant<int, 4>());
+  }
+}
+
 // `count` matrices of rows × columns, each contiguous, to their transposes. A NaN stays one, any
 // other number keeps its bits.
 template <typename S>
 void transpose(const S* from, S* to, int64_t count, int64_t rows, int64_t columns) {
   constexpr int64_t kSize = Vec<accumulate_t<S>>::size;
-  constexpr int64_t kTile = 64;        // rows and columns that go from cache to cache at once
   constexpr int64_t kGrain = 1 << 15;  // fewest elements worth a second thread
-  const int64_t down = (rows + kTile - 1) / kTile, across = (columns + kTile - 1) / kTile;
-  const int64_t size = std::min(rows, kTile) * std::min(columns, kTile);
+  const bool few_rows = rows <= kFew, few_columns = columns <= kFew;
+  // Rows and columns that go from cache to cache at once.
+  const int64_t height = few_columns ? 4096 : 64, width = few_rows ? 4096 : 64;
+  const int64_t down = (rows + height - 1) / height, across = (columns + width - 1) / width;
+  const int64_t size = std::min(rows, height) * std::min(columns, width);
   torch::stable::parallel_for(
       0, count * down * across, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)),
       [&](int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; ++tile) {
           // What is written next lies beside what was written last.
           const int64_t image = tile / (down * across) * rows * columns;
-          const int64_t r0 = tile % down * kTile, c0 = tile / down % across * kTile;
-          const int64_t r1 = std::min(rows, r0 + kTile), c1 = std::min(columns, c0 + kTile);
-          for (int64_t r = r0; r < r1; r += kSize)
-            for (int64_t c = c0; c < c1; c += kSize)
-              transpose_square(from + image + r * columns + c, columns, to + image + c * rows + r,
-                               rows, std::min(kSize, r1 - r), std::min(kSize, c1 - c));
+          const int64_t r0 = tile % down * height, c0 = tile / down % across * width;
+          const int64_t r1 = std::min(rows, r0 + height), c1 = std::min(columns, c0 + width);
+          const S* const source = from + image;
+          S* const result = to + image;
+          if (few_rows)
+            transpose_few(true, source + c0, result + c0 * rows, columns, rows, c1 - c0);
+          else if (few_columns)
+            transpose_few(false, source + r0 * columns, result + r0, rows, columns, r1 - r0);
+          else
+            for (int64_t r = r0; r < r1; r += kSize)
+              for (int64_t c = c0; c < c1; c += kSize)
+                transpose_square(source + r * columns + c, columns, result + c * rows + r, rows,
+                                 std::min(kSize, r1 - r), std::min(kSize, c1 - c));
         }
       });
 }
