@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "activation.h"
 #include "gemm.h"
 
 namespace dlkernels {
@@ -24,55 +25,6 @@ using Optional = std::optional<Tensor>;
 
 constexpr const char* kOp = "linear";
 constexpr int64_t kGrain = 1 << 16;  // fewest elements worth a second thread
-
-enum class Activation { kNone, kRelu, kLeakyRelu, kTanh, kSigmoid };
-constexpr double kSlope = 0.01;  // of leaky_relu
-
-Activation parse(const std::string& name) {
-  constexpr std::array<const char*, 5> kNames{"none", "relu", "leaky_relu", "tanh", "sigmoid"};
-  const auto* found = std::find(kNames.begin(), kNames.end(), name);
-  DLK_CHECK(found != kNames.end(), kOp,
-            ": expected activation none, relu, leaky_relu, tanh or sigmoid, got ", name);
-  return Activation(found - kNames.begin());
-}
-
-template <typename T>
-Vec<T> activate(Activation activation, Vec<T> x) {
-  using V = Vec<T>;
-  const V zero(T(0)), one(T(1));
-  switch (activation) {
-    case Activation::kNone:
-      return x;
-    case Activation::kRelu:
-      return select(less(x, zero), zero, x);
-    case Activation::kLeakyRelu:
-      return select(less(x, zero), V(T(kSlope)) * x, x);
-    case Activation::kTanh:
-      return tanh(x);
-    default:
-      return one / (one + exp(zero - x));
-  }
-}
-
-// g · act'(x) from y = act(x). As stock's: where a ReLU is 0 an infinite g is too, and where it is
-// NaN g passes.
-template <typename T>
-Vec<T> through(Activation activation, Vec<T> g, Vec<T> y) {
-  using V = Vec<T>;
-  const V zero(T(0)), one(T(1));
-  switch (activation) {
-    case Activation::kNone:
-      return g;
-    case Activation::kRelu:
-      return select(less(zero, y), g, select(less(y, one), zero, g));
-    case Activation::kLeakyRelu:
-      return select(less(zero, y), g, V(T(kSlope)) * g);
-    case Activation::kTanh:
-      return g * (one - y * y);
-    default:
-      return g * (y * (one - y));
-  }
-}
 
 // --------------------------------------------------------------------------------------- arguments
 
@@ -183,7 +135,7 @@ void sum_rows(const gemm::Matrix<S>& x, int64_t m, int64_t n, S* to) {
 
 Tensor linear_forward(Tensor input, Tensor weight, Optional bias, std::string activation) {
   check_arguments(input, weight, bias);
-  const Activation act = parse(activation);
+  const Activation act = parse_activation(kOp, activation);
   const Tensor output = torch::stable::new_empty(input, output_shape(input, weight));
   const int64_t m = rows_of(input), n = weight.size(0), k = weight.size(1);
   if (m == 0 || n == 0) return output;
@@ -235,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor in
                                                    bool want_input, bool want_weight,
                                                    bool want_bias) {
   check_arguments(input, weight, std::nullopt);
-  const Activation act = parse(activation);
+  const Activation act = parse_activation(kOp, activation);
   const std::vector<int64_t> shape = output_shape(input, weight), none{0};
   check_cpu(kOp, "grad_output", grad_output);
   check_dtype(kOp, "grad_output", grad_output, input.scalar_type());
