@@ -11,6 +11,10 @@
 Its start value is the environment variable ``DLKERNELS_KERNELS``. C++ sees the choice as an
 argument of the ops that have one to make, never as hidden state.
 
+``dlkernels.config.winograd`` is ``auto`` (the start value) or ``off``: no convolution then takes
+an algorithm that rounds more than a sum of products, as with ``torch.backends.mkldnn.conv.
+fp32_precision = "ieee"``.
+
 Every call of a public function says here which kernel it took, and why: to the logger
 ``dlkernels`` at DEBUG, and to ``recording()``, on which ``dlkernels.explain`` stands.
 """
@@ -25,6 +29,7 @@ from typing import NamedTuple
 import torch
 
 KERNELS = ("own", "auto", "stock")
+WINOGRAD = ("auto", "off")
 
 logger = logging.getLogger("dlkernels")
 
@@ -91,6 +96,11 @@ def forced() -> str:
     return _state["kernels"]
 
 
+def allows_winograd() -> bool:
+    """``winograd``, likewise."""
+    return _state["winograd"] == "auto"
+
+
 class _Config(types.ModuleType):
     @property
     def kernels(self) -> str:
@@ -102,7 +112,18 @@ class _Config(types.ModuleType):
             raise ValueError(f"dlkernels.config.kernels must be one of {KERNELS}, got {value!r}")
         _state["kernels"] = value
 
+    @property
+    def winograd(self) -> str:
+        return _state["winograd"]
+
+    @winograd.setter
+    def winograd(self, value: str) -> None:
+        if value not in WINOGRAD:
+            raise ValueError(f"dlkernels.config.winograd must be one of {WINOGRAD}, got {value!r}")
+        _state["winograd"] = value
+
 
 _module = sys.modules[__name__]
 _module.__class__ = _Config
 _module.kernels = os.environ.get("DLKERNELS_KERNELS", "auto")
+_module.winograd = "auto"

@@ -1,8 +1,11 @@
-// The activations of an epilogue: those whose derivative follows from the output.
+// The activations of an epilogue, and their derivatives, which follow from the output alone.
 #pragma once
+
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <string>
 
 #include "../check.h"
@@ -57,6 +60,36 @@ Vec<T> through(Activation activation, Vec<T> g, Vec<T> y) {
     default:
       return g * (y * (one - y));
   }
+}
+
+// to[i] = function(i, lanes) for each vector of n elements, over all threads.
+template <typename S, typename Function>
+void for_each_vector(int64_t n, S* to, const Function& function) {
+  using V = Vec<accumulate_t<S>>;
+  constexpr int64_t kGrain = 1 << 16;  // fewest elements worth a second thread
+  torch::stable::parallel_for(0, (n + V::size - 1) / V::size, kGrain / V::size,
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin * V::size; i < std::min(n, end * V::size);
+                                     i += V::size) {
+                                  const int64_t lanes = std::min(V::size, n - i);
+                                  store(to + i, function(i, lanes), lanes);
+                                }
+                              });
+}
+
+// n elements of x through the activation, in their place.
+template <typename S>
+void activate_in_place(Activation activation, S* x, int64_t n) {
+  for_each_vector(n, x,
+                  [=](int64_t i, int64_t lanes) { return activate(activation, load(x + i, lanes)); });
+}
+
+// z = g · act'(…) of n elements, from y = act(…).
+template <typename S>
+void before_activation(Activation activation, const S* g, const S* y, S* z, int64_t n) {
+  for_each_vector(n, z, [=](int64_t i, int64_t lanes) {
+    return through(activation, load(g + i, lanes), load(y + i, lanes));
+  });
 }
 
 }  // namespace dlkernels

@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -15,6 +14,7 @@
 #include "../check.h"
 #include "activation.h"
 #include "gemm.h"
+#include "sums.h"
 
 namespace dlkernels {
 namespace {
@@ -24,7 +24,6 @@ using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
 constexpr const char* kOp = "linear";
-constexpr int64_t kGrain = 1 << 16;  // fewest elements worth a second thread
 
 // --------------------------------------------------------------------------------------- arguments
 
@@ -84,53 +83,6 @@ std::vector<int64_t> output_shape(const Tensor& input, const Tensor& weight) {
   return shape;
 }
 
-// ---------------------------------------------------------------------------------------- products
-
-// Σ over the rows of x[m×n], in float over kBlock rows and in double over blocks, in order.
-template <typename S>
-void sum_rows(const gemm::Matrix<S>& x, int64_t m, int64_t n, S* to) {
-  using T = accumulate_t<S>;
-  using V = Vec<T>;
-  using D = Vec<double>;
-  constexpr int64_t kBlock = 16, kVectors = 4, kStrip = kVectors * V::size, kWidth = 256;
-  static_assert(kWidth % kStrip == 0);
-  const auto row_of = [&](int64_t i, int64_t j, int64_t lanes) {
-    if (x.column_stride == 1) return load(x.at(i, j), lanes);
-    T row[V::size] = {};
-    for (int64_t l = 0; l < lanes; ++l) row[l] = widen(*x.at(i, j + l));
-    return load(row);
-  };
-  // A strip of a block of rows in registers.
-  const auto add = [&](int64_t i0, int64_t j, int64_t width, double* total) {
-    V part[kVectors] = {V(T(0)), V(T(0)), V(T(0)), V(T(0))};
-    for (int64_t i = i0; i < std::min(m, i0 + kBlock); ++i)
-      for (int64_t v = 0; v * V::size < width; ++v)
-        part[v] = part[v] + row_of(i, j + v * V::size, std::min(V::size, width - v * V::size));
-    for (int64_t v = 0; v * V::size < width; ++v) {
-      T sums[V::size];
-      store(sums, part[v]);
-      for (int64_t l = 0; l < V::size; l += D::size) {
-        double* const at = total + v * V::size + l;
-        store(at, load(at) + load_double(sums + l));
-      }
-    }
-  };
-  torch::stable::parallel_for(0, (n + kWidth - 1) / kWidth,
-                              std::max<int64_t>(1, kGrain / (kWidth * std::max<int64_t>(m, 1))),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t j = begin * kWidth; j < std::min(n, end * kWidth);
-                                     j += kWidth) {
-                                  const int64_t width = std::min(kWidth, n - j);
-                                  double total[kWidth] = {};
-                                  for (int64_t i = 0; i < m; i += kBlock)
-                                    for (int64_t c = 0; c < width; c += kStrip)
-                                      add(i, j + c, std::min(kStrip, width - c), total + c);
-                                  for (int64_t c = 0; c < width; ++c)
-                                    to[j + c] = narrow<S>(T(total[c]));
-                                }
-                              });
-}
-
 // ------------------------------------------------------------------------------------ host entries
 
 Tensor linear_forward(Tensor input, Tensor weight, Optional bias, std::string activation) {
@@ -166,18 +118,9 @@ Tensor before_activation(const Tensor& grad_output, const Tensor& output, Activa
   const Tensor result = torch::stable::empty_like(grad);
   for_dtype<bf16, f16>(grad.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
-    using V = Vec<accumulate_t<S>>;
-    const S* g = static_cast<const S*>(grad.const_data_ptr());
-    const S* out = static_cast<const S*>(y.const_data_ptr());
-    S* z = static_cast<S*>(result.mutable_data_ptr());
-    const int64_t n = grad.numel();
-    torch::stable::parallel_for(
-        0, (n + V::size - 1) / V::size, kGrain / V::size, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin * V::size; i < std::min(n, end * V::size); i += V::size) {
-            const int64_t lanes = std::min(V::size, n - i);
-            store(z + i, through(act, load(g + i, lanes), load(out + i, lanes)), lanes);
-          }
-        });
+    dlkernels::before_activation(act, static_cast<const S*>(grad.const_data_ptr()),
+                                 static_cast<const S*>(y.const_data_ptr()),
+                                 static_cast<S*>(result.mutable_data_ptr()), grad.numel());
   });
   return result;
 }
@@ -228,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor in
       const auto x = as_matrix<S>(input, keep_input);
       gemm::multiply(z.transposed(), x, n, k, m, write(grad_weight, k));
     }
-    if (want_bias) sum_rows(z, m, n, static_cast<S*>(grad_bias.mutable_data_ptr()));
+    if (want_bias) sums::rows(z, m, n, static_cast<S*>(grad_bias.mutable_data_ptr()));
   });
   return {grad_input, grad_weight, grad_bias};
 }

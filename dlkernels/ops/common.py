@@ -5,10 +5,46 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn import functional as F
 
 from dlkernels import config
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_SLOPE = 0.01  # of leaky_relu: torch's default
+
+# Those whose derivative follows from the output: nothing else is kept for the backward.
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "leaky_relu": lambda x: F.leaky_relu(x, _SLOPE),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def activation_named(op: str, activation: str | None) -> str:
+    """The name of an activation as the ops have it, "none" for None."""
+    if activation is None:
+        return "none"
+    if activation not in ACTIVATIONS or activation == "none":
+        names = ", ".join(repr(name) for name in ACTIVATIONS if name != "none")
+        raise ValueError(f"{op}: activation must be None or one of {names}, got {activation!r}")
+    return activation
+
+
+def before_activation(gradient: Tensor, output: Tensor | None, activation: str) -> Tensor:
+    """The gradient of an activation's argument from that of its output, in torch ops."""
+    aten = torch.ops.aten
+    if activation == "relu":
+        return aten.threshold_backward(gradient, output, 0)
+    if activation == "leaky_relu":
+        return aten.leaky_relu_backward(gradient, output, _SLOPE, True)
+    if activation == "tanh":
+        return aten.tanh_backward(gradient, output)
+    if activation == "sigmoid":
+        return aten.sigmoid_backward(gradient, output)
+    return gradient
 
 
 def not_differentiable(op: str, *names: str) -> None:
@@ -43,6 +79,21 @@ def unfit(tensors: tuple[Tensor | None, ...]) -> str | None:
     if any(tensor is not None and tensor.device != device for tensor in tensors):
         return "tensors on different devices"
     return None
+
+
+def suggests_channels_last(x: Tensor) -> bool:
+    """What torch's C++ calls ``suggest_memory_format``, of four dimensions. Where sizes of 1 leave
+    it open, and of an empty tensor, it is contiguous."""
+    strides = x.stride()
+    if strides[1] == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        size, stride = x.shape[d], strides[d]
+        if size == 0 or stride < least or (d == 0 and least == strides[1]):
+            return False
+        least = stride * size
+    return True
 
 
 def is_batched(gradient: Tensor | None) -> bool:

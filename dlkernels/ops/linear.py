@@ -20,16 +20,18 @@ from torch.nn import functional as F
 
 from dlkernels import config
 from dlkernels.ops.common import (
+    ACTIVATIONS,
     DTYPES,
+    activation_named,
     active_transform,
     autocast_dtype,
+    before_activation,
     is_batched,
     is_plain,
     not_differentiable,
 )
 
 _OP = "linear"
-_SLOPE = 0.01  # of leaky_relu: torch's default
 _CUBLAS = "cuBLAS does the product"
 
 # Below this many multiply-adds stock is done before our way through Python, of 10 µs forward and 50
@@ -73,18 +75,9 @@ def _(grad_output, input, weight, output, activation, want_input, want_weight, w
 
 # ---------------------------------------------------------------------------------------- reference
 
-_ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": torch.relu,
-    "leaky_relu": lambda x: F.leaky_relu(x, _SLOPE),
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
-
-
 def linear_reference(input, weight, bias, activation):
     """The definition, in torch ops: differentiable any number of times."""
-    return _ACTIVATIONS[activation](F.linear(input, weight, bias))
+    return ACTIVATIONS[activation](F.linear(input, weight, bias))
 
 
 # ----------------------------------------------------------------------------------------- backward
@@ -126,15 +119,7 @@ def _backward(ctx, grad_output):
 
 def _gradients(grad_output, input, weight, output, activation, wanted):
     """The formulas at the head of this file, in torch ops."""
-    d = grad_output
-    if activation == "relu":
-        d = torch.ops.aten.threshold_backward(d, output, 0)
-    elif activation == "leaky_relu":
-        d = torch.ops.aten.leaky_relu_backward(d, output, _SLOPE, True)
-    elif activation == "tanh":
-        d = torch.ops.aten.tanh_backward(d, output)
-    elif activation == "sigmoid":
-        d = torch.ops.aten.sigmoid_backward(d, output)
+    d = before_activation(grad_output, output, activation)
     of_input, of_weight, of_bias = wanted
     rows = math.prod(d.shape[:-1])  # not -1: of no elements it is ambiguous
     flat = d.reshape(rows, d.shape[-1])
@@ -291,11 +276,7 @@ def linear(
         What torch raises, with its words: RuntimeError for shapes and dtypes, TypeError for no
         tensor. ValueError for another activation.
     """
-    if activation is None:
-        activation = "none"
-    elif activation not in _ACTIVATIONS or activation == "none":
-        names = ", ".join(repr(name) for name in _ACTIVATIONS if name != "none")
-        raise ValueError(f"linear: activation must be None or one of {names}, got {activation!r}")
+    activation = activation_named(_OP, activation)
     if _is_small(input, weight):
         if config.is_recording():
             torchs = "stock" if activation == "none" else "reference"

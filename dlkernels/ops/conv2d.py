@@ -1,0 +1,663 @@
+"""The convolution of images with an activation in its epilogue, and its transpose.
+
+For input x (N, C, H, W), weight w (K, C/groups, R, S) and bias b (K), with * over each group::
+
+    y[n, k, p, q] = f(b[k] + Σ_crs x[n, c, p·stride − padding + r·dilation, …] · w[k, c, r, s])
+    d = dL/dy · f'                 f and f' as of linear: f' follows from y
+    dL/dx = the transpose of * with w, of d
+    dL/dw = Σ_npq d · x            dL/db = Σ_npq d
+
+``conv_transpose2d`` is the dL/dx of the convolution that its weight and settings describe; so its
+own dL/dx is a convolution, and its dL/dw that convolution's with x and d changed about.
+
+Raw ops: ``conv2d_forward``, ``conv2d_backward`` for those of the three gradients that are wanted,
+and the same of the transpose. The host entry of each chooses by shape between our algorithms and
+torch's own; ``conv2d_algorithm`` says which. An output is channels_last if the input or the weight
+is, the gradient of each has that one's format. ``exact``: no algorithm that rounds more than a sum
+of products. ``own``: an algorithm of ours wherever there is one.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dlkernels import config
+from dlkernels.ops.common import (
+    ACTIVATIONS,
+    DTYPES,
+    activation_named,
+    active_transform,
+    autocast_dtype,
+    before_activation,
+    is_batched,
+    not_differentiable,
+    suggests_channels_last,
+    unfit,
+)
+
+_OP, _TRANSPOSE = "conv2d", "conv_transpose2d"
+
+# Below this many multiply-adds stock is done before our way through Python.
+_SMALL = 2**20
+_LARGEST = 2**31 - 1  # of a stride, padding or dilation that a kernel of ours takes
+
+# ------------------------------------------------------------------------------------------ schemas
+
+_TENSORS = "Tensor input, Tensor weight"
+_SETTINGS = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+_TRANSPOSED = (
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] output_padding, SymInt groups,"
+    " SymInt[2] dilation, bool exact, bool own"
+)
+_WANTED = "bool want_input, bool want_weight, bool want_bias"
+_GRADIENTS = "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+_ARGUMENTS = f"{_TENSORS}, Tensor? bias, {_SETTINGS}, str activation, bool exact, bool own"
+
+for _schema in (
+    f"conv2d({_ARGUMENTS}) -> Tensor",
+    f"conv2d_forward({_ARGUMENTS}) -> Tensor",
+    # An unwanted gradient comes back as an empty tensor of shape (0). ``output`` is y, wanted for
+    # every activation but "none".
+    f"conv2d_backward(Tensor grad_output, {_TENSORS}, Tensor? output, {_SETTINGS},"
+    f" str activation, bool exact, bool own, {_WANTED}) -> {_GRADIENTS}",
+    f"conv_transpose2d({_TENSORS}, Tensor? bias, {_TRANSPOSED}) -> Tensor",
+    f"conv_transpose2d_forward({_TENSORS}, Tensor? bias, {_TRANSPOSED}) -> Tensor",
+    f"conv_transpose2d_backward(Tensor grad_output, {_TENSORS}, {_TRANSPOSED}, {_WANTED})"
+    f" -> {_GRADIENTS}",
+    # The algorithms of forward, input gradient and weight gradient: "winograd, aten, direct".
+    f"conv2d_algorithm({_ARGUMENTS}) -> str",
+):
+    torch.library.define(f"dlkernels::{_schema.split('(')[0]}", _schema[_schema.index("(") :])
+
+_ops = torch.ops.dlkernels
+
+
+def _format(channels_last):
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _image(input, weight, channels, size):
+    """An empty output."""
+    shape = (input.shape[0], channels, *size)
+    last = shape[0] != 0 and (suggests_channels_last(input) or suggests_channels_last(weight))
+    return torch.empty(
+        shape, dtype=input.dtype, device=input.device, memory_format=_format(last)
+    )
+
+
+def _size(input, weight, stride, padding, dilation):
+    return [
+        (input.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1)
+        // stride[d]
+        + 1
+        for d in range(2)
+    ]
+
+
+def _transposed_size(input, weight, stride, padding, output_padding, dilation):
+    return [
+        (input.shape[2 + d] - 1) * stride[d]
+        - 2 * padding[d]
+        + dilation[d] * (weight.shape[2 + d] - 1)
+        + output_padding[d]
+        + 1
+        for d in range(2)
+    ]
+
+
+def _empty_gradients(input, weight, channels, want_input, want_weight, want_bias):
+    def like(x, wanted):
+        if not wanted:
+            return x.new_empty(0)
+        last = suggests_channels_last(x)
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_format(last))
+
+    return (
+        like(input, want_input),
+        like(weight, want_weight),
+        input.new_empty(channels if want_bias else 0),
+    )
+
+
+@torch.library.register_fake("dlkernels::conv2d")
+@torch.library.register_fake("dlkernels::conv2d_forward")
+def _(input, weight, bias, stride, padding, dilation, groups, activation, exact, own):
+    size = _size(input, weight, stride, padding, dilation)
+    return _image(input, weight, weight.shape[0], size)
+
+
+@torch.library.register_fake("dlkernels::conv2d_backward")
+def _(
+    grad_output, input, weight, output, stride, padding, dilation, groups, activation, exact, own,
+    want_input, want_weight, want_bias,
+):  # fmt: skip
+    channels = weight.shape[0]
+    return _empty_gradients(input, weight, channels, want_input, want_weight, want_bias)
+
+
+@torch.library.register_fake("dlkernels::conv_transpose2d")
+@torch.library.register_fake("dlkernels::conv_transpose2d_forward")
+def _(input, weight, bias, stride, padding, output_padding, groups, dilation, exact, own):
+    size = _transposed_size(input, weight, stride, padding, output_padding, dilation)
+    return _image(input, weight, weight.shape[1] * groups, size)
+
+
+@torch.library.register_fake("dlkernels::conv_transpose2d_backward")
+def _(
+    grad_output, input, weight, stride, padding, output_padding, groups, dilation, exact, own,
+    want_input, want_weight, want_bias,
+):  # fmt: skip
+    channels = weight.shape[1] * groups
+    return _empty_gradients(input, weight, channels, want_input, want_weight, want_bias)
+
+
+# ---------------------------------------------------------------------------------------- reference
+
+
+def conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation):
+    """The definition, in torch ops: differentiable any number of times."""
+    output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return ACTIVATIONS[activation](output)
+
+
+# ----------------------------------------------------------------------------------------- backward
+
+
+def _save(ctx, input, weight, output, activation):
+    """Keeps what the wanted gradients read: no input for a frozen weight, and no weight, which may
+    then be changed before the backward, for an input without a gradient."""
+    of_input, of_weight, *_ = ctx.needs_input_grad
+    ctx.set_materialize_grads(False)
+    # Of what is not kept only the layout counts.
+    ctx.of_input = None if of_weight else (input.shape, input.stride())
+    ctx.of_weight = None if of_input else (weight.shape, weight.stride())
+    ctx.save_for_backward(
+        input if of_weight else None,
+        weight if of_input else None,
+        output if activation != "none" else None,
+    )
+
+
+def _kept(ctx, grad_output):
+    """Input, weight and output, or what stands in for them."""
+    input, weight, output = ctx.saved_tensors
+    if input is None:
+        input = grad_output.new_empty_strided(*ctx.of_input)
+    if weight is None:
+        weight = grad_output.new_empty_strided(*ctx.of_weight)
+    return input, weight, output
+
+
+def _gradients(d, input, weight, transposed, stride, padding, dilation, output_padding, groups, of):
+    """The formulas at the head of this file, in torch ops."""
+    of_input, of_weight, of_bias = of
+    of_input, of_weight, _ = torch.ops.aten.convolution_backward(
+        d, input, weight, None, stride, padding, dilation, transposed, output_padding, groups,
+        [of_input, of_weight, False],
+    )  # fmt: skip
+    return of_input, of_weight, d.sum((0, 2, 3)) if of_bias else None
+
+
+def _is_torchs(grad_output):
+    """Whether a backward is differentiated again, or batched."""
+    return torch.is_grad_enabled() or is_batched(grad_output)
+
+
+def _wanted_ones(gradients, wanted):
+    return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
+
+
+def _backward(ctx, grad_output):
+    """The three gradients by the kernel; in torch ops where they are differentiated again."""
+    if grad_output is None:
+        return None, None, None
+    input, weight, output = _kept(ctx, grad_output)
+    wanted = ctx.needs_input_grad[:3]
+    stride, padding, dilation, groups, activation, *_ = ctx.settings
+    if _is_torchs(grad_output):
+        d = before_activation(grad_output, output, activation)
+        return _gradients(
+            d, input, weight, False, stride, padding, dilation, (0, 0), groups, wanted
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        gradients = _ops.conv2d_backward(
+            grad_output, input, weight, output, *ctx.settings, *wanted
+        )
+    return _wanted_ones(gradients, wanted)
+
+
+def _backward_of_transpose(ctx, grad_output):
+    """The same of conv_transpose2d."""
+    if grad_output is None:
+        return None, None, None
+    input, weight, _ = _kept(ctx, grad_output)
+    wanted = ctx.needs_input_grad[:3]
+    stride, padding, output_padding, groups, dilation, *_ = ctx.settings
+    if _is_torchs(grad_output):
+        return _gradients(
+            grad_output, input, weight, True, stride, padding, dilation, output_padding, groups,
+            wanted,
+        )  # fmt: skip
+    with torch._C._AutoDispatchBelowAutograd():
+        gradients = _ops.conv_transpose2d_backward(
+            grad_output, input, weight, *ctx.settings, *wanted
+        )
+    return _wanted_ones(gradients, wanted)
+
+
+def _forward(*arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.conv2d_forward(*arguments)
+
+
+def _forward_of_transpose(*arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.conv_transpose2d_forward(*arguments)
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, *settings):
+        output = _forward(input, weight, bias, *settings)
+        ctx.settings = settings
+        _save(ctx, input, weight, output, settings[4])
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return *_backward(ctx, grad_output), *(None,) * len(ctx.settings)
+
+
+class _ConvTranspose2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, *settings):
+        output = _forward_of_transpose(input, weight, bias, *settings)
+        ctx.settings = settings
+        _save(ctx, input, weight, None, "none")
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return *_backward_of_transpose(ctx, grad_output), *(None,) * len(ctx.settings)
+
+
+# The public ops: functional, for export, opcheck and compile.
+
+
+def _setup_context(ctx, inputs, output):
+    input, weight, _, *ctx.settings = inputs
+    _save(ctx, input, weight, output, ctx.settings[4])
+
+
+def _backward_of_op(ctx, grad_output):
+    return *_backward(ctx, grad_output), *(None,) * len(ctx.settings)
+
+
+def _setup_context_of_transpose(ctx, inputs, output):
+    input, weight, _, *ctx.settings = inputs
+    _save(ctx, input, weight, None, "none")
+
+
+def _backward_of_transposed_op(ctx, grad_output):
+    return *_backward_of_transpose(ctx, grad_output), *(None,) * len(ctx.settings)
+
+
+torch.library.register_autograd("dlkernels::conv2d", _backward_of_op, setup_context=_setup_context)
+torch.library.register_autograd(
+    "dlkernels::conv_transpose2d",
+    _backward_of_transposed_op,
+    setup_context=_setup_context_of_transpose,
+)
+
+not_differentiable(_OP, "conv2d_forward", "conv2d_backward")
+not_differentiable(_TRANSPOSE, "conv_transpose2d_forward", "conv_transpose2d_backward")
+
+
+# ------------------------------------------------------------------------------------------- choice
+
+
+@functools.cache
+def _has_kernel(device):
+    """Whether the ops have kernels of ours there: on a GPU they are Triton's."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        "dlkernels::conv2d_forward", device.upper()
+    )
+
+
+@torch.compiler.assume_constant_result
+def _is_exact(device):
+    """Whether the user wants a sum of products, and nothing that rounds more."""
+    backend = "cuda" if device == "cuda" else "mkldnn"
+    precision = torch._C._get_fp32_precision_getter(backend, "conv")  # of the parents, if unset
+    return precision == "ieee" or not config.allows_winograd()
+
+
+def _pair(value):
+    """One number or two as a pair; None for what torch refuses, or reads in a way of its own."""
+    if isinstance(value, (tuple, list)):
+        value = tuple(value) * (2 if len(value) == 1 else 1)
+    else:
+        value = (value, value)
+    numbers = all(isinstance(v, int | torch.SymInt) and type(v) is not bool for v in value)
+    return value if numbers and len(value) == 2 else None
+
+
+def _in_range(pair, least):
+    return pair is not None and all(least <= v <= _LARGEST for v in pair)
+
+
+def _same(padding, kernel, stride, dilation):
+    """A padding in words as (pair, (columns, rows) more behind the image); None for an unknown."""
+    if padding == "valid":
+        return (0, 0), (0, 0)
+    if padding != "same" or stride != (1, 1):
+        return None
+    total = [dilation[d] * (kernel[d] - 1) for d in range(2)]
+    return (total[0] // 2, total[1] // 2), (total[1] % 2, total[0] % 2)
+
+
+def _refusal(input, weight, bias):
+    """Why our kernels do not take these tensors: torch refuses them, or only torch can."""
+    if reason := unfit((input, weight, bias)):
+        return reason
+    device = input.device.type
+    if not _has_kernel(device):
+        return f"no kernel for device {device}"
+    dtype = autocast_dtype(input, device)
+    if dtype not in DTYPES:
+        return f"no kernel for {dtype}"
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and autocast_dtype(tensor, device) != dtype:
+            return f"{name} of {tensor.dtype} beside input of {input.dtype}"
+    if weight.dim() != 4 or input.dim() not in (3, 4):
+        return f"weight of shape {tuple(weight.shape)} for input of {tuple(input.shape)}"
+    if any(size == 0 for size in (*input.shape[-3:], *weight.shape)):
+        return "an empty image or kernel"
+    return None
+
+
+def _refusal_of_shape(input, weight, bias, channels, outputs, groups):
+    if not isinstance(groups, int | torch.SymInt) or groups < 1 or weight.shape[0] % groups:
+        return f"groups={groups} for weight of shape {tuple(weight.shape)}"
+    if input.shape[-3] != channels:
+        return f"weight of shape {tuple(weight.shape)} for input of {tuple(input.shape)}"
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != outputs):
+        return f"bias of shape {tuple(bias.shape)} for weight of {tuple(weight.shape)}"
+    return None
+
+
+def _settings(input, weight, bias, stride, padding, dilation, groups):
+    """(why no kernel of ours takes these arguments, (stride, padding, dilation, groups), what more
+    padding there is behind the image)."""
+    if reason := _refusal(input, weight, bias):
+        return reason, None, None
+    stride, dilation, behind = _pair(stride), _pair(dilation), (0, 0)
+    if not (_in_range(stride, 1) and _in_range(dilation, 1)):
+        return "a stride or dilation that is not two positive numbers", None, None
+    kernel = weight.shape[2:]
+    if isinstance(padding, str):
+        padding, behind = _same(padding, kernel, stride, dilation) or (None, None)
+    else:
+        padding = _pair(padding)
+    if not _in_range(padding, 0):
+        return "a padding that is not two numbers", None, None
+    groups_of = weight.shape[1] * groups if isinstance(groups, int | torch.SymInt) else None
+    if reason := _refusal_of_shape(input, weight, bias, groups_of, weight.shape[0], groups):
+        return reason, None, None
+    for d in range(2):
+        size = input.shape[d - 2] + 2 * padding[d] + behind[1 - d]
+        if size < dilation[d] * (kernel[d] - 1) + 1:
+            return f"input of {tuple(input.shape)} below the kernel's size", None, None
+    return None, (stride, padding, dilation, groups), behind
+
+
+def _settings_of_transpose(
+    input, weight, bias, stride, padding, output_padding, groups, dilation
+):
+    """(why no kernel of ours takes these arguments, (stride, padding, output_padding, groups,
+    dilation), the size of the output)."""
+    if reason := _refusal(input, weight, bias):
+        return reason, None, None
+    stride, dilation, padding = _pair(stride), _pair(dilation), _pair(padding)
+    output_padding = _pair(output_padding)
+    if not (_in_range(stride, 1) and _in_range(dilation, 1)):
+        return "a stride or dilation that is not two positive numbers", None, None
+    if not (_in_range(padding, 0) and _in_range(output_padding, 0)):
+        return "a padding that is not two numbers", None, None
+    outputs = weight.shape[1] * groups if isinstance(groups, int | torch.SymInt) else None
+    if reason := _refusal_of_shape(input, weight, bias, weight.shape[0], outputs, groups):
+        return reason, None, None
+    if any(output_padding[d] >= stride[d] for d in range(2)):
+        return "an output_padding that is not below the stride", None, None
+    image = input if input.dim() == 4 else input.unsqueeze(0)
+    size = _transposed_size(image, weight, stride, padding, output_padding, dilation)
+    if size[0] < 1 or size[1] < 1:
+        return f"input of {tuple(input.shape)} below the padding's size", None, None
+    return None, (stride, padding, output_padding, groups, dilation), (outputs, *size)
+
+
+def _is_small(input, weight, stride, transposed=False):
+    """Whether stock would be done before our way through Python. A traced size is not asked."""
+    if config.forced() != "auto" or torch.compiler.is_compiling():
+        return False
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and weight.dim() == 4):
+        return False
+    if not input.is_cpu or input.dim() < 3 or input.numel() * weight.numel() == 0:
+        return False
+    work = input.numel() // input.shape[-3] * weight.numel()
+    if not transposed and (pair := _pair(stride)) and _in_range(pair, 1):
+        work //= pair[0] * pair[1]
+    return work < _SMALL
+
+
+_DIRECTIONS = ("forward", "input gradient", "weight gradient")
+
+
+def _algorithms(input, weight, bias, stride, padding, dilation, groups, activation, exact, own):
+    image = input if input.dim() == 4 else input.unsqueeze(0)
+    # Autocast has still to come: the choice is that of its dtype.
+    dtype = autocast_dtype(input, input.device.type)
+    if image.dtype != dtype:
+        image, weight = image.to(dtype), weight.to(dtype)
+    return _ops.conv2d_algorithm(
+        image, weight, None, stride, padding, dilation, groups, activation, exact, own
+    ).split(", ")
+
+
+def _refuse_torchs(op, algorithms, input, weight):
+    """Under "own": an error where torch would do what is asked for."""
+    graded = torch.is_grad_enabled()
+    asked = (True, graded and input.requires_grad, graded and weight.requires_grad)
+    torchs = [
+        what
+        for what, algorithm, wanted in zip(_DIRECTIONS, algorithms, asked, strict=True)
+        if wanted and algorithm == "aten"
+    ]
+    if torchs:
+        raise NotImplementedError(f"{op}: no kernel of ours: torch does the {', '.join(torchs)}")
+
+
+def _note(op, device, algorithms):
+    """Records who does what: a forward by torch is no kernel of ours."""
+    reason = ", ".join(
+        f"{what}: {algorithm}" for what, algorithm in zip(_DIRECTIONS, algorithms, strict=True)
+    )
+    owner = config.owner("cpu") if device == "cpu" else "triton"
+    config.record(op, "stock" if algorithms[0] == "aten" else owner, reason)
+
+
+def _torchs_reason(op, reason, stocks):
+    """Why a call is torch's before our kernels are asked, if it is; ``stocks()`` is that call."""
+    if transform := active_transform():
+        return transform
+    kernels = config.forced()
+    if kernels == "stock":
+        return "dlkernels.config.kernels is 'stock'"
+    if reason is not None and kernels == "own":
+        stocks()  # bad input is torch's to refuse
+        raise NotImplementedError(f"{op}: no kernel of ours: {reason}")
+    return reason
+
+
+# ------------------------------------------------------------------------------------------- public
+
+
+def _cast(input, weight, bias):
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = autocast_dtype(input, device)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return input, weight, bias
+
+
+def _call(public, function, raw, input, weight, bias, *settings):
+    """The kernel, with a derivative where one is needed."""
+    input, weight, bias = _cast(input, weight, bias)
+    batched = input.dim() == 4
+    if not batched:
+        input = input.unsqueeze(0)
+    if torch.compiler.is_compiling():
+        output = public(input, weight, bias, *settings)
+    elif torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        output = function.apply(input, weight, bias, *settings)
+    else:
+        output = raw(input, weight, bias, *settings)
+    return output if batched else output.squeeze(0)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """``torch.nn.functional.conv2d``, and an activation with it where one is named.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), in any strides; channels_last is the fast layout. float32,
+            float64, bfloat16 or float16, computed in float32 (float64 for float64).
+        weight: (K, C / groups, R, S), of the input's dtype, in any strides.
+        bias: (K), of the input's dtype.
+        stride, dilation: a number, or one for rows and one for columns.
+        padding: likewise; or ``"valid"``, or ``"same"``, for a stride of 1 alone.
+        groups: into how many groups the channels of input and output are cut.
+        activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"tanh"`` or ``"sigmoid"``:
+            applied before the output is rounded and written.
+
+    Returns:
+        (N, K, P, Q) or (K, P, Q), channels_last if input or weight is, of the input's dtype; under
+        autocast, of autocast's. In float32 a 3×3 convolution of stride 1 may be off by up to 4
+        times the error of a sum of products (5 in the weight's gradient) unless
+        ``torch.backends.mkldnn.conv.fp32_precision`` is ``"ieee"`` or ``dlkernels.config.winograd``
+        ``"off"``.
+
+    Raises:
+        What torch raises, with its words: RuntimeError for shapes and dtypes, TypeError for no
+        tensor. ValueError for another activation. NotImplementedError under
+        ``dlkernels.config.kernels = "own"``, where there is no kernel of ours.
+    """
+    activation = activation_named(_OP, activation)
+    torchs = "stock" if activation == "none" else "reference"
+
+    def stocks():
+        return conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation)
+
+    if _is_small(input, weight, stride):
+        if config.is_recording():
+            config.record(_OP, torchs, "too small for our call overhead")
+        return stocks()
+    reason, settings, behind = _settings(input, weight, bias, stride, padding, dilation, groups)
+    if reason := _torchs_reason(_OP, reason, stocks):
+        config.record(_OP, torchs, reason)
+        return stocks()
+    if behind != (0, 0):
+        input = F.pad(input, (0, behind[0], 0, behind[1]))
+    device = input.device.type
+    own = config.forced() == "own"
+    settings = (*settings, activation, _is_exact(device), own)
+    if (own or config.is_recording()) and not torch.compiler.is_compiling():
+        algorithms = _algorithms(input, weight, bias, *settings)
+        if own:
+            _refuse_torchs(_OP, algorithms, input, weight)
+        _note(_OP, device, algorithms)
+    return _call(_ops.conv2d, _Conv2d, _forward, input, weight, bias, *settings)
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    output_padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, int] = 1,
+) -> Tensor:
+    """``torch.nn.functional.conv_transpose2d``: the input gradient of a convolution, as an op.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), in any strides and dtype that ``conv2d`` takes.
+        weight: (C, K / groups, R, S), of the input's dtype, in any strides.
+        bias: (K), of the input's dtype.
+        stride, padding, dilation: those of the convolution; numbers or pairs.
+        output_padding: rows and columns more, below the stride (or the dilation, which is stock's).
+        groups: into how many groups the channels of input and output are cut.
+
+    Returns:
+        (N, K, (H − 1)·stride − 2·padding + dilation·(R − 1) + output_padding + 1, …) or without N,
+        in the format, dtype and precision of ``conv2d``.
+
+    Raises:
+        What torch raises, with its words; NotImplementedError as ``conv2d``.
+    """
+
+    def stocks():
+        return F.conv_transpose2d(
+            input, weight, bias, stride, padding, output_padding, groups, dilation
+        )
+
+    if _is_small(input, weight, stride, transposed=True):
+        if config.is_recording():
+            config.record(_TRANSPOSE, "stock", "too small for our call overhead")
+        return stocks()
+    reason, settings, size = _settings_of_transpose(
+        input, weight, bias, stride, padding, output_padding, groups, dilation
+    )
+    if reason := _torchs_reason(_TRANSPOSE, reason, stocks):
+        config.record(_TRANSPOSE, "stock", reason)
+        return stocks()
+    device = input.device.type
+    own, exact = config.forced() == "own", _is_exact(device)
+    if (own or config.is_recording()) and not torch.compiler.is_compiling():
+        # As the convolution of an image of the output's size: its gradient is our forward.
+        batch = input.shape[0] if input.dim() == 4 else 1
+        image = input.new_empty(()).expand(batch, *size)
+        stride, padding, _, groups, dilation = settings
+        gradient, forward, of_weight = _algorithms(
+            image, weight, None, stride, padding, dilation, groups, "none", exact, own
+        )
+        algorithms = forward, gradient, of_weight
+        if own:
+            _refuse_torchs(_TRANSPOSE, algorithms, input, weight)
+        _note(_TRANSPOSE, device, algorithms)
+    return _call(
+        _ops.conv_transpose2d,
+        _ConvTranspose2d,
+        _forward_of_transpose,
+        input,
+        weight,
+        bias,
+        *settings,
+        exact,
+        own,
+    )
