@@ -95,8 +95,7 @@ bool is_channels_last(const Tensor& x) {
   for (const int64_t d : {1, 3, 2, 0}) {
     if (x.size(d) == 0 || x.stride(d) < least) return false;
     if (d == 0 && least == x.stride(1)) return false;
-    least = x.stride(d);
-    if (x.size(d) > 1) least *= x.size(d);
+    least = x.stride(d) * x.size(d);
   }
   return true;
 }
@@ -116,12 +115,12 @@ few_channels::Images<S> images(const Tensor& x) {
 
 // ------------------------------------------------------------------------------------------ choice
 
-// Where vectors over tiles are the faster: measured beside oneDNN on 2 cores of AVX-512.
-bool has_few_channels(const Tensor& input, const Tensor& weight, const Settings& s) {
+// Of any number of channels, where that is asked for; else where measured faster than oneDNN, on 2
+// cores of AVX-512.
+bool takes_few_channels(const Tensor& weight, const Settings& s, bool own) {
   const auto is = [](const Sizes& x, int64_t value) { return x[0] == value && x[1] == value; };
-  return s.groups == 1 && is(s.stride, 1) && is(s.dilation, 1) && weight.size(1) <= 32 &&
-         weight.size(0) <= 64 && weight.size(2) <= 11 && weight.size(3) <= 11 &&
-         input.size(2) * input.size(3) <= 1 << 16;
+  if (s.groups != 1 || !is(s.stride, 1) || !is(s.dilation, 1)) return false;
+  return own || (weight.size(1) <= 32 && weight.size(0) <= 64);
 }
 
 few_channels::Shape few_channels_shape(const Tensor& input, const Tensor& weight,
@@ -167,8 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> aten_convolution_backward(const Tensor& grad,
       from(s.groups),
       from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), wanted.size()))};
   call("aten::convolution_backward", stack);
-  const auto get = [&](int64_t i) { return wanted[i] ? to<Tensor>(stack[i]) : Tensor(); };
-  return {get(0), get(1), get(2)};
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
 }
 
 // body(n, k, i, j) for the pooled pixels of every image, channel by channel.
@@ -229,16 +227,17 @@ void unpool(const Tensor& grad, const Tensor& output, const Tensor& argmax, Acti
 std::tuple<Tensor, Tensor> conv2d_max_pool2d_forward(Tensor input, Tensor weight, Optional bias,
                                                      Sizes stride, Sizes padding, Sizes dilation,
                                                      int64_t groups, std::string activation, bool,
-                                                     bool) {
+                                                     bool own) {
   const Settings s{stride, padding, dilation, groups};
   check_arguments(input, weight, bias, s);
   const Activation act = parse_activation(kOp, activation);
-  const bool channels_last = is_channels_last(input) || is_channels_last(weight);
+  const bool channels_last =
+      input.size(0) != 0 && (is_channels_last(input) || is_channels_last(weight));
   const Sizes shape = pooled_shape(input, weight, s);
   const Tensor output = make(input, shape, input.scalar_type(), channels_last);
   const Tensor argmax = make(input, shape, ScalarType::Byte, channels_last);
   if (output.numel() == 0) return {output, argmax};
-  if (has_few_channels(input, weight, s)) {
+  if (takes_few_channels(weight, s, own)) {
     for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
       using S = decltype(tag);
       const Tensor b = bias ? torch::stable::contiguous(*bias) : Tensor();
@@ -257,7 +256,7 @@ std::tuple<Tensor, Tensor> conv2d_max_pool2d_forward(Tensor input, Tensor weight
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_max_pool2d_backward(
     Tensor grad_output, Tensor input, Tensor weight, Tensor output, Tensor argmax, Sizes stride,
-    Sizes padding, Sizes dilation, int64_t groups, std::string activation, bool, bool,
+    Sizes padding, Sizes dilation, int64_t groups, std::string activation, bool, bool own,
     bool want_input, bool want_weight, bool want_bias) {
   const Settings s{stride, padding, dilation, groups};
   check_arguments(input, weight, std::nullopt, s);
@@ -277,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_max_pool2d_backward(
                                   want_weight && is_channels_last(weight));
   const Tensor grad_bias =
       make(input, want_bias ? Sizes{weight.size(0)} : none, input.scalar_type(), false);
-  if (has_few_channels(input, weight, s)) {
+  if (takes_few_channels(weight, s, own)) {
     for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
       using S = decltype(tag);
       const Tensor dy = torch::stable::contiguous(grad_output),
@@ -302,7 +301,22 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_max_pool2d_backward(
   });
   auto [dx, dw, db] =
       aten_convolution_backward(dz, input, weight, s, {want_input, want_weight, want_bias});
-  return {want_input ? dx : grad_input, want_weight ? dw : grad_weight, want_bias ? db : grad_bias};
+  const auto as = [](const Tensor& gradient, const Tensor& like) {
+    return torch::stable::contiguous(gradient, is_channels_last(like)
+                                                   ? torch::headeronly::MemoryFormat::ChannelsLast
+                                                   : torch::headeronly::MemoryFormat::Contiguous);
+  };
+  return {want_input ? as(dx, input) : grad_input, want_weight ? as(dw, weight) : grad_weight,
+          want_bias ? db : grad_bias};
+}
+
+std::string conv2d_max_pool2d_algorithm(Tensor input, Tensor weight, Optional bias, Sizes stride,
+                                        Sizes padding, Sizes dilation, int64_t groups,
+                                        std::string activation, bool, bool own) {
+  const Settings s{stride, padding, dilation, groups};
+  check_arguments(input, weight, bias, s);
+  parse_activation(kOp, activation);
+  return takes_few_channels(weight, s, own) ? "few_channels" : "aten";
 }
 
 }  // namespace
@@ -311,5 +325,6 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_max_pool2d_backward(
 STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("conv2d_max_pool2d", TORCH_BOX(&dlkernels::conv2d_max_pool2d_forward));
   m.impl("conv2d_max_pool2d_forward", TORCH_BOX(&dlkernels::conv2d_max_pool2d_forward));
+  m.impl("conv2d_max_pool2d_algorithm", TORCH_BOX(&dlkernels::conv2d_max_pool2d_algorithm));
   m.impl("conv2d_max_pool2d_backward", TORCH_BOX(&dlkernels::conv2d_max_pool2d_backward));
 }
