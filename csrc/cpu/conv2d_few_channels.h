@@ -187,7 +187,8 @@ struct Rows {
 };
 
 // height × width pixels from (y, x) of each tile's place on, of every channel of an image, as
-// to[((channel·height + row)·width + column)·L + lane]. Zeros outside the image.
+// to[((channel·height + row)·width + column)·L + lane]. Zeros outside the image, and of
+// tiles behind the last.
 template <typename S, typename T>
 void gather(const Images<const S>& from, int64_t channels, int64_t image_height,
             int64_t image_width, const Tiles& tiles, int64_t first, int64_t y, int64_t x,
@@ -201,16 +202,19 @@ void gather(const Images<const S>& from, int64_t channels, int64_t image_height,
       for (int64_t j = 0; j < n; j += kSegment) {
         const int64_t count = std::min(kSegment, n - j);
         for (int64_t l = 0; l < L; ++l) {
-          const auto place = tiles.at(std::min(first + l, tiles.count - 1));
-          const int64_t begin = (place.y + y) * in_a_row + j, end = begin + count;
-          const int64_t low = std::clamp<int64_t>(-begin, 0, count);
-          const int64_t high = std::clamp<int64_t>(image_height * in_a_row - begin, low, count);
+          const auto place = tiles.at(first + l);
+          const int64_t begin = (place.y + y) * in_a_row + j;
+          int64_t low = 0, high = 0;
+          if (first + l < tiles.count) {
+            low = std::clamp<int64_t>(-begin, 0, count);
+            high = std::clamp<int64_t>(image_height * in_a_row - begin, low, count);
+          }
           T* const row = rows + l * Rows<T>::kPitch;
-          if (low > 0) std::fill(row, row + low, T(0));
+          std::fill(row, row + low, T(0));
           if (high > low)
             read(from.at(place.image, c, 0, 0) + (begin + low) * from.column, from.column,
                  high - low, row + low);
-          if (end > begin + high) std::fill(row + high, row + count, T(0));
+          std::fill(row + high, row + count, T(0));
         }
         to_lanes(rows, Rows<T>::kPitch, count, to + (c * n + j) * L);
       }
@@ -221,11 +225,11 @@ void gather(const Images<const S>& from, int64_t channels, int64_t image_height,
       for (int64_t j = 0; j < width; j += kSegment) {
         const int64_t count = std::min(kSegment, width - j);
         for (int64_t l = 0; l < L; ++l) {
-          const auto place = tiles.at(std::min(first + l, tiles.count - 1));
+          const auto place = tiles.at(first + l);
           const int64_t row_of = place.y + y + i, begin = place.x + x + j;
           T* const row = rows + l * Rows<T>::kPitch;
           int64_t low = 0, high = 0;
-          if (row_of >= 0 && row_of < image_height) {
+          if (first + l < tiles.count && row_of >= 0 && row_of < image_height) {
             low = std::clamp<int64_t>(-begin, 0, count);
             high = std::clamp<int64_t>(image_width - begin, low, count);
           }
@@ -395,6 +399,121 @@ void convolve(const Shape& s, const Images<const S>& x, const Packed<T>& w, Acti
       }
     }
   });
+}
+
+// --------------------------------------------------------------------------------- weight_gradient
+
+// dw, and db where it is not null, from x and dy.
+template <typename S>
+void weight_gradient(const Shape& s, const Images<const S>& x, const Images<const S>& dy,
+                     const Images<S>& dw, S* db) {
+  using T = accumulate_t<S>;
+  using V = Vec<T>;
+  constexpr int64_t L = V::size, kLeast = 8, kParts = 16;
+  const int64_t output_height = s.output_height(), output_width = s.output_width();
+  const int64_t outputs = round_up(s.outputs, kGradients), taps = s.taps();
+  // Tiles that divide the output, so that a gradient of 0 outside meets no infinite input: whole
+  // images, or less where these are few or large.
+  Tiles tiles{output_height, output_width, 1, 1, s.batch};
+  const auto divide = [](int64_t& size, int64_t& count, int64_t whole) {
+    do ++count;
+    while (whole % count != 0);
+    size = whole / count;
+  };
+  const auto bytes = [&] {
+    return int64_t(sizeof(T)) * L *
+           (s.inputs * (tiles.height + s.kernel_height - 1) * (tiles.width + s.kernel_width - 1) +
+            outputs * tiles.height * tiles.width);
+  };
+  while ((s.batch * tiles.down < kLeast * L || bytes() > kGathered) && tiles.height > 1)
+    divide(tiles.height, tiles.down, output_height);
+  while (bytes() > kGathered && tiles.width > 1) divide(tiles.width, tiles.across, output_width);
+  tiles.count = s.batch * tiles.down * tiles.across;
+
+  const int64_t height = tiles.height + s.kernel_height - 1;
+  const int64_t width = tiles.width + s.kernel_width - 1;
+  const int64_t row = width * L, plane = height * row;
+  const int64_t points = tiles.height * tiles.width * L;
+  const int64_t groups = divide_up(tiles.count, L), chunks = std::min(groups, kParts);
+  const Aligned<T> parts(std::max<int64_t>(1, chunks) * outputs * (taps + 1));
+  const int64_t slack = kPiece<T> * L;
+  const int64_t gathered = s.inputs * plane + slack, gradients = outputs * points + slack;
+  const int64_t sums = outputs * (taps + 1) * L;
+  const int64_t work = s.batch * s.outputs * taps * output_height * output_width;
+  for_each<T>(chunks, work, gathered + gradients + Rows<T>::kSize + sums,
+              [&](int64_t chunk, T* scratch) {
+                T* const input = scratch;
+                T* const gradient = input + gathered;
+                T* const rows = gradient + gradients;
+                T* const total = rows + Rows<T>::kSize;
+                std::fill(total, total + sums, T(0));
+                for (int64_t g = groups * chunk / chunks; g < groups * (chunk + 1) / chunks; ++g) {
+                  gather(x, s.inputs, s.height, s.width, tiles, g * L, -s.pad_y, -s.pad_x, height,
+                         width, rows, input);
+                  gather(dy, s.outputs, output_height, output_width, tiles, g * L, 0, 0,
+                         tiles.height, tiles.width, rows, gradient);
+                  std::fill(gradient + s.outputs * points, gradient + outputs * points, T(0));
+                  // Of kGradients outputs, as many taps of a row and all pixels: sums stay in
+                  // registers.
+                  for (int64_t k = 0; k < outputs; k += kGradients) {
+                    T* to = total + k * (taps + 1) * L;
+                    for (int64_t c = 0; c < s.inputs; ++c)
+                      for (int64_t r = 0; r < s.kernel_height; ++r)
+                        for (int64_t t = 0; t < s.kernel_width; t += kTaps) {
+                          const int64_t n = std::min(kTaps, s.kernel_width - t);
+                          with_constant<kTaps>(n, [&](auto constant) {
+                            constexpr int64_t N = constant;
+                            V sum[N][kGradients];
+                            for (int64_t q = 0; q < N; ++q)
+                              for (int64_t p = 0; p < kGradients; ++p)
+                                sum[q][p] = load(to + (q * kGradients + p) * L);
+                            const T* from = gradient + k * points;
+                            for (int64_t i = 0; i < tiles.height; ++i) {
+                              const T* at = input + c * plane + (i + r) * row + t * L;
+                              for (int64_t j = 0; j < tiles.width; ++j, at += L, from += L) {
+                                V d[kGradients];
+                                for (int64_t p = 0; p < kGradients; ++p)
+                                  d[p] = load(from + p * points);
+                                for (int64_t q = 0; q < N; ++q) {
+                                  const V value = load(at + q * L);
+                                  for (int64_t p = 0; p < kGradients; ++p)
+                                    sum[q][p] = fma(value, d[p], sum[q][p]);
+                                }
+                              }
+                            }
+                            for (int64_t q = 0; q < N; ++q)
+                              for (int64_t p = 0; p < kGradients; ++p)
+                                store(to + (q * kGradients + p) * L, sum[q][p]);
+                          });
+                          to += n * kGradients * L;
+                        }
+                    for (int64_t p = 0; p < kGradients; ++p, to += L) {
+                      V sum = load(to);
+                      for (int64_t i = 0; i < points; i += L)
+                        sum = sum + load(gradient + (k + p) * points + i);
+                      store(to, sum);
+                    }
+                  }
+                }
+                T* const part = parts.get() + chunk * outputs * (taps + 1);
+                for (int64_t i = 0; i < outputs * (taps + 1); ++i)
+                  part[i] = sum(load(total + i * L));
+              });
+
+  const int64_t in_part = outputs * (taps + 1);
+  const auto total = [&](int64_t at) {
+    T value(0);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) value += parts.get()[chunk * in_part + at];
+    return narrow<S>(value);
+  };
+  for (int64_t k = 0; k < s.outputs; ++k) {
+    int64_t at = k / kGradients * kGradients * (taps + 1) + k % kGradients;
+    for (int64_t c = 0; c < s.inputs; ++c)
+      for (int64_t r = 0; r < s.kernel_height; ++r)
+        for (int64_t t = 0; t < s.kernel_width; ++t, at += kGradients)
+          *dw.at(k, c, r, t) = total(at);
+    if (db) db[k] = total(at);
+  }
 }
 
 // ----------------------------------------------------------------------------------- pool_backward
