@@ -1,9 +1,9 @@
 """Drop-in modules, under the names and signatures of ``torch.nn``.
 
-A module with a kernel of ours subclasses its stock twin and changes ``forward`` alone: same
-constructor, parameters, buffers, ``state_dict`` keys, ``repr``, pickle and deepcopy. Every other
-public name is ``torch.nn``'s own object, so a network can take the whole namespace: ``LeNet(nn=
-dlkernels.nn)`` beside ``LeNet(nn=torch.nn)``.
+A module with a kernel of ours subclasses its stock twin and changes ``forward`` alone (of
+``Conv2d`` the ``_conv_forward`` in it): same constructor, parameters, buffers, ``state_dict`` keys,
+``repr``, pickle and deepcopy. Every other public name is ``torch.nn``'s own object, so a network
+can take the whole namespace: ``LeNet(nn=dlkernels.nn)`` beside ``LeNet(nn=torch.nn)``.
 
 ``dlkernels.nn.functional`` is ``dlkernels.functional``: ours where there is one, else the function
 of ``torch.nn.functional``. ``import dlkernels.nn.functional as F`` works too.
@@ -216,6 +216,63 @@ class LazyLinear(torch.nn.LazyLinear):
     cls_to_become = Linear
 
 
+class Conv2d(torch.nn.Conv2d):
+    """``torch.nn.Conv2d`` on ``dlkernels.functional.conv2d``.
+
+    ``forward(input)``: ``input`` (N, C, H, W) or (C, H, W), floating point. A ``padding_mode``
+    other than zeros pads first, as stock's does. Errors are those of the functional form, raised at
+    the call, as stock's are. TorchScript can trace it, not script it.
+    """
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            around = self._reversed_padding_repeated_twice
+            input, padding = functional.pad(input, around, mode=self.padding_mode), (0, 0)
+        return functional.conv2d(
+            input, weight, bias, self.stride, padding, self.dilation, self.groups
+        )
+
+
+class LazyConv2d(torch.nn.LazyConv2d):
+    """``torch.nn.LazyConv2d`` that becomes ours: a ``Conv2d`` with its first input's channels."""
+
+    cls_to_become = Conv2d
+
+
+class ConvTranspose2d(torch.nn.ConvTranspose2d):
+    """``torch.nn.ConvTranspose2d`` on ``dlkernels.functional.conv_transpose2d``.
+
+    ``forward(input, output_size=None)``: ``input`` (N, C, H, W) or (C, H, W), floating point.
+    Errors are those of the functional form, raised at the call, as stock's are. TorchScript can
+    trace it, not script it.
+    """
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """The transposed convolution, of the size ``output_size`` where stride leaves it open."""
+        if self.padding_mode != "zeros":  # set after the constructor, which takes no other
+            raise ValueError("Only `zeros` padding mode is supported for ConvTranspose2d")
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        )
+        return functional.conv_transpose2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+
+class LazyConvTranspose2d(torch.nn.LazyConvTranspose2d):
+    """``torch.nn.LazyConvTranspose2d`` that becomes ours: a ``ConvTranspose2d``, likewise."""
+
+    cls_to_become = ConvTranspose2d
+
+
 class Sequential(torch.nn.Sequential):
     """``torch.nn.Sequential`` that runs a convolution, a ``MaxPool2d(2)`` and a ReLU before or
     behind the pool, or none, as one: ``dlkernels.functional.conv2d_max_pool2d``.
@@ -228,7 +285,7 @@ class Sequential(torch.nn.Sequential):
         modules, at = list(self), 0
         while at < len(modules):
             length = _pooled(modules, at)
-            if length and not any(map(_is_observed, modules[at : at + length])):
+            if length and not any(map(is_observed, modules[at : at + length])):
                 conv = modules[at]
                 input = functional.conv2d_max_pool2d(
                     input,
@@ -288,13 +345,24 @@ def _halves(pool: torch.nn.Module) -> bool:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _is_observed(module: torch.nn.Module) -> bool:
+def is_observed(module: torch.nn.Module) -> bool:
     """Whether somebody would see that the module is not called."""
     everywhere = torch.nn.modules.module
     return any(getattr(module, name) or getattr(everywhere, f"_global{name}") for name in _HOOKS)
 
 
-_OURS = ("CrossEntropyLoss", "LazyLinear", "Linear", "LinearCrossEntropyLoss", "functional")
+_OURS = (
+    "Conv2d",
+    "ConvTranspose2d",
+    "CrossEntropyLoss",
+    "LazyConv2d",
+    "LazyConvTranspose2d",
+    "LazyLinear",
+    "Linear",
+    "LinearCrossEntropyLoss",
+    "Sequential",
+    "functional",
+)
 __all__ = sorted({*_OURS, *(name for name in dir(torch.nn) if not name.startswith("_"))})
 
 

@@ -36,10 +36,22 @@ class Twin(NamedTuple):
     ours: type[torch.nn.Module]
     extras: tuple[str, ...] = ()  # attributes that stock lacks: in use, there is no way back
     fits: Callable[[torch.nn.Module], bool] = lambda module: True
+    # How often stock's error verify allows in float32, and in the gradient of a weight: more than
+    # twice where a faster algorithm is the point.
+    allowed: tuple[float, float] = (2.0, 2.0)
 
 
 # One line per class. The first that fits is taken; a class of ours stands in one line only.
 TWINS: list[Twin] = [
+    Twin("conv2d", torch.nn.Conv2d, nn.Conv2d, allowed=(4.0, 5.0)),
+    Twin("conv2d", torch.nn.ConvTranspose2d, nn.ConvTranspose2d, allowed=(4.0, 5.0)),
+    Twin(
+        "conv2d_max_pool2d",
+        torch.nn.Sequential,
+        nn.Sequential,
+        fits=lambda module: bool(nn.pooled_chains(module)),
+        allowed=(4.0, 5.0),
+    ),
     Twin(
         "cross_entropy",
         torch.nn.CrossEntropyLoss,
@@ -163,6 +175,8 @@ def _obstacle(module: torch.nn.Module) -> tuple[Twin, str] | None:
         elif "quantized" in cls.__module__ and cls.__name__ == stock:
             return twin, f"quantised: it computes otherwise than {stock}"
         elif cls is twin.stock or isinstance(module, twin.ours):
+            continue
+        elif twin.stock is torch.nn.Sequential:  # everybody's base class
             continue
         elif isinstance(module, twin.stock):
             if becomes := getattr(cls, "cls_to_become", None):
@@ -323,6 +337,18 @@ def _eager() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def _fused(modules: Iterable[tuple[str, torch.nn.Module]]) -> dict[torch.nn.Module, str]:
+    """The modules that are not called themselves, and the name of the one that does their work."""
+    return {
+        module: name
+        for name, parent in modules
+        if type(parent) is nn.Sequential
+        for chain in nn.pooled_chains(parent)
+        if not any(map(nn.is_observed, chain))
+        for module in chain
+    }
+
+
 def explain(model: torch.nn.Module, *inputs, **kwargs) -> Records:
     """Runs ``model(*inputs, **kwargs)`` once and says which kernel each module took, and why.
 
@@ -333,6 +359,7 @@ def explain(model: torch.nn.Module, *inputs, **kwargs) -> Records:
     """
     modules = _modules(model, "explain")
     choices: dict[torch.nn.Module, list[config.Choice]] = {module: [] for _, module in modules}
+    fused = _fused(modules)
     called: set[torch.nn.Module] = set()
     stack: list[torch.nn.Module] = []
     done = 0
@@ -359,8 +386,9 @@ def explain(model: torch.nn.Module, *inputs, **kwargs) -> Records:
         recorded = cleanup.enter_context(config.recording())
         cleanup.enter_context(_eager())
         for _, module in modules:
-            cleanup.callback(module.register_forward_pre_hook(enter).remove)
-            cleanup.callback(module.register_forward_hook(leave, always_call=True).remove)
+            if module not in fused:
+                cleanup.callback(module.register_forward_pre_hook(enter).remove)
+                cleanup.callback(module.register_forward_hook(leave, always_call=True).remove)
         model(*inputs, **kwargs)
 
     records = Records()
@@ -369,9 +397,13 @@ def explain(model: torch.nn.Module, *inputs, **kwargs) -> Records:
         kernels = ", ".join(dict.fromkeys(choice.kernel for choice in choices[module]))
         reasons = "; ".join(dict.fromkeys(choice.reason for choice in choices[module]))
         ours = isinstance(module, tuple(twin.ours for twin in TWINS))
+        if type(module) is nn.Sequential and not kernels:
+            continue  # its modules have lines of their own
         if not (kernels or ours or _listed(module)):
             continue
-        if module not in called:
+        if module in fused:
+            kernels, reasons = "fused", f"a part of {fused[module] or '(model)'}"
+        elif module not in called:
             kernels, reasons = "none", "not called with these inputs"
         elif not kernels:
             kernels = "unknown" if ours else "stock"
@@ -386,10 +418,14 @@ def explain(model: torch.nn.Module, *inputs, **kwargs) -> Records:
 class _Call:
     """One call of a module in the real run, and the gradients that came back to its outputs."""
 
-    def __init__(self, module: torch.nn.Module, classes: list[type], args, kwargs) -> None:
+    def __init__(self, module: torch.nn.Module, classes: list[type], hooks, args, kwargs) -> None:
         self.signature = inspect.signature(module.forward)
         arguments = self.signature.bind(*args, **kwargs).arguments
         self.module = copy.deepcopy(module)
+        for child in self.module.modules():  # a chain with a hook in it would not run as one
+            for installed in (child._forward_pre_hooks, child._forward_hooks):
+                for key in [key for key, hook in installed.items() if hook in hooks]:
+                    del installed[key]
         self.classes = classes
         self.arguments = {name: tree_map(_copy, value) for name, value in arguments.items()}
         self.gradients: dict[int, Tensor] = {}
@@ -494,7 +530,9 @@ def _errors(result: Tensor, exact: Tensor, where: Tensor) -> tuple[float, float]
     return difference.abs().max().item(), difference.square().mean().sqrt().item()
 
 
-def _judge(ours: Tensor | None, stock: Tensor, exact: Tensor) -> tuple[float, float, bool, str]:
+def _judge(
+    ours: Tensor | None, stock: Tensor, exact: Tensor, factor: float
+) -> tuple[float, float, bool, str]:
     """(error, stock_error, ok, reason) by the rule of ``verify``."""
     finite = stock.isfinite()
     where = finite & exact.isfinite()
@@ -515,11 +553,19 @@ def _judge(ours: Tensor | None, stock: Tensor, exact: Tensor) -> tuple[float, fl
         # The reference is no finer than what it judges. What is left to find is an accumulation in
         # float32, which is off by 2**29 ulp.
         ulp *= 2**10
-    if error > 2 * stock_error + ulp:
-        return error, stock_error, False, f"largest error > 2 x stock's + {ulp:.1e}"
-    if rms > 2 * stock_rms + ulp:
-        return error, stock_error, False, f"rms error {rms:.1e} > 2 x stock's {stock_rms:.1e} + ulp"
+    if error > factor * stock_error + ulp:
+        return error, stock_error, False, f"largest error > {factor:.0f} x stock's + {ulp:.1e}"
+    if rms > factor * stock_rms + ulp:
+        reason = f"rms error {rms:.1e} > {factor:.0f} x stock's {stock_rms:.1e} + ulp"
+        return error, stock_error, False, reason
     return error, stock_error, True, ""
+
+
+def _factor(module: torch.nn.Module, what: str, tensor: Tensor) -> float:
+    """How often stock's error is allowed."""
+    if tensor.dtype is not torch.float32:
+        return 2.0
+    return _ours(module).allowed[what == "grad weight"]
 
 
 @contextlib.contextmanager
@@ -546,7 +592,7 @@ def _run_and_record(roots, inputs, target, loss, calls: dict[torch.nn.Module, li
 
     def enter(module, args, kwargs) -> None:
         if module in calls:  # a copy made for a replay has these hooks too
-            running.append((module, _Call(module, classes[module], args, kwargs)))
+            running.append((module, _Call(module, classes[module], (enter, leave), args, kwargs)))
 
     def leave(module, args, output) -> Any:
         while running and module in calls:
@@ -604,8 +650,9 @@ def verify(
     The model runs once as stock, forward and backward. For each module of ours the inputs and the
     upstream gradient that it met there are replayed through our class, the stock class, and the
     stock class in float64. A result is ``ok`` if its error is at most 2 x the error of stock
-    + 1 ulp of the largest value, in the maximum and in the root mean square. Where a tensor is a
-    number or two, stock can be exact by luck and ours miss that by an ulp: look at the error then.
+    + 1 ulp of the largest value, in the maximum and in the root mean square; of a convolution in
+    float32 4 x, of its weight's gradient 5 x. Where a tensor is a number or two, stock can be exact
+    by luck and ours miss that by an ulp: look at the error then.
 
     Args:
         model: swapped, or built of ``dlkernels.nn``; a loss module too: ``verify(loss, (x, y))``.
@@ -642,7 +689,7 @@ def verify(
             ours, stock = _replay(call, "ours"), _replay(call, "stock")
             exact = _replay(call, "stock", torch.float64)
             for what, tensor in stock.items():
-                judged = _judge(ours.get(what), tensor, exact[what])
+                judged = _judge(ours.get(what), tensor, exact[what], _factor(module, what, tensor))
                 verdict = Verified(name, cls, what, *judged)
                 known = worst.setdefault(what, verdict)
                 if (not verdict.ok, verdict.error) > (not known.ok, known.error):

@@ -42,10 +42,11 @@ def _seed(request):
 @pytest.fixture(autouse=True)
 def _settings():
     """What a test sets, the next one does not meet."""
-    threads, kernels = torch.get_num_threads(), dlkernels.config.kernels
+    config = dlkernels.config
+    threads, kernels, winograd = torch.get_num_threads(), config.kernels, config.winograd
     yield
     torch.set_num_threads(threads)
-    dlkernels.config.kernels = kernels
+    config.kernels, config.winograd = kernels, winograd
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""PyTorch's own test data for cross_entropy, linear and (from 2.13 on) linear_cross_entropy, OpInfo
-and ModuleInfo, through ours.
+"""PyTorch's own test data for conv2d, conv_transpose2d, cross_entropy, linear and (from 2.13 on)
+linear_cross_entropy, OpInfo and ModuleInfo, through ours.
 
 The samples are a few rows of three classes or outputs. One of them says little of an error: stock
 is often exact by luck; the errors of all samples of a dtype, of several draws, are judged together.
@@ -22,7 +22,13 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import dlkernels
-from dlkernels.functional import cross_entropy, linear, linear_cross_entropy
+from dlkernels.functional import (
+    conv2d,
+    conv_transpose2d,
+    cross_entropy,
+    linear,
+    linear_cross_entropy,
+)
 
 DRAWS = 3
 
@@ -44,19 +50,32 @@ class Op(NamedTuple):
     alone: tuple[int, ...]  # inputs whose gradient is asked for without the others'
     compiled: int  # every such sample is compiled
     slow: int = 1  # every such sample goes through what takes long
+    stocks: Callable = lambda arguments: False  # whether the sample with these is stock's alone
+    factors: dict[str, float] = {}  # of the rule, for results in float32; 2 else
+    module_settings: tuple[str, ...] = ()  # what the function has as arguments
 
     def dtypes(self):
         floating = (d for d in self.info.supported_dtypes("cpu") if d.is_floating_point)
         return sorted(floating, key=str)
 
     def module_dtypes(self):
-        return sorted({*self.module_info.supported_dtypes("cpu"), torch.bfloat16}, key=str)
+        supported = {*self.module_info.supported_dtypes("cpu"), torch.bfloat16}
+        return sorted((dtype for dtype in supported if dtype.is_floating_point), key=str)
 
     def samples(self, dtype, requires_grad=False):
         """(inputs, keyword arguments) of each sample."""
-        drawn = [*self.info.sample_inputs("cpu", dtype, requires_grad=requires_grad)]
+        drawn = self.drawn(self.info.sample_inputs, dtype, requires_grad=requires_grad)
+        return [(inputs_of(s), s.kwargs) for s in drawn]
+
+    def drawn(self, draw, dtype, **arguments):
+        drawn = [s for s in draw("cpu", dtype, **arguments) if not self.stocks(s.kwargs)]
         assert len(drawn) >= self.least
-        return [([s.input, *s.args], s.kwargs) for s in drawn]
+        return drawn
+
+
+def inputs_of(sample):
+    """The tensors: a bias that is None is left out."""
+    return [x for x in (sample.input, *sample.args) if x is not None]
 
 
 def info_of(infos, **wanted):
@@ -115,6 +134,62 @@ def broken_linear_cross_entropy(inputs, arguments):
         yield "dtype", [x, weight, target.int()], arguments
 
 
+def broken_conv2d(inputs, arguments):
+    x, weight, *bias = inputs
+    yield "channels", [torch.cat([x, x], -3), weight, *bias], arguments
+    yield "weight dtype", [x, weight.to(torch.complex64), *bias], arguments
+    yield "weight rank", [x, weight[0], *bias], arguments
+    yield "input rank", [x[None, None], weight, *bias], arguments
+    yield "stride", inputs, arguments | {"stride": 0}
+    yield "padding", inputs, arguments | {"padding": (0, -1)}
+    yield "dilation", inputs, arguments | {"dilation": (1, 2, 3)}
+    yield "groups", inputs, arguments | {"groups": 0}
+    if bias:
+        yield "bias size", [x, weight, torch.cat([*bias, *bias])], arguments
+        yield "bias dtype", [x, weight, bias[0].to(torch.complex64)], arguments
+
+
+def upstream_of_convolution(stock):
+    return lambda *inputs, **arguments: torch.randn(
+        stock(*inputs, **arguments).shape, dtype=torch.float64
+    )
+
+
+CONVOLUTION = {
+    "results": ("output", "grad input", "grad weight", "grad bias"),
+    "broken": broken_conv2d,
+    "faults": 10,
+    "alone": (0, 1),
+    "module_settings": ("stride", "padding", "dilation", "groups"),
+    "factors": {"output": 4.0, "grad input": 4.0, "grad weight": 5.0},  # 3×3 of stride 1
+}
+CONV2D = Op(
+    ours=conv2d,
+    stock=F.conv2d,
+    info=info_of(op_db, name="nn.functional.conv2d"),
+    module_info=info_of(module_db, module_cls=torch.nn.Conv2d),
+    modules=(dlkernels.nn.Conv2d, torch.nn.Conv2d),
+    upstream=upstream_of_convolution(F.conv2d),
+    least=30,
+    strided=30,
+    compiled=11,
+    slow=3,
+    **CONVOLUTION,
+)
+CONV_TRANSPOSE2D = Op(
+    ours=conv_transpose2d,
+    stock=F.conv_transpose2d,
+    info=info_of(op_db, name="nn.functional.conv_transpose2d"),
+    module_info=info_of(module_db, module_cls=torch.nn.ConvTranspose2d),
+    modules=(dlkernels.nn.ConvTranspose2d, torch.nn.ConvTranspose2d),
+    upstream=upstream_of_convolution(F.conv_transpose2d),
+    least=10,
+    strided=10,
+    compiled=5,
+    # One has an output_padding beyond the stride, as its dilation allows.
+    stocks=lambda arguments: arguments.get("output_padding") == (2, 3),
+    **CONVOLUTION,
+)
 CROSS_ENTROPY = Op(
     ours=cross_entropy,
     stock=F.cross_entropy,
@@ -145,7 +220,12 @@ LINEAR = Op(
     alone=(0, 1),
     compiled=3,
 )
-OPS = {"cross_entropy": CROSS_ENTROPY, "linear": LINEAR}
+OPS = {
+    "conv2d": CONV2D,
+    "conv_transpose2d": CONV_TRANSPOSE2D,
+    "cross_entropy": CROSS_ENTROPY,
+    "linear": LINEAR,
+}
 if hasattr(F, "linear_cross_entropy"):
     OPS["linear_cross_entropy"] = LINEAR_CROSS_ENTROPY = Op(
         ours=linear_cross_entropy,
@@ -223,7 +303,8 @@ class Pool:
 
     def check(self):
         for name, results in self.results.items():
-            assert_no_worse(name, *results)
+            float32 = results[0][0].dtype == torch.float32
+            assert_no_worse(name, *results, self.op.factors.get(name, 2.0) if float32 else 2.0)
 
 
 # ------------------------------------------------------------------------------------------ OpInfo
@@ -259,8 +340,8 @@ def test_references_of_the_op(op, dtype, own):
     """The OpInfos have no reference of their own today: reference inputs are samples."""
     pool = Pool(op)
     for _ in range(DRAWS):
-        for sample in op.info.reference_inputs("cpu", dtype):
-            pool.add(sample.input, *sample.args, **sample.kwargs)
+        for sample in op.drawn(op.info.reference_inputs, dtype):
+            pool.add(*inputs_of(sample), **sample.kwargs)
     pool.check()
 
 
@@ -268,13 +349,13 @@ def test_references_of_the_op(op, dtype, own):
 def test_noncontiguous(op, dtype, own, poisoned):
     pool, strided = Pool(op), 0
     for _ in range(DRAWS):
-        for sample in op.info.sample_inputs("cpu", dtype, requires_grad=True):
+        for sample in op.drawn(op.info.sample_inputs, dtype, requires_grad=True):
             other = sample.noncontiguous()
-            inputs = [other.input, *other.args]
+            inputs = inputs_of(other)
             strided += not all(x.is_contiguous() for x in inputs[:2])
             torch.testing.assert_close(
                 op.ours(*inputs, **other.kwargs),
-                op.ours(sample.input, *sample.args, **sample.kwargs),
+                op.ours(*inputs_of(sample), **sample.kwargs),
             )
             pool.add(*inputs, **other.kwargs)
     assert strided >= op.strided * DRAWS
@@ -319,7 +400,7 @@ def test_linear_of_complex_and_integers_is_stocks(dtype):
 def test_refusals(op, dtype, own):
     """Good samples, broken in one place, are refused with the type and the words of stock; so are
     the error inputs of the OpInfos, where there are any."""
-    assert (op.info.error_inputs_func is None) == (op in (CROSS_ENTROPY, LINEAR))
+    assert (op.info.error_inputs_func is None) == (op in (CONV_TRANSPOSE2D, CROSS_ENTROPY, LINEAR))
     errors = op.info.error_inputs("cpu") if op.info.error_inputs_func else ()
     for error in errors:
         sample = error.sample_input
@@ -346,6 +427,7 @@ def test_gradcheck(op, own):
             check_forward_ad=op.info.supports_forward_ad,
             check_batched_grad=op.info.check_batched_grad,
             check_batched_forward_grad=op.info.check_batched_forward_grad,
+            fast_mode=bool(op.info.gradcheck_fast_mode),
         )
 
 
@@ -358,6 +440,7 @@ def test_gradgradcheck(op, own):
             gen_non_contig_grad_outputs=True,
             check_batched_grad=op.info.check_batched_gradgrad,
             check_fwd_over_rev=op.info.supports_fwgrad_bwgrad,
+            fast_mode=bool(op.info.gradcheck_fast_mode),
         )
 
 
@@ -377,8 +460,8 @@ def test_vmap(op, dtype, own):
                     torch.func.vmap(summed(f), in_dims)(*inputs) for f in (op.ours, op.stock)
                 )
                 assert torch.equal(ours, stock)
-                if dtype.itemsize == 2:  # stock's own batched sum cancels: nothing to compare
-                    continue
+                if dtype.itemsize <= (2 if op.results[0] == "loss" or op is LINEAR else 4):
+                    continue  # stock's own batched sum cancels: nothing to compare
                 one_by_one = [
                     summed(op.ours)(
                         inputs[0][i] if in_dims[0] == 0 else x,
@@ -407,7 +490,7 @@ def test_forward_mode(op, dtype, own):
                 for f in (op.ours, op.stock)
             )
             assert torch.equal(ours, stock)
-            assert op is not LINEAR or x.numel() == 0 or stock.any()
+            assert op is not LINEAR or 0 in (x.numel(), stock.numel()) or stock.any()
             with forward_ad.dual_level():  # in half precision stock's two ways may round apart
                 ours_dual, stock_dual = (
                     forward_ad.unpack_dual(function(f, forward_ad.make_dual(x, tangent))).tangent
@@ -461,14 +544,19 @@ def module_cases(dtype, requires_grad=True, training=True):
         yield desc, *modules, x.detach().requires_grad_(requires_grad), target.detach()
 
 
-def linear_modules(dtype, requires_grad=True, training=True):
-    """(description, ours, stock's, input, reference): the modules with the same parameters."""
-    for desc, (args, kwargs), (x,), reference in module_inputs(
-        LINEAR, dtype, requires_grad, training, 3
-    ):
-        ours, stock = (module(*args, **kwargs, dtype=dtype) for module in LINEAR.modules)
-        stock.load_state_dict(ours.state_dict())
-        yield desc, ours, stock, x.detach().requires_grad_(requires_grad), reference
+def modules_of(op, least):
+    """Of torch's cases (description, ours, stock's, input, reference): the modules with the same
+    parameters."""
+
+    def cases(dtype, requires_grad=True, training=True):
+        for desc, (args, kwargs), (x,), reference in module_inputs(
+            op, dtype, requires_grad, training, least
+        ):
+            ours, stock = (module(*args, **kwargs, dtype=dtype) for module in op.modules)
+            stock.load_state_dict(ours.state_dict())
+            yield desc, ours, stock, x.detach().requires_grad_(requires_grad), reference
+
+    return cases
 
 
 def linear_loss_modules(dtype, requires_grad=True, training=True):
@@ -483,8 +571,10 @@ def linear_loss_modules(dtype, requires_grad=True, training=True):
 
 
 MODULE_CASES = {
+    conv2d: modules_of(CONV2D, 4),
+    conv_transpose2d: modules_of(CONV_TRANSPOSE2D, 2),
     cross_entropy: module_cases,
-    linear: linear_modules,
+    linear: modules_of(LINEAR, 3),
     linear_cross_entropy: linear_loss_modules,
 }
 
@@ -537,37 +627,47 @@ def test_modules_gradcheck(own):
 
 
 def with_own_parameters(module):
-    """A module as a function of its parameters too, which float64 is given instead."""
-    return lambda x, *parameters: torch.func.functional_call(
+    """A module as a function of its parameters too, which float64 is given instead; its settings it
+    holds itself."""
+    return lambda x, *parameters, **settings: torch.func.functional_call(
         module, dict(zip(dict(module.named_parameters()), parameters, strict=True)), (x,)
     )
 
 
-@pytest.mark.parametrize("dtype", LINEAR.module_dtypes(), ids=str)
+LAYERS = {"conv2d": CONV2D, "conv_transpose2d": CONV_TRANSPOSE2D, "linear": LINEAR}
+LAYERS_AND_DTYPES = {
+    f"{name}-{dtype}": (op, dtype) for name, op in LAYERS.items() for dtype in op.module_dtypes()
+}
+
+
+@pytest.mark.parametrize(("op", "dtype"), LAYERS_AND_DTYPES.values(), ids=LAYERS_AND_DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_linear_modules(layout, dtype, own, poisoned):
+def test_layers(layout, op, dtype, own, poisoned):
     """Forward and gradients, training and evaluating, of every case and layout."""
-    pool = Pool(LINEAR)
+    pool = Pool(op)
     for _, training in itertools.product(range(8), (True, False)):
-        for desc, ours, stock, x, reference in linear_modules(dtype, training=training):
+        for desc, ours, stock, x, reference in MODULE_CASES[op.ours](dtype, training=training):
             ours.train(training), stock.train(training)
             assert repr(ours) == repr(stock) and ours.training == stock.training
             x = LAYOUTS[layout](x)
             parameters = [*ours.parameters()]
             functions = [with_own_parameters(module) for module in (ours, stock)]
-            pool.add(x, *parameters, ours=functions[0], stock=functions[1])
-            if dtype == torch.float64:
+            settings = {name: getattr(ours, name) for name in op.module_settings}
+            pool.add(x, *parameters, ours=functions[0], stock=functions[1], **settings)
+            if dtype == torch.float64 and reference is not None:
                 torch.testing.assert_close(ours(x), reference(ours, x), msg=desc)
     pool.check()
-    info = LINEAR.module_info
-    assert not info.train_and_eval_differ and not info.module_memformat_affects_out
+    info = op.module_info
+    assert not info.train_and_eval_differ
+    assert info.module_memformat_affects_out == (op is not LINEAR)
 
 
-def test_linear_modules_gradcheck(own):
-    for desc, ours, _, x, _ in linear_modules(torch.float64):
+@pytest.mark.parametrize("op", LAYERS.values(), ids=LAYERS)
+def test_layers_gradcheck(op, own):
+    for desc, ours, _, x, _ in MODULE_CASES[op.ours](torch.float64):
         inputs = (x, *ours.parameters())
-        assert gradcheck(with_own_parameters(ours), inputs), desc
-        assert gradgradcheck(with_own_parameters(ours), inputs), desc
+        assert gradcheck(with_own_parameters(ours), inputs, fast_mode=op is not LINEAR), desc
+        assert gradgradcheck(with_own_parameters(ours), inputs, fast_mode=op is not LINEAR), desc
 
 
 def with_own_weight(module):
@@ -577,7 +677,7 @@ def with_own_weight(module):
     )
 
 
-@pytest.mark.skipif(len(OPS) == 2, reason="torch below 2.13")
+@pytest.mark.skipif(len(OPS) == 4, reason="torch below 2.13")
 @pytest.mark.parametrize("dtype", CROSS_ENTROPY.module_dtypes(), ids=str)
 def test_linear_cross_entropy_modules(dtype, own, poisoned):
     """Forward and gradients of every case."""
@@ -621,7 +721,7 @@ def test_modules_are_saved_and_copied(op, dtype, own):
 @by_module_dtype
 def test_module_errors(op, dtype, own):
     info = op.module_info
-    if op is LINEAR:
+    if op in LAYERS.values():
         assert info.module_error_inputs_func is None  # with its first ones, this test asks for them
         return
     cases = info.module_error_inputs_func(info, "cpu", dtype, requires_grad=True, training=True)

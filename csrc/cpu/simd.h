@@ -12,7 +12,7 @@
 //   transpose_pieces the small square matrices that the same piece of several vectors makes
 //   exp, log, tanh   ≤ 2 ulp (tests/test_simd.py), algorithms of Cephes (Moshier, 1992)
 // max(a, b) and min(a, b) are a > b ? a : b and a < b ? a : b: where either is NaN they return b.
-// exceeds(a, b), of a running maximum b, is a > b or a is NaN: the last NaN stays.
+// exceeds(a, b), for a running maximum b, is a > b or a is NaN: the last NaN stays.
 #pragma once
 
 #include <cmath>

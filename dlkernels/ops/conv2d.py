@@ -17,8 +17,6 @@ is, the gradient of each has that one's format. ``exact``: no algorithm that rou
 of products. ``own``: an algorithm of ours wherever there is one.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,7 +39,7 @@ _OP, _TRANSPOSE = "conv2d", "conv_transpose2d"
 
 # Below this many multiply-adds stock is done before our way through Python.
 _SMALL = 2**20
-_LARGEST = 2**31 - 1  # of a stride, padding or dilation that a kernel of ours takes
+_LARGEST = 2**31 - 1  # stride, padding or dilation that a kernel of ours takes
 
 # ------------------------------------------------------------------------------------------ schemas
 
@@ -82,9 +80,7 @@ def _image(input, weight, channels, size):
     """An empty output."""
     shape = (input.shape[0], channels, *size)
     last = shape[0] != 0 and (suggests_channels_last(input) or suggests_channels_last(weight))
-    return torch.empty(
-        shape, dtype=input.dtype, device=input.device, memory_format=_format(last)
-    )
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_format(last))
 
 
 def _size(input, weight, stride, padding, dilation):
@@ -222,9 +218,7 @@ def _backward(ctx, grad_output):
             d, input, weight, False, stride, padding, dilation, (0, 0), groups, wanted
         )
     with torch._C._AutoDispatchBelowAutograd():
-        gradients = _ops.conv2d_backward(
-            grad_output, input, weight, output, *ctx.settings, *wanted
-        )
+        gradients = _ops.conv2d_backward(grad_output, input, weight, output, *ctx.settings, *wanted)
     return _wanted_ones(gradients, wanted)
 
 
@@ -318,7 +312,7 @@ not_differentiable(_TRANSPOSE, "conv_transpose2d_forward", "conv_transpose2d_bac
 # ------------------------------------------------------------------------------------------- choice
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _has_kernel(device):
     """Whether the ops have kernels of ours there: on a GPU they are Triton's."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(
@@ -334,18 +328,21 @@ def _is_exact(device):
     return precision == "ieee" or not config.allows_winograd()
 
 
-def _pair(value):
-    """One number or two as a pair; None for what torch refuses, or reads in a way of its own."""
-    if isinstance(value, (tuple, list)):
-        value = tuple(value) * (2 if len(value) == 1 else 1)
-    else:
-        value = (value, value)
-    numbers = all(isinstance(v, int | torch.SymInt) and type(v) is not bool for v in value)
-    return value if numbers and len(value) == 2 else None
-
-
-def _in_range(pair, least):
-    return pair is not None and all(least <= v <= _LARGEST for v in pair)
+def _pair(value, least):
+    """One number or two as a pair, none below ``least``; None for what torch refuses, or reads in a
+    way of its own."""
+    if type(value) is not tuple or len(value) != 2:
+        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        if len(value) == 1:
+            value = (*value, *value)
+        if len(value) != 2:
+            return None
+    for number in value:
+        if type(number) is not int and not isinstance(number, torch.SymInt):
+            return None
+        if not least <= number <= _LARGEST:
+            return None
+    return value
 
 
 def _same(padding, kernel, stride, dilation):
@@ -358,8 +355,10 @@ def _same(padding, kernel, stride, dilation):
     return (total[0] // 2, total[1] // 2), (total[1] % 2, total[0] % 2)
 
 
-def _refusal(input, weight, bias):
+def _refusal(input, weight, bias, groups, transposed):
     """Why our kernels do not take these tensors: torch refuses them, or only torch can."""
+    if input is None or weight is None:
+        return "no tensor"
     if reason := unfit((input, weight, bias)):
         return reason
     device = input.device.type
@@ -369,101 +368,92 @@ def _refusal(input, weight, bias):
     if dtype not in DTYPES:
         return f"no kernel for {dtype}"
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and autocast_dtype(tensor, device) != dtype:
+        if tensor is not None and tensor.dtype != dtype and autocast_dtype(tensor, device) != dtype:
             return f"{name} of {tensor.dtype} beside input of {input.dtype}"
-    if weight.dim() != 4 or input.dim() not in (3, 4):
-        return f"weight of shape {tuple(weight.shape)} for input of {tuple(input.shape)}"
-    if any(size == 0 for size in (*input.shape[-3:], *weight.shape)):
+    shape, kernel = input.shape, weight.shape
+    if len(kernel) != 4 or len(shape) not in (3, 4):
+        return f"weight of shape {tuple(kernel)} for input of {tuple(shape)}"
+    if 0 in kernel or 0 in shape[-3:]:
         return "an empty image or kernel"
-    return None
-
-
-def _refusal_of_shape(input, weight, bias, channels, outputs, groups):
-    if not isinstance(groups, int | torch.SymInt) or groups < 1 or weight.shape[0] % groups:
-        return f"groups={groups} for weight of shape {tuple(weight.shape)}"
-    if input.shape[-3] != channels:
-        return f"weight of shape {tuple(weight.shape)} for input of {tuple(input.shape)}"
+    if type(groups) is not int and not isinstance(groups, torch.SymInt):
+        return f"groups={groups}"
+    first, second = kernel[0], kernel[1] * groups
+    channels, outputs = (first, second) if transposed else (second, first)
+    if groups < 1 or first % groups:
+        return f"groups={groups} for weight of shape {tuple(kernel)}"
+    if shape[-3] != channels:
+        return f"weight of shape {tuple(kernel)} for input of {tuple(shape)}"
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != outputs):
-        return f"bias of shape {tuple(bias.shape)} for weight of {tuple(weight.shape)}"
+        return f"bias of shape {tuple(bias.shape)} for weight of {tuple(kernel)}"
     return None
+
+
+_NO_PAIR = "a stride, padding or dilation that is not two numbers in range"
 
 
 def _settings(input, weight, bias, stride, padding, dilation, groups):
     """(why no kernel of ours takes these arguments, (stride, padding, dilation, groups), what more
     padding there is behind the image)."""
-    if reason := _refusal(input, weight, bias):
+    if reason := _refusal(input, weight, bias, groups, transposed=False):
         return reason, None, None
-    stride, dilation, behind = _pair(stride), _pair(dilation), (0, 0)
-    if not (_in_range(stride, 1) and _in_range(dilation, 1)):
-        return "a stride or dilation that is not two positive numbers", None, None
-    kernel = weight.shape[2:]
+    stride, dilation, behind = _pair(stride, 1), _pair(dilation, 1), (0, 0)
+    if stride is None or dilation is None:
+        return _NO_PAIR, None, None
+    _, _, rows, columns = weight.shape
     if isinstance(padding, str):
-        padding, behind = _same(padding, kernel, stride, dilation) or (None, None)
+        padding, behind = _same(padding, (rows, columns), stride, dilation) or (None, None)
     else:
-        padding = _pair(padding)
-    if not _in_range(padding, 0):
-        return "a padding that is not two numbers", None, None
-    groups_of = weight.shape[1] * groups if isinstance(groups, int | torch.SymInt) else None
-    if reason := _refusal_of_shape(input, weight, bias, groups_of, weight.shape[0], groups):
-        return reason, None, None
-    for d in range(2):
-        size = input.shape[d - 2] + 2 * padding[d] + behind[1 - d]
-        if size < dilation[d] * (kernel[d] - 1) + 1:
-            return f"input of {tuple(input.shape)} below the kernel's size", None, None
+        padding = _pair(padding, 0)
+    if padding is None:
+        return _NO_PAIR, None, None
+    *_, height, width = input.shape
+    if height + 2 * padding[0] + behind[1] <= dilation[0] * (rows - 1) or width + 2 * padding[
+        1
+    ] + behind[0] <= dilation[1] * (columns - 1):
+        return f"input of {tuple(input.shape)} below the kernel's size", None, None
     return None, (stride, padding, dilation, groups), behind
 
 
-def _settings_of_transpose(
-    input, weight, bias, stride, padding, output_padding, groups, dilation
-):
+def _settings_of_transpose(input, weight, bias, stride, padding, output_padding, groups, dilation):
     """(why no kernel of ours takes these arguments, (stride, padding, output_padding, groups,
     dilation), the size of the output)."""
-    if reason := _refusal(input, weight, bias):
+    if reason := _refusal(input, weight, bias, groups, transposed=True):
         return reason, None, None
-    stride, dilation, padding = _pair(stride), _pair(dilation), _pair(padding)
-    output_padding = _pair(output_padding)
-    if not (_in_range(stride, 1) and _in_range(dilation, 1)):
-        return "a stride or dilation that is not two positive numbers", None, None
-    if not (_in_range(padding, 0) and _in_range(output_padding, 0)):
-        return "a padding that is not two numbers", None, None
-    outputs = weight.shape[1] * groups if isinstance(groups, int | torch.SymInt) else None
-    if reason := _refusal_of_shape(input, weight, bias, weight.shape[0], outputs, groups):
-        return reason, None, None
-    if any(output_padding[d] >= stride[d] for d in range(2)):
+    stride, dilation = _pair(stride, 1), _pair(dilation, 1)
+    padding, output_padding = _pair(padding, 0), _pair(output_padding, 0)
+    if None in (stride, dilation, padding, output_padding):
+        return _NO_PAIR, None, None
+    if output_padding[0] >= stride[0] or output_padding[1] >= stride[1]:
         return "an output_padding that is not below the stride", None, None
     image = input if input.dim() == 4 else input.unsqueeze(0)
     size = _transposed_size(image, weight, stride, padding, output_padding, dilation)
     if size[0] < 1 or size[1] < 1:
         return f"input of {tuple(input.shape)} below the padding's size", None, None
-    return None, (stride, padding, output_padding, groups, dilation), (outputs, *size)
+    return None, (stride, padding, output_padding, groups, dilation), size
 
 
 def _is_small(input, weight, stride, transposed=False):
     """Whether stock would be done before our way through Python. A traced size is not asked."""
     if config.forced() != "auto" or torch.compiler.is_compiling():
         return False
-    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and weight.dim() == 4):
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and input.is_cpu):
         return False
-    if not input.is_cpu or input.dim() < 3 or input.numel() * weight.numel() == 0:
+    if input.dim() < 3:
         return False
-    work = input.numel() // input.shape[-3] * weight.numel()
-    if not transposed and (pair := _pair(stride)) and _in_range(pair, 1):
+    # Of N·C·H·W and K·C·R·S; of the transpose the first has as many channels too.
+    channels = input.shape[-3]
+    work = input.numel() * weight.numel()
+    if not transposed and stride not in (1, (1, 1)) and (pair := _pair(stride, 1)):
         work //= pair[0] * pair[1]
-    return work < _SMALL
+    return work < _SMALL * channels
 
 
 _DIRECTIONS = ("forward", "input gradient", "weight gradient")
 
 
-def _algorithms(input, weight, bias, stride, padding, dilation, groups, activation, exact, own):
+def _algorithms(input, weight, *settings):
     image = input if input.dim() == 4 else input.unsqueeze(0)
-    # Autocast has still to come: the choice is that of its dtype.
-    dtype = autocast_dtype(input, input.device.type)
-    if image.dtype != dtype:
-        image, weight = image.to(dtype), weight.to(dtype)
-    return _ops.conv2d_algorithm(
-        image, weight, None, stride, padding, dilation, groups, activation, exact, own
-    ).split(", ")
+    return _ops.conv2d_algorithm(image, weight, None, *settings).split(", ")
 
 
 def _refuse_torchs(op, algorithms, input, weight):
@@ -488,17 +478,19 @@ def _note(op, device, algorithms):
     config.record(op, "stock" if algorithms[0] == "aten" else owner, reason)
 
 
-def _torchs_reason(op, reason, stocks):
-    """Why a call is torch's before our kernels are asked, if it is; ``stocks()`` is that call."""
+def _torchs_reason():
+    """Why a call is torch's before its arguments are looked at, if it is."""
     if transform := active_transform():
         return transform
-    kernels = config.forced()
-    if kernels == "stock":
-        return "dlkernels.config.kernels is 'stock'"
-    if reason is not None and kernels == "own":
-        stocks()  # bad input is torch's to refuse
+    return "dlkernels.config.kernels is 'stock'" if config.forced() == "stock" else None
+
+
+def _refused(op, reason, stocks):
+    """The call that our kernels do not take, by torch: ``stocks()``. Bad input is its to refuse."""
+    if config.forced() == "own":
+        stocks()
         raise NotImplementedError(f"{op}: no kernel of ours: {reason}")
-    return reason
+    return stocks()
 
 
 # ------------------------------------------------------------------------------------------- public
@@ -515,7 +507,6 @@ def _cast(input, weight, bias):
 
 def _call(public, function, raw, input, weight, bias, *settings):
     """The kernel, with a derivative where one is needed."""
-    input, weight, bias = _cast(input, weight, bias)
     batched = input.dim() == 4
     if not batched:
         input = input.unsqueeze(0)
@@ -576,17 +567,21 @@ def conv2d(
         if config.is_recording():
             config.record(_OP, torchs, "too small for our call overhead")
         return stocks()
-    reason, settings, behind = _settings(input, weight, bias, stride, padding, dilation, groups)
-    if reason := _torchs_reason(_OP, reason, stocks):
+    if reason := _torchs_reason():
         config.record(_OP, torchs, reason)
         return stocks()
+    reason, settings, behind = _settings(input, weight, bias, stride, padding, dilation, groups)
+    if reason is not None:
+        config.record(_OP, torchs, reason)
+        return _refused(_OP, reason, stocks)
     if behind != (0, 0):
         input = F.pad(input, (0, behind[0], 0, behind[1]))
+    input, weight, bias = _cast(input, weight, bias)
     device = input.device.type
     own = config.forced() == "own"
     settings = (*settings, activation, _is_exact(device), own)
     if (own or config.is_recording()) and not torch.compiler.is_compiling():
-        algorithms = _algorithms(input, weight, bias, *settings)
+        algorithms = _algorithms(input, weight, *settings)
         if own:
             _refuse_torchs(_OP, algorithms, input, weight)
         _note(_OP, device, algorithms)
@@ -630,21 +625,25 @@ def conv_transpose2d(
         if config.is_recording():
             config.record(_TRANSPOSE, "stock", "too small for our call overhead")
         return stocks()
+    if reason := _torchs_reason():
+        config.record(_TRANSPOSE, "stock", reason)
+        return stocks()
     reason, settings, size = _settings_of_transpose(
         input, weight, bias, stride, padding, output_padding, groups, dilation
     )
-    if reason := _torchs_reason(_TRANSPOSE, reason, stocks):
+    if reason is not None:
         config.record(_TRANSPOSE, "stock", reason)
-        return stocks()
+        return _refused(_TRANSPOSE, reason, stocks)
+    input, weight, bias = _cast(input, weight, bias)
     device = input.device.type
     own, exact = config.forced() == "own", _is_exact(device)
     if (own or config.is_recording()) and not torch.compiler.is_compiling():
         # As the convolution of an image of the output's size: its gradient is our forward.
-        batch = input.shape[0] if input.dim() == 4 else 1
-        image = input.new_empty(()).expand(batch, *size)
         stride, padding, _, groups, dilation = settings
+        batch = input.shape[0] if input.dim() == 4 else 1
+        image = input.new_empty(()).expand(batch, weight.shape[1] * groups, *size)
         gradient, forward, of_weight = _algorithms(
-            image, weight, None, stride, padding, dilation, groups, "none", exact, own
+            image, weight, stride, padding, dilation, groups, "none", exact, own
         )
         algorithms = forward, gradient, of_weight
         if own:

@@ -2,7 +2,7 @@
 
 For the convolution z = x * w + b of ``conv2d``, of P × Q pixels, and a monotone activation f::
 
-    y[n, k, i, j] = f(max z[n, k, 2i + r, 2j + s])     r, s in 0, 1; a last odd row or column is left
+    y[n, k, i, j] = f(max z[n, k, 2i + r, 2j + s])     r, s in 0, 1; the last of odd rows is left
     a[n, k, i, j] = 2·r + s                            of the first largest, or of the last NaN
     d[n, k, 2i + r, 2j + s] = dL/dy · f'               where 2·r + s = a; 0 elsewhere
     dL/dx, dL/dw, dL/db                                of the convolution, from d
@@ -103,9 +103,7 @@ def _(
 # ---------------------------------------------------------------------------------------- reference
 
 
-def conv2d_max_pool2d_reference(
-    input, weight, bias, stride, padding, dilation, groups, activation
-):
+def conv2d_max_pool2d_reference(input, weight, bias, stride, padding, dilation, groups, activation):
     """The definition, in torch ops: differentiable any number of times."""
     output = conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation)
     return F.max_pool2d(output, 2)
@@ -295,9 +293,7 @@ def conv2d_max_pool2d(
     elif transform is None and _is_small(input, weight):
         reason = "too small for our call overhead"
     if reason is None:
-        reason, settings, behind = _choose(
-            input, weight, bias, stride, padding, dilation, groups
-        )
+        reason, settings, behind = _choose(input, weight, bias, stride, padding, dilation, groups)
     if reason is not None:
         config.record(_OP, "reference", reason)
         output = conv2d_max_pool2d_reference(

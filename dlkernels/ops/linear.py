@@ -75,6 +75,7 @@ def _(grad_output, input, weight, output, activation, want_input, want_weight, w
 
 # ---------------------------------------------------------------------------------------- reference
 
+
 def linear_reference(input, weight, bias, activation):
     """The definition, in torch ops: differentiable any number of times."""
     return ACTIVATIONS[activation](F.linear(input, weight, bias))
