@@ -271,24 +271,39 @@ void scatter(const T* from, const Images<S>& to, int64_t channel, int64_t image_
 
 // ---------------------------------------------------------------------------------------- convolve
 
-// Sums of 2×2 pixels of K channels over all taps, from the biases on. `x` is the window's corner in
+// The taps from `begin` to `end` of rows and columns.
+struct Taps {
+  int64_t begin, end;
+};
+
+// Those of a pair of outputs, at i and i + 1, that meet more than padding: all, where `whole` is
+// not the length of the one input that every lane has.
+inline Taps taps_of(int64_t i, int64_t kernel, int64_t padding, int64_t whole) {
+  if (whole < 0) return {0, kernel};
+  const int64_t begin = std::clamp<int64_t>(padding - i - 1, 0, kernel);
+  return {begin, std::clamp<int64_t>(padding + whole - i, begin, kernel)};
+}
+
+// Sums of 2×2 pixels of K channels over the taps, from the biases on. `x` is the window's corner in
 // a group of tiles, `w` is K weights a tap.
 template <int64_t K, typename T>
-inline void sum_taps(const Shape& s, const T* x, int64_t row, int64_t plane, const T* w,
-                     const T* bias, Vec<T> (&sum)[K][4]) {
+inline void sum_taps(const Shape& s, Taps down, Taps across, const T* x, int64_t row, int64_t plane,
+                     const T* w, const T* bias, Vec<T> (&to)[K][4]) {
   using V = Vec<T>;
   constexpr int64_t L = V::size;
+  V sum[K][4];  // in registers, as long as nobody has its address
   for (int64_t k = 0; k < K; ++k)
     for (int64_t p = 0; p < 4; ++p) sum[k][p] = V(bias[k]);
   for (int64_t c = 0; c < s.inputs; ++c)
-    for (int64_t r = 0; r < s.kernel_height; ++r) {
-      const T *upper = x + c * plane + r * row, *lower = upper + row;
+    for (int64_t r = down.begin; r < down.end; ++r) {
+      const T *upper = x + c * plane + r * row + across.begin * L, *lower = upper + row;
+      const T* weights = w + ((c * s.kernel_height + r) * s.kernel_width + across.begin) * K;
       V upper_left = load(upper), lower_left = load(lower);
-      for (int64_t t = 0; t < s.kernel_width; ++t, w += K) {
+      for (int64_t t = across.begin; t < across.end; ++t, weights += K) {
         upper += L, lower += L;
         const V upper_right = load(upper), lower_right = load(lower);
         for (int64_t k = 0; k < K; ++k) {
-          const V weight(w[k]);
+          const V weight(weights[k]);
           sum[k][0] = fma(upper_left, weight, sum[k][0]);
           sum[k][1] = fma(upper_right, weight, sum[k][1]);
           sum[k][2] = fma(lower_left, weight, sum[k][2]);
@@ -297,6 +312,8 @@ inline void sum_taps(const Shape& s, const T* x, int64_t row, int64_t plane, con
         upper_left = upper_right, lower_left = lower_right;
       }
     }
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t p = 0; p < 4; ++p) to[k][p] = sum[k][p];
 }
 
 // The outputs in equal blocks of at most kChannels.
@@ -366,10 +383,13 @@ void convolve(const Shape& s, const Images<const S>& x, const Packed<T>& w, Acti
       with_constant<kChannels>(n, [&](auto constant) {
         constexpr int64_t K = constant;
         const T *weights = w.weights(k0), *biases = w.biases(k0);
-        for (int64_t i = 0; i < tiles.height; i += 2)
+        for (int64_t i = 0; i < tiles.height; i += 2) {
+          const Taps down = taps_of(i, s.kernel_height, s.pad_y, tiles.down == 1 ? s.height : -1);
           for (int64_t j = 0; j < tiles.width; j += 2) {
+            const Taps across =
+                taps_of(j, s.kernel_width, s.pad_x, tiles.across == 1 ? s.width : -1);
             V sum[K][4];
-            sum_taps<K>(s, input + i * row + j * L, row, plane, weights, biases, sum);
+            sum_taps<K>(s, down, across, input + i * row + j * L, row, plane, weights, biases, sum);
             for (int64_t k = 0; k < K; ++k) {
               if constexpr (pool) {
                 V best = sum[k][0], place(T(0));
@@ -389,6 +409,7 @@ void convolve(const Shape& s, const Images<const S>& x, const Packed<T>& w, Acti
               }
             }
           }
+        }
       });
       for (int64_t k = 0; k < n; ++k) {
         scatter(values + k * results, y, k0 + k, pooled_height, pooled_width, tiles, group * L,
