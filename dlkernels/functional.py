@@ -6,11 +6,19 @@ Every other public name of ``torch.nn.functional`` is here too: this module can 
 import torch
 
 from dlkernels.ops.conv2d import conv2d, conv_transpose2d
+from dlkernels.ops.conv2d_max_pool2d import conv2d_max_pool2d
 from dlkernels.ops.cross_entropy import cross_entropy
 from dlkernels.ops.linear import linear
 from dlkernels.ops.linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["conv2d", "conv_transpose2d", "cross_entropy", "linear", "linear_cross_entropy"]
+__all__ = [
+    "conv2d",
+    "conv2d_max_pool2d",
+    "conv_transpose2d",
+    "cross_entropy",
+    "linear",
+    "linear_cross_entropy",
+]
 
 
 def __getattr__(name: str):

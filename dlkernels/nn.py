@@ -273,6 +273,84 @@ class LazyConvTranspose2d(torch.nn.LazyConvTranspose2d):
     cls_to_become = ConvTranspose2d
 
 
+class Sequential(torch.nn.Sequential):
+    """``torch.nn.Sequential`` that runs a convolution, a ``MaxPool2d(2)`` and a ReLU before or
+    behind the pool, or none, as one: ``dlkernels.functional.conv2d_max_pool2d``.
+
+    A chain in which a module has a hook, is parametrized or is of a subclass runs module by module.
+    """
+
+    def forward(self, input):
+        """The last module's output."""
+        modules, at = list(self), 0
+        while at < len(modules):
+            length = _pooled(modules, at)
+            if length and not any(map(is_observed, modules[at : at + length])):
+                conv = modules[at]
+                input = functional.conv2d_max_pool2d(
+                    input,
+                    conv.weight,
+                    conv.bias,
+                    conv.stride,
+                    conv.padding,
+                    conv.dilation,
+                    conv.groups,
+                    activation="relu" if length == 3 else None,
+                )
+                at += length
+            else:
+                input = modules[at](input)
+                at += 1
+        return input
+
+
+def pooled_chains(module: torch.nn.Module) -> list[list[torch.nn.Module]]:
+    """The chains of a ``torch.nn.Sequential``, or of ours, that ``Sequential`` runs as one."""
+    if type(module) not in (torch.nn.Sequential, Sequential):
+        return []
+    modules = list(module)
+    lengths = (_pooled(modules, at) for at in range(len(modules)))
+    return [modules[at : at + length] for at, length in enumerate(lengths) if length]
+
+
+def _pooled(modules: list[torch.nn.Module], at: int) -> int:
+    """How many modules from ``at`` on are a convolution, its pool and its ReLU; 0 if none are."""
+    conv = modules[at]
+    if type(conv) not in (Conv2d, torch.nn.Conv2d) or conv.padding_mode != "zeros":
+        return 0
+    for before, length in ((0, 3), (1, 3), (0, 2)):  # conv, pool, relu; conv, relu, pool
+        chain = modules[at + 1 : at + length]
+        if len(chain) < length - 1:
+            continue
+        pool = chain.pop(before)
+        if all(type(module) is torch.nn.ReLU for module in chain) and _halves(pool):
+            return length
+    return 0
+
+
+def _halves(pool: torch.nn.Module) -> bool:
+    def is_all(value, wanted):
+        return value in (wanted, (wanted, wanted), [wanted, wanted])
+
+    return (
+        type(pool) is torch.nn.MaxPool2d
+        and is_all(pool.kernel_size, 2)
+        and is_all(pool.stride, 2)
+        and is_all(pool.padding, 0)
+        and is_all(pool.dilation, 1)
+        and not (pool.ceil_mode or pool.return_indices)
+    )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_observed(module: torch.nn.Module) -> bool:
+    """Whether somebody would see that the module is not called."""
+    everywhere = torch.nn.modules.module
+    return any(getattr(module, name) or getattr(everywhere, f"_global{name}") for name in _HOOKS)
+
+
 _OURS = (
     "Conv2d",
     "ConvTranspose2d",
@@ -282,6 +360,7 @@ _OURS = (
     "LazyLinear",
     "Linear",
     "LinearCrossEntropyLoss",
+    "Sequential",
     "functional",
 )
 __all__ = sorted({*_OURS, *(name for name in dir(torch.nn) if not name.startswith("_"))})

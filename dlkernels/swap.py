@@ -46,6 +46,13 @@ TWINS: list[Twin] = [
     Twin("conv2d", torch.nn.Conv2d, nn.Conv2d, allowed=(4.0, 5.0)),
     Twin("conv2d", torch.nn.ConvTranspose2d, nn.ConvTranspose2d, allowed=(4.0, 5.0)),
     Twin(
+        "conv2d_max_pool2d",
+        torch.nn.Sequential,
+        nn.Sequential,
+        fits=lambda module: bool(nn.pooled_chains(module)),
+        allowed=(4.0, 5.0),
+    ),
+    Twin(
         "cross_entropy",
         torch.nn.CrossEntropyLoss,
         nn.CrossEntropyLoss,
@@ -168,6 +175,8 @@ def _obstacle(module: torch.nn.Module) -> tuple[Twin, str] | None:
         elif "quantized" in cls.__module__ and cls.__name__ == stock:
             return twin, f"quantised: it computes otherwise than {stock}"
         elif cls is twin.stock or isinstance(module, twin.ours):
+            continue
+        elif twin.stock is torch.nn.Sequential:  # everybody's base class
             continue
         elif isinstance(module, twin.stock):
             if becomes := getattr(cls, "cls_to_become", None):
@@ -328,6 +337,18 @@ def _eager() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def _fused(modules: Iterable[tuple[str, torch.nn.Module]]) -> dict[torch.nn.Module, str]:
+    """The modules that are not called themselves, and the name of the one that does their work."""
+    return {
+        module: name
+        for name, parent in modules
+        if type(parent) is nn.Sequential
+        for chain in nn.pooled_chains(parent)
+        if not any(map(nn.is_observed, chain))
+        for module in chain
+    }
+
+
 def explain(model: torch.nn.Module, *inputs, **kwargs) -> Records:
     """Runs ``model(*inputs, **kwargs)`` once and says which kernel each module took, and why.
 
@@ -338,6 +359,7 @@ def explain(model: torch.nn.Module, *inputs, **kwargs) -> Records:
     """
     modules = _modules(model, "explain")
     choices: dict[torch.nn.Module, list[config.Choice]] = {module: [] for _, module in modules}
+    fused = _fused(modules)
     called: set[torch.nn.Module] = set()
     stack: list[torch.nn.Module] = []
     done = 0
@@ -364,8 +386,9 @@ def explain(model: torch.nn.Module, *inputs, **kwargs) -> Records:
         recorded = cleanup.enter_context(config.recording())
         cleanup.enter_context(_eager())
         for _, module in modules:
-            cleanup.callback(module.register_forward_pre_hook(enter).remove)
-            cleanup.callback(module.register_forward_hook(leave, always_call=True).remove)
+            if module not in fused:
+                cleanup.callback(module.register_forward_pre_hook(enter).remove)
+                cleanup.callback(module.register_forward_hook(leave, always_call=True).remove)
         model(*inputs, **kwargs)
 
     records = Records()
@@ -374,9 +397,13 @@ def explain(model: torch.nn.Module, *inputs, **kwargs) -> Records:
         kernels = ", ".join(dict.fromkeys(choice.kernel for choice in choices[module]))
         reasons = "; ".join(dict.fromkeys(choice.reason for choice in choices[module]))
         ours = isinstance(module, tuple(twin.ours for twin in TWINS))
+        if type(module) is nn.Sequential and not kernels:
+            continue  # its modules have lines of their own
         if not (kernels or ours or _listed(module)):
             continue
-        if module not in called:
+        if module in fused:
+            kernels, reasons = "fused", f"a part of {fused[module] or '(model)'}"
+        elif module not in called:
             kernels, reasons = "none", "not called with these inputs"
         elif not kernels:
             kernels = "unknown" if ours else "stock"
@@ -391,10 +418,14 @@ def explain(model: torch.nn.Module, *inputs, **kwargs) -> Records:
 class _Call:
     """One call of a module in the real run, and the gradients that came back to its outputs."""
 
-    def __init__(self, module: torch.nn.Module, classes: list[type], args, kwargs) -> None:
+    def __init__(self, module: torch.nn.Module, classes: list[type], hooks, args, kwargs) -> None:
         self.signature = inspect.signature(module.forward)
         arguments = self.signature.bind(*args, **kwargs).arguments
         self.module = copy.deepcopy(module)
+        for child in self.module.modules():  # a chain with a hook in it would not run as one
+            for installed in (child._forward_pre_hooks, child._forward_hooks):
+                for key in [key for key, hook in installed.items() if hook in hooks]:
+                    del installed[key]
         self.classes = classes
         self.arguments = {name: tree_map(_copy, value) for name, value in arguments.items()}
         self.gradients: dict[int, Tensor] = {}
@@ -561,7 +592,7 @@ def _run_and_record(roots, inputs, target, loss, calls: dict[torch.nn.Module, li
 
     def enter(module, args, kwargs) -> None:
         if module in calls:  # a copy made for a replay has these hooks too
-            running.append((module, _Call(module, classes[module], args, kwargs)))
+            running.append((module, _Call(module, classes[module], (enter, leave), args, kwargs)))
 
     def leave(module, args, output) -> Any:
         while running and module in calls:

@@ -60,6 +60,7 @@ using namespace dlkernels;
   MAP2(T, min, min(x, y))                                                                        \
   MAP2(T, copysign, copysign(x, y))                                                              \
   MAP2(T, less, select(less(x, y), Vec<T>(T(1)), Vec<T>(T(0))))                                  \
+  MAP2(T, exceeds, select(exceeds(x, y), Vec<T>(T(1)), Vec<T>(T(0))))                            \
   EXPORT void select_##T(T* out, int64_t n, const T* a, const T* b, const T* yes, const T* no) { \
     map<T>([](Vec<T> x, Vec<T> y, Vec<T> u, Vec<T> v) { return select(less(x, y), u, v); }, out, \
            n, a, b, yes, no);                                                                    \

@@ -199,7 +199,7 @@ def pairs(dtype) -> tuple[np.ndarray, np.ndarray]:
 
 
 @by_type
-@pytest.mark.parametrize("name", ["max", "min", "copysign", "less", "select", "abs"])
+@pytest.mark.parametrize("name", ["max", "min", "copysign", "less", "exceeds", "select", "abs"])
 def test_to_the_bit(probe, kind, name):
     a, b = pairs(TYPES[kind])
     with np.errstate(invalid="ignore"):
@@ -216,6 +216,7 @@ def test_to_the_bit(probe, kind, name):
             "min": np.where(less, a, b),
             "copysign": np.copysign(a, b),
             "less": less.astype(a.dtype),
+            "exceeds": (greater | np.isnan(a)).astype(a.dtype),
         }[name]
     np.testing.assert_array_equal(bits(got), bits(expected))
 

@@ -12,6 +12,7 @@
 //   transpose_pieces the small square matrices that the same piece of several vectors makes
 //   exp, log, tanh   ≤ 2 ulp (tests/test_simd.py), algorithms of Cephes (Moshier, 1992)
 // max(a, b) and min(a, b) are a > b ? a : b and a < b ? a : b: where either is NaN they return b.
+// exceeds(a, b), for a running maximum b, is a > b or a is NaN: the last NaN stays.
 #pragma once
 
 #include <cmath>
@@ -133,6 +134,9 @@ inline F max(F a, F b) { return _mm512_max_ps(a.v, b.v); }
 inline F min(F a, F b) { return _mm512_min_ps(a.v, b.v); }
 inline F abs(F a) { return _mm512_abs_ps(a.v); }
 inline Vec<float>::Mask less(F a, F b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+inline Vec<float>::Mask exceeds(F a, F b) {
+  return less(b, a) | _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+}
 inline F select(Vec<float>::Mask mask, F yes, F no) {
   return _mm512_mask_blend_ps(mask, no.v, yes.v);
 }
@@ -162,6 +166,9 @@ inline D max(D a, D b) { return _mm512_max_pd(a.v, b.v); }
 inline D min(D a, D b) { return _mm512_min_pd(a.v, b.v); }
 inline D abs(D a) { return _mm512_abs_pd(a.v); }
 inline Vec<double>::Mask less(D a, D b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ); }
+inline Vec<double>::Mask exceeds(D a, D b) {
+  return less(b, a) | _mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q);
+}
 inline D select(Vec<double>::Mask mask, D yes, D no) {
   return _mm512_mask_blend_pd(mask, no.v, yes.v);
 }
@@ -310,6 +317,9 @@ inline F max(F a, F b) { return _mm256_max_ps(a.v, b.v); }
 inline F min(F a, F b) { return _mm256_min_ps(a.v, b.v); }
 inline F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
 inline Vec<float>::Mask less(F a, F b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ); }
+inline Vec<float>::Mask exceeds(F a, F b) {
+  return _mm256_or_ps(less(b, a), _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+}
 inline F select(Vec<float>::Mask mask, F yes, F no) { return _mm256_blendv_ps(no.v, yes.v, mask); }
 inline F copysign(F magnitude, F sign) {
   const __m256 bit = _mm256_set1_ps(-0.0f);
@@ -345,6 +355,9 @@ inline D max(D a, D b) { return _mm256_max_pd(a.v, b.v); }
 inline D min(D a, D b) { return _mm256_min_pd(a.v, b.v); }
 inline D abs(D a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v); }
 inline Vec<double>::Mask less(D a, D b) { return _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ); }
+inline Vec<double>::Mask exceeds(D a, D b) {
+  return _mm256_or_pd(less(b, a), _mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q));
+}
 inline D select(Vec<double>::Mask mask, D yes, D no) { return _mm256_blendv_pd(no.v, yes.v, mask); }
 inline D copysign(D magnitude, D sign) {
   const __m256d bit = _mm256_set1_pd(-0.0);
@@ -536,6 +549,7 @@ inline Vec<T> select(typename Vec<T>::Mask mask, Vec<T> yes, Vec<T> no) {
   inline V operator/(V a, V b) { return V::Native(a.v / b.v); }                                \
   inline V fma(V a, V b, V c) { return V::Native(a.v * b.v + c.v); }                           \
   inline V::Mask less(V a, V b) { return V::Mask(a.v < b.v); }                                 \
+  inline V::Mask exceeds(V a, V b) { return V::Mask((a.v > b.v) | (a.v != a.v)); }             \
   inline V max(V a, V b) { return select<T>(V::Mask(a.v > b.v), a, b); }                       \
   inline V min(V a, V b) { return select<T>(V::Mask(a.v < b.v), a, b); }                       \
   inline V copysign(V magnitude, V sign) {                                                     \
