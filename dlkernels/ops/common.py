@@ -45,6 +45,21 @@ def unfit(tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
+def suggests_channels_last(x: Tensor) -> bool:
+    """What torch's C++ calls ``suggest_memory_format``, of four dimensions. Where sizes of 1 leave
+    it open, and of an empty tensor, it is contiguous."""
+    strides = x.stride()
+    if strides[1] == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        size, stride = x.shape[d], strides[d]
+        if size == 0 or stride < least or (d == 0 and least == strides[1]):
+            return False
+        least = stride * size
+    return True
+
+
 def is_batched(gradient: Tensor | None) -> bool:
     """By vmap over the backward alone, as ``is_grads_batched`` and ``jacobian(vectorize=True)`` do:
     the raw ops, of which some write in place, have no batching rule."""
