@@ -280,6 +280,14 @@ def test_fakes_and_schemas(pool, layout):
         torch.library.opcheck(backward.default, arguments, test_utils=checks)
 
 
+def test_blocks_of_several_tiles():
+    """More than 1024 tiles: the weights stay in shared memory from tile to tile."""
+    x = torch.randn(1, 1, 2, 32 * 1040 + 5, device=DEVICE)
+    w, b = torch.randn(64, 1, 1, 1, device=DEVICE), torch.randn(64, device=DEVICE)
+    output, _ = forward(x, w, b, [1, 1], [0, 0], "none", False)
+    torch.testing.assert_close(output, F.conv2d(x, w, b))
+
+
 def test_they_are_raw():
     x, w, b, *settings = problem("least")
     output, _ = forward(x.requires_grad_(), w, b, *settings, "none", False)

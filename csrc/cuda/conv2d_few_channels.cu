@@ -3,10 +3,9 @@
 // and the three gradients. Of so few channels a matrix unit would multiply mostly zeros: these are
 // plain products, in float.
 //
-//   convolve         y = Σ_crs x·w, of images; and of the gradient d of the convolution's output,
-//   by
-//                    phases: at a stride t every t-th row and column of dL/dx is a convolution of d
-//                    with every t-th row and column of w, turned around
+//   convolve         y = Σ_crs x·w, of images; and of the gradient d of the convolution's
+//                    output, by phases: at a stride t every t-th row and column of dL/dx is a
+//                    convolution of d with every t-th row and column of w, turned around
 //   weight_gradient  dw = Σ_npq d·x and db = Σ_npq d, in pieces
 //   add_pieces       their sums
 //
@@ -15,12 +14,14 @@
 // the pool is ever in memory.
 //
 // Tiles: `convolve` has a tile of the source in shared memory, all of it as floats, and the weights
-// of 8 to 64 output channels; a thread has 2×4 pixels of 8 channels: for each row of the kernel 2
-// rows of the source into registers, then 64 multiplications for every 8 weights, which the whole
-// warp reads at once. The columns of a tile are dealt out modulo 4·stride: neighbouring lanes, 4
+// of 8 to 64 output channels; a thread has 2×2 pixels of 8 channels: for each row of the kernel 2
+// rows of the source into registers, then 32 multiplications for every 8 weights, which the whole
+// warp reads at once. The columns of a tile are dealt out modulo 2·stride: neighbouring lanes, 2
 // pixels apart, then read neighbouring words. `weight_gradient` has tiles of both; a thread has one
-// row of the kernel for 8 × 1 channels, and some of the rows of pixels. Loads from memory are by
-// element: a row with its border begins anywhere, and there are few channels of it.
+// row of the kernel for 8 channels out and one in, and some of the rows of pixels. Loads from
+// memory are by element: a row with its border begins anywhere, and there are few channels of it.
+//
+// NOT MEASURED: tiles and constants are reckoned; no GPU has timed them.
 //
 // The same bits every time: shapes alone fix how sums are cut, and the pieces are added in order.
 #include <torch/csrc/stable/library.h>
@@ -43,7 +44,8 @@ using Sizes = std::vector<int64_t>;
 constexpr const char* kOp = "conv2d_few_channels";
 constexpr int kMostIn = 16, kMostOut = 64, kMostTaps = 7, kMostStride = 2;
 
-constexpr int kRows = 2, kColumns = 4, kChannels = 8;  // of a thread of `convolve`
+constexpr int kRows = 2, kColumns = 2, kChannels = 8;  // of a thread of `convolve`
+constexpr int kChain = 16;                             // products in a row
 constexpr int kThreads = 256;                          // most of a block
 constexpr int kDepth = 16;                             // channels summed from one tile
 constexpr int kPatches = 16;                           // most across a tile
@@ -51,8 +53,10 @@ constexpr int kSlices = 16;                            // most that share a tile
 constexpr int kTileColumns = 32, kTileRows = 16;       // most pixels of a tile of weight_gradient
 constexpr int64_t kWeightBytes = 32 << 10;             // of a block, where 8 channels allow
 constexpr int64_t kTileBytes = 48 << 10;
-constexpr int64_t kBlocks = 512;  // of weight_gradient, where there are tiles for them
-constexpr int kStrips = 8;        // of the pieces that add_pieces adds
+constexpr int64_t kBlocks = 512;      // of weight_gradient, where there are tiles for them
+constexpr int64_t kManyTiles = 1024;  // of convolve: of more a block has several, and one weight
+constexpr int kFour = 4;              // columns that weight_gradient reads at once
+constexpr int kStrips = 8;            // of the pieces that add_pieces adds
 
 enum class Activation { kNone, kRelu, kLeakyRelu, kTanh, kSigmoid };
 constexpr float kSlope = 0.01f;  // of leaky_relu: torch's default
@@ -221,17 +225,22 @@ struct Convolution {
   Axis vertical, horizontal;
   int result_rows, result_columns;  // of the pool
   Activation activation;
-  bool wide_channels, wide_columns;  // whether 8 channels, 4 columns are vectors on 16 bytes
+  bool wide_channels, wide_columns;  // whether 8 channels, 2 columns are aligned words
   // The tile: so many images, of each so many patches of kRows × kColumns; how many of them there
   // are, and the source's in shared memory.
-  int tile_images, tile_rows, tile_columns, down, across, depth, pitch, spread;
+  int tile_images, tile_rows, tile_columns, down, across, depth, pitch, spread, weight_floats;
+  int64_t tiles;
 };
 
+// To the totals of a thread's pixels. A chain of products ends with the channel after kChain of
+// them, and is added to the total: longer ones round more than stock's.
 template <int kTaps, int kStep>
-DLK_DEVICE void add_products(float (&sum)[kRows][kColumns][kChannels], const float* tile,
+DLK_DEVICE void add_products(float (&total)[kRows][kColumns][kChannels], const float* tile,
                              const float* weight, int channels, int rows, int pitch, int spread,
                              int step, int taps, int width, int weight_pitch) {
   constexpr int kModulo = kColumns * kStep, kReach = (kColumns - 1) * kStep;
+  float sum[kRows][kColumns][kChannels] = {};
+  int chain = 0;
   for (int c = 0; c < channels; ++c) {
     for (int r = 0; r < taps; ++r) {
       const float* const line = tile + (c * rows + r) * pitch;
@@ -259,6 +268,18 @@ DLK_DEVICE void add_products(float (&sum)[kRows][kColumns][kChannels], const flo
         }
       }
     }
+    chain += taps * width;
+    if (chain < kChain && c + 1 < channels) continue;
+    chain = 0;
+#pragma unroll
+    for (int dy = 0; dy < kRows; ++dy)
+#pragma unroll
+      for (int dx = 0; dx < kColumns; ++dx)
+#pragma unroll
+        for (int k = 0; k < kChannels; ++k) {
+          total[dy][dx][k] += sum[dy][dx][k];
+          sum[dy][dx][k] = 0;
+        }
   }
 }
 
@@ -282,27 +303,34 @@ DLK_DEVICE void store_channels(S* to, int64_t channel, const float (&v)[kChannel
     if (k < count) to[k * channel] = narrow<S>(v[k]);
 }
 
+// Two columns of one channel.
+template <typename S>
+DLK_DEVICE void store_columns(S* to, float a, float b) {
+  if constexpr (is_half<S>) {
+    *reinterpret_cast<uint32_t*>(to) = pack2<S>(a, b);
+  } else {
+    const float two[2] = {a, b};
+    *reinterpret_cast<uint64_t*>(to) = bit_cast<uint64_t>(two);
+  }
+}
+
 template <typename S, typename Source>
 DLK_DEVICE void store_plain(const Convolution<S, Source>& p, const Phase& v, const Phase& h,
                             int64_t n, int k, int y, int x,
                             const float (&sum)[kRows][kColumns][kChannels]) {
+  static_assert(kColumns == 2);
   const int count = p.out - k;
 #pragma unroll
   for (int dy = 0; dy < kRows; ++dy) {
     if (y + dy >= v.size) return;
     const int row = (y + dy) * v.result_step + v.result_first;
-    if constexpr (kVector<S> == kColumns) {
-      if (p.wide_columns && x + kColumns <= h.size) {
+    if (p.wide_columns && x + kColumns <= h.size) {
 #pragma unroll
-        for (int c = 0; c < kChannels; ++c) {
-          if (c < count) {
-            const float four[kColumns] = {sum[dy][0][c], sum[dy][1][c], sum[dy][2][c],
-                                          sum[dy][3][c]};
-            store16(p.result + p.result_place.at(n, k + c, row, x), pack<S>(four));
-          }
-        }
-        continue;
-      }
+      for (int c = 0; c < kChannels; ++c)
+        if (c < count)
+          store_columns(p.result + p.result_place.at(n, k + c, row, x), sum[dy][0][c],
+                        sum[dy][1][c]);
+      continue;
     }
 #pragma unroll
     for (int dx = 0; dx < kColumns; ++dx) {
@@ -315,40 +343,58 @@ DLK_DEVICE void store_plain(const Convolution<S, Source>& p, const Phase& v, con
   }
 }
 
-// The largest of each 2×2, the first of equals; a NaN is larger than any number.
+// The largest of the 2×2, the first of equals; a NaN is larger than any number.
 template <typename S, typename Source>
 DLK_DEVICE void store_pooled(const Convolution<S, Source>& p, int64_t n, int k, int y, int x,
                              const float (&sum)[kRows][kColumns][kChannels]) {
+  static_assert(kRows == 2 && kColumns == 2);
   const int count = p.out - k;
-  if (y / 2 >= p.result_rows) return;
+  if (y / 2 >= p.result_rows || x / 2 >= p.result_columns) return;
+  float best[kChannels];
+  uint8_t where[kChannels];
 #pragma unroll
-  for (int px = 0; px < kColumns / 2; ++px) {
-    if (x / 2 + px >= p.result_columns) return;
-    float best[kChannels];
-    uint8_t where[kChannels];
+  for (int c = 0; c < kChannels; ++c) {
+    best[c] = sum[0][0][c];
+    where[c] = 0;
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      best[c] = sum[0][2 * px][c];
-      where[c] = 0;
-#pragma unroll
-      for (int i = 1; i < 4; ++i) {
-        const float v = sum[i / 2][2 * px + i % 2][c];
-        if (v > best[c] || v != v) best[c] = v, where[c] = uint8_t(i);
-      }
+    for (int i = 1; i < 4; ++i) {
+      const float v = sum[i / 2][i % 2][c];
+      if (v > best[c] || v != v) best[c] = v, where[c] = uint8_t(i);
     }
-    const int64_t at = p.result_place.at(n, k, y / 2, x / 2 + px);
-    store_channels(p.result + at, p.result_place.channel, best, count, p.wide_channels);
-    if (p.wide_channels) {
-      *reinterpret_cast<uint64_t*>(p.argmax + at) = bit_cast<uint64_t>(where);
-    } else {
+  }
+  const int64_t at = p.result_place.at(n, k, y / 2, x / 2);
+  store_channels(p.result + at, p.result_place.channel, best, count, p.wide_channels);
+  if (p.wide_channels) {
+    *reinterpret_cast<uint64_t*>(p.argmax + at) = bit_cast<uint64_t>(where);
+  } else {
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c)
-        if (c < count) p.argmax[at + int64_t(c) * p.result_place.channel] = where[c];
-    }
+    for (int c = 0; c < kChannels; ++c)
+      if (c < count) p.argmax[at + int64_t(c) * p.result_place.channel] = where[c];
   }
 }
 
-// Grid: tiles × blocks of output channels × phases. Block: patches × eights of channels.
+// What a thread has at the end.
+template <typename S, typename Source>
+DLK_DEVICE void finish(const Convolution<S, Source>& p, const Phase& v, const Phase& h, int64_t n,
+                       int k, int y, int x, float (&sum)[kRows][kColumns][kChannels]) {
+  if (n >= p.images || k >= p.out || y >= v.size || x >= h.size) return;
+  if constexpr (!std::is_same_v<Source, Gradient<S>>) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      const float bias = p.bias && k + c < p.out ? widen(p.bias[k + c]) : 0;
+#pragma unroll
+      for (int dy = 0; dy < kRows; ++dy)
+#pragma unroll
+        for (int dx = 0; dx < kColumns; ++dx)
+          // Rounded here: equals of the pool are equals of the dtype.
+          sum[dy][dx][c] = widen(narrow<S>(activate(sum[dy][dx][c] + bias, p.activation)));
+    }
+    if (p.argmax) return store_pooled(p, n, k, y, x, sum);
+  }
+  store_plain(p, v, h, n, k, y, x, sum);
+}
+
+// Grid: blocks × blocks of output channels × phases. Block: patches × eights of channels.
 // ptxas: <= 128 registers, 0 bytes static shared, 0 spills
 template <typename S, typename Source, int kTaps, int kStep>
 DLK_KERNEL void __launch_bounds__(kThreads, 2) convolve_kernel(Convolution<S, Source> p) {
@@ -356,12 +402,8 @@ DLK_KERNEL void __launch_bounds__(kThreads, 2) convolve_kernel(Convolution<S, So
   const int phases = kBackward ? p.horizontal.stride : 1;
   const Phase v = phase_of<kBackward>(p.vertical, int(blockIdx.z) / phases);
   const Phase h = phase_of<kBackward>(p.horizontal, int(blockIdx.z) % phases);
-  const int64_t image = int64_t(blockIdx.x / unsigned(p.across * p.down)) * p.tile_images;
-  const int first_y = int(blockIdx.x / unsigned(p.across)) % p.down * p.tile_rows * kRows;
-  const int first_x = int(blockIdx.x % unsigned(p.across)) * p.tile_columns * kColumns;
   const int weight_pitch = int(blockDim.y) * kChannels;
   const int first_k = int(blockIdx.y) * weight_pitch;
-
   const int patch = int(threadIdx.x), px = patch % p.tile_columns;
   const int py = patch / p.tile_columns % p.tile_rows;
   const int i = patch / p.tile_columns / p.tile_rows;
@@ -372,59 +414,44 @@ DLK_KERNEL void __launch_bounds__(kThreads, 2) convolve_kernel(Convolution<S, So
             (p.tile_columns * kColumns - 1) * kStep + h.taps,
             p.pitch,
             p.spread};
-  float* const source = reinterpret_cast<float*>(shared_memory());
-  float sum[kRows][kColumns][kChannels] = {};
-  for (int c0 = 0; c0 < p.in; c0 += p.depth) {
-    tile.channels = p.in - c0 < p.depth ? p.in - c0 : p.depth;
-    // On 16 bytes, as the pitch of neither is odd.
-    const int floats = tile.images * tile.channels * tile.rows * tile.pitch;
-    float* const weight = source + (floats + 3) / 4 * 4;
-    if (c0 > 0) sync_block();
-    load_tile<kColumns * kStep>(source, p.source, tile, image, c0, first_y * v.step + v.origin,
-                                first_x * kStep + h.origin);
-    const int weights = tile.channels * v.taps * h.taps * weight_pitch;
-    for (int at = int(thread_rank()); at < weights; at += int(blockDim.x * blockDim.y)) {
-      const int k = at % weight_pitch, tap = at / weight_pitch, s = tap % h.taps;
-      const int r = tap / h.taps % v.taps, c = tap / h.taps / v.taps;
-      weight[at] = 0;
-      if (first_k + k < p.out)
-        weight[at] =
-            widen(p.weight[(first_k + k) * p.weight_place.out + (c0 + c) * p.weight_place.in +
-                           (v.first + r * v.tap_step) * p.weight_place.row +
-                           (h.first + s * h.tap_step) * p.weight_place.column]);
-    }
-    sync_block();
-    if (i < tile.images) {
-      const int line = i * tile.channels * tile.rows + py * kRows * v.step;
-      add_products<kTaps, kStep>(sum, source + line * tile.pitch + px,
-                                 weight + int(threadIdx.y) * kChannels, tile.channels, tile.rows,
-                                 tile.pitch, tile.spread, v.step, v.taps, h.taps, weight_pitch);
-    }
-  }
-
-  const int64_t n = image + i;
-  const int k = first_k + int(threadIdx.y) * kChannels;
-  const int y = first_y + py * kRows, x = first_x + px * kColumns;
-  if (i >= tile.images || n >= p.images || k >= p.out || y >= v.size || x >= h.size) return;
-  if constexpr (!kBackward) {
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      const float bias = p.bias && k + c < p.out ? widen(p.bias[k + c]) : 0;
-#pragma unroll
-      for (int dy = 0; dy < kRows; ++dy)
-#pragma unroll
-        for (int dx = 0; dx < kColumns; ++dx) {
-          // Rounded here: equals of the pool are equals of the dtype.
-          const float value = activate(sum[dy][dx][c] + bias, p.activation);
-          sum[dy][dx][c] = widen(narrow<S>(value));
+  float* const weight = reinterpret_cast<float*>(shared_memory());
+  float* const source = weight + p.weight_floats;
+  for (int64_t at = blockIdx.x; at < p.tiles; at += gridDim.x) {
+    const int64_t image = at / (p.across * p.down) * p.tile_images;
+    const int within = int(at % (p.across * p.down));
+    const int first_y = within / p.across * p.tile_rows * kRows;
+    const int first_x = within % p.across * p.tile_columns * kColumns;
+    float sum[kRows][kColumns][kChannels] = {};
+    for (int c0 = 0; c0 < p.in; c0 += p.depth) {
+      tile.channels = p.in - c0 < p.depth ? p.in - c0 : p.depth;
+      const bool is_first = at == blockIdx.x && c0 == 0;
+      if (!is_first) sync_block();
+      load_tile<kColumns * kStep>(source, p.source, tile, image, c0, first_y * v.step + v.origin,
+                                  first_x * kStep + h.origin);
+      if (is_first || p.depth < p.in) {  // else they are there
+        const int weights = tile.channels * v.taps * h.taps * weight_pitch;
+        for (int j = int(thread_rank()); j < weights; j += int(blockDim.x * blockDim.y)) {
+          const int k = first_k + j % weight_pitch, tap = j / weight_pitch, s = tap % h.taps;
+          const int r = tap / h.taps % v.taps, c = tap / h.taps / v.taps;
+          const auto& place = p.weight_place;
+          const int from = k * place.out + (c0 + c) * place.in +
+                           (v.first + r * v.tap_step) * place.row +
+                           (h.first + s * h.tap_step) * place.column;
+          weight[j] = k < p.out ? widen(p.weight[from]) : 0;
         }
+      }
+      sync_block();
+      if (i < tile.images) {
+        const int line = i * tile.channels * tile.rows + py * kRows * v.step;
+        add_products<kTaps, kStep>(sum, source + line * tile.pitch + px,
+                                   weight + int(threadIdx.y) * kChannels, tile.channels, tile.rows,
+                                   tile.pitch, tile.spread, v.step, v.taps, h.taps, weight_pitch);
+      }
     }
-    if (p.argmax) {
-      store_pooled(p, n, k, y, x, sum);
-      return;
-    }
+    if (i < tile.images)
+      finish(p, v, h, image + i, first_k + int(threadIdx.y) * kChannels, first_y + py * kRows,
+             first_x + px * kColumns, sum);
   }
-  store_plain(p, v, h, n, k, y, x, sum);
 }
 
 // --------------------------------------------------------------------------------- weight gradient
@@ -450,7 +477,7 @@ DLK_HOST_DEVICE int gradient_pitch(int groups) { return groups * kChannels + 4; 
 // ptxas: <= 128 registers, 0 bytes static shared, 0 spills
 template <typename S, int kTaps, int kStep>
 DLK_KERNEL void __launch_bounds__(kThreads, 2) weight_gradient_kernel(WeightGradient<S> p) {
-  constexpr int kReach = (kColumns - 1) * kStep;
+  constexpr int kReach = (kFour - 1) * kStep;
   const Axis &v = p.vertical, &h = p.horizontal;
   const int item = int(threadIdx.x) % p.items, slice = int(threadIdx.x) / p.items;
   const int r = item % v.taps, c = item / v.taps % p.in, group = item / v.taps / p.in;
@@ -496,13 +523,13 @@ DLK_KERNEL void __launch_bounds__(kThreads, 2) weight_gradient_kernel(WeightGrad
     for (int row = slice; row < rows; row += p.slices) {
       const float* xs = input + (c * tile.rows + row * v.stride + r) * tile.pitch;
       const float* ds = gradient + row * p.tile_columns * pixel + group * kChannels;
-      for (int q = 0; q < columns; q += kColumns) {
+      for (int q = 0; q < columns; q += kFour) {
         float some[kReach + kTaps];
 #pragma unroll
         for (int e = 0; e < kReach + kTaps; ++e)
           if (e < kReach + h.taps) some[e] = xs[q * kStep + e];
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
+        for (int j = 0; j < kFour; ++j) {
           if (q + j < columns) {
             float d[kChannels];
             const float* const eight = ds + (q + j) * pixel;
@@ -580,9 +607,9 @@ DLK_KERNEL void add_pieces_kernel(Sums<S> p) {
 // -----------------------------------------------------------------------------------------
 // planning
 
-int divide_up(int64_t a, int64_t b) { return int((a + b - 1) / b); }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // n in equal parts of at most `most`.
-int balanced(int n, int most) { return divide_up(n, divide_up(n, std::max(1, most))); }
+int balanced(int n, int most) { return int(divide_up(n, divide_up(n, std::max(1, most)))); }
 
 template <bool kBackward>
 int largest(const Axis& a, int Phase::* field) {
@@ -639,15 +666,17 @@ void run(Convolution<S, Source>& p, const char* name) {
   }
   p.down = divide_up(rows, p.tile_rows);
   p.across = divide_up(columns, p.tile_columns);
-  const int64_t tiles = (p.images + p.tile_images - 1) / p.tile_images * p.down * p.across;
-  DLK_CHECK(tiles < int64_t(1) << 31, kOp, ": expected fewer than 2^31 tiles, got ", tiles);
+  p.tiles = divide_up(p.images, p.tile_images) * p.down * p.across;
+  const int64_t blocks = std::min(p.tiles, std::max(kManyTiles, divide_up(p.tiles, 8)));
+  DLK_CHECK(blocks < int64_t(1) << 31, kOp, ": expected fewer than 2^34 tiles, got ", p.tiles);
 
+  p.weight_floats = p.depth * taps * width * groups * kChannels;
   const int used = p.tile_images * p.tile_rows * p.tile_columns;
   const int phases = kBackward ? v.stride * h.stride : 1;
   const LaunchShape shape{
-      .grid = {unsigned(tiles), unsigned(divide_up(eights, groups)), unsigned(phases)},
+      .grid = {unsigned(blocks), unsigned(divide_up(eights, groups)), unsigned(phases)},
       .block = {unsigned(divide_up(used, kWarp) * kWarp), unsigned(groups)},
-      .shared = (floats + 4) * 4 + size_t(p.depth) * taps * width * groups * kChannels * 4};
+      .shared = (floats + p.weight_floats) * 4};
   const auto launch_for = [&](auto taps_tag, auto step_tag) {
     launch(convolve_kernel<S, Source, taps_tag, step_tag>, name, shape, p);
   };
@@ -668,7 +697,7 @@ void run(WeightGradient<S>& p, Sums<S>& sums, const Tensor& like) {
   p.items = p.groups * rows_of_kernels;
   p.slices = std::clamp(kThreads / p.items, 1, kSlices);
   // Whole fours of columns: the last four read their inputs too.
-  p.tile_columns = divide_up(balanced(p.gradient.columns, kTileColumns), kColumns) * kColumns;
+  p.tile_columns = divide_up(balanced(p.gradient.columns, kTileColumns), kFour) * kFour;
   p.tile_rows = balanced(p.gradient.rows, kTileRows);
   size_t floats;
   const auto lay_out = [&] {
@@ -680,8 +709,8 @@ void run(WeightGradient<S>& p, Sums<S>& sums, const Tensor& like) {
   while (!lay_out()) {
     if (p.tile_rows > 1)
       p.tile_rows = (p.tile_rows + 1) / 2;
-    else if (p.tile_columns > kColumns)
-      p.tile_columns = divide_up(p.tile_columns / 2, kColumns) * kColumns;
+    else if (p.tile_columns > kFour)
+      p.tile_columns = divide_up(p.tile_columns / 2, kFour) * kFour;
     else
       break;
   }
@@ -746,17 +775,18 @@ Tensor empty(const Tensor& like, const Sizes& sizes, MemoryFormat format, Scalar
   return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt, format);
 }
 
-bool is_small(const Tensor& x) {
+// Whether offsets along the dimensions from `first` on are ints.
+bool is_small(const Tensor& x, int first) {
   int64_t last = 0;
-  for (int d = 1; d < 4; ++d) last += (x.size(d) - 1) * x.stride(d);
+  for (int d = first; d < 4; ++d) last += (x.size(d) - 1) * x.stride(d);
   return last < int64_t(1) << 31;
 }
 
 // A tensor whose images are less than 2^31 elements long.
 Tensor placed(const char* argument, const Tensor& x) {
-  if (is_small(x)) return x;
+  if (is_small(x, 1)) return x;
   const Tensor dense = torch::stable::contiguous(x);
-  DLK_CHECK(is_small(dense), kOp, ": expected fewer than 2^31 elements of ", argument,
+  DLK_CHECK(is_small(dense, 1), kOp, ": expected fewer than 2^31 elements of ", argument,
             " in an image, got shape ", shape_string(x.sizes()));
   return dense;
 }
@@ -864,6 +894,7 @@ std::tuple<Tensor, Tensor> conv2d_few_channels_forward(Tensor input, Tensor weig
                              : torch::stable::new_empty(input, Sizes{0}, ScalarType::Byte);
   if (output.numel() == 0) return {output, argmax};
   input = placed("input", input);
+  if (!is_small(weight, 0)) weight = torch::stable::contiguous(weight);
   for_float(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     Convolution<S, Image<S>> p{};
@@ -919,6 +950,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_few_channels_backward(
   if (activated) output = torch::stable::contiguous(output, format);
   if (pool) argmax = torch::stable::contiguous(argmax, format);
   input = placed("input", input);
+  if (!is_small(weight, 0)) weight = torch::stable::contiguous(weight);
   for_float(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     const Gradient<S> gradient{input_pointer<S>("grad_output", grad_output),
