@@ -71,7 +71,7 @@ class Row:
     op: str
     name: str
     reason: str
-    work: str  # "forward+gradient" or "forward"
+    work: str  # "forward", "forward+gradient", or another direction alone
     dtype: str
     shape: tuple[int, ...]
     layout: str

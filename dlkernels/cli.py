@@ -25,7 +25,10 @@ from dlkernels import config, data, info
 from dlkernels.models import NETWORKS
 from dlkernels.train import Comparison, Measured, Score, Side, Spread, compare
 
-DATA_HELP = "a folder of MNIST IDX files, or a diabetes CSV file; gzipped or not"
+DATA_HELP = (
+    "a folder of MNIST IDX files, or a diabetes CSV file, gzipped or not; or a folder of CIFAR-10 "
+    "PNG files"
+)
 EXTRA = "pip install 'dlkernels[train]'"
 
 

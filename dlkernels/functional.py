@@ -5,6 +5,7 @@ Every other public name of ``torch.nn.functional`` is here too: this module can 
 
 import torch
 
+from dlkernels.ops import conv2d_few_channels as _  # noqa: F401  raw ops: schemas and fakes
 from dlkernels.ops.conv2d import conv2d, conv_transpose2d
 from dlkernels.ops.conv2d_max_pool2d import conv2d_max_pool2d
 from dlkernels.ops.cross_entropy import cross_entropy

@@ -101,9 +101,8 @@ def _side(name: str, network: str, nn: ModuleType, device: torch.device) -> Side
     cls = NETWORKS[network]
     recipe = cls.recipe
     model = cls(nn=nn).to(device)
-    optimiser = getattr(torch.optim, recipe.optimiser)(
-        model.parameters(), lr=recipe.lr, momentum=recipe.momentum
-    )
+    momentum = {} if recipe.momentum is None else {"momentum": recipe.momentum}
+    optimiser = getattr(torch.optim, recipe.optimiser)(model.parameters(), lr=recipe.lr, **momentum)
     loss = getattr(nn, recipe.loss)(**recipe.loss_arguments)
     return Side(name, model, loss, optimiser)
 

@@ -10,8 +10,20 @@ import time
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cross_entropy, gpu_check, linear, machine, measure, records, report, run
+from benchmarks import (
+    conv2d,
+    conv2d_max_pool2d,
+    cross_entropy,
+    gpu_check,
+    linear,
+    machine,
+    measure,
+    records,
+    report,
+    run,
+)
 
 FIELDS = {
     "op": str,
@@ -186,10 +198,10 @@ def test_a_broken_results_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["conv9d"], "no benchmark of 'conv9d': there are cross_entropy, linear"),
+        (["conv9d"], "no benchmark of 'conv9d': there are conv2d, conv2d_max_pool2d"),
         (["--threads", "0"], "--threads 0"),
         (["--repeats", "0"], "--repeats 0"),
-        (["--rows", "no such row"], "no such row; there are 4096x1000"),
+        (["--rows", "no such row"], "no such row; there are 64x64x32x32 64 3x3 forward"),
         (["--out", "/no/such/folder/x.jsonl"], "there is no folder /no/such/folder"),
     ],
 )
@@ -405,6 +417,106 @@ def test_the_input_of_linear_is_fresh_for_each_sample(case):
     assert torch.equal(data.x, data.master)
 
 
+# The same of conv2d, each direction alone.
+
+
+def few_pixels(case):
+    n, c, h, w, k, r, s = case.shape
+    c, k, groups = min(c, 3), min(k, 4), 1
+    if case.groups > 1:
+        c, groups = 4, 4 if case.groups == case.shape[1] else 2
+    shape = 2, c, min(h, 11), min(w, 12), k, r, s
+    return case._replace(shape=shape, groups=groups, calls=1)
+
+
+CONV2D = conv2d.CASES + conv2d.gpu_cases(1 << 50)
+CONV2D += conv2d_max_pool2d.CASES + conv2d_max_pool2d.GPU_CASES
+# Those that differ when they are small.
+CONV2D = list({few_pixels(case)._replace(name="", reason=""): case for case in CONV2D}.values())
+
+
+def done(case, layout, functions):
+    """The data of a case, and the results of its work by two functions."""
+    data = conv2d.Data(case, layout, "cpu")
+    data.prepare()
+    with torch.set_grad_enabled(case.work != "forward"):
+        return data, data.work(*functions)()
+
+
+@pytest.mark.parametrize("case", CONV2D, ids=by_name)
+def test_conv2d_counts_its_tensors_and_its_products(case):
+    case = few_pixels(case)
+    stock = conv2d._stock(case), conv2d._stock_gradients(case)
+    with FlopCounterMode(display=False) as counter:
+        data, results = done(case, case.layout, stock)
+    read = {
+        "forward": [data.x, *data.parameters],
+        "input gradient": [data.upstream, data.parameters[0]],
+        "weight gradient": [data.upstream, data.x],
+        "forward+gradient": [data.x, *data.parameters, data.upstream],
+    }[case.work]
+    assert (
+        len(results)
+        == {
+            "forward": 1,
+            "input gradient": 1,
+            "weight gradient": 1 + case.bias,
+            "forward+gradient": 1 + len(data.parameters) + (not case.first),
+        }[case.work]
+    )
+    bytes_, flops = conv2d.counted(case)
+    assert bytes_ == sum(tensor.nbytes for tensor in (*read, *results))
+    assert {tensor.dtype for tensor in (*read, *results)} == {case.dtype}
+    if case.groups == 1 and not (case.pooled and case.work == "forward+gradient"):
+        assert flops == counter.get_total_flops()  # torch's own does not know groups backwards
+    for tensor in (data.x, data.upstream, data.parameters[0], results[0]):
+        if tensor.dim() == 4 and min(tensor.shape[1:]) > 1:
+            assert tensor.is_contiguous(memory_format=conv2d.LAYOUTS[case.layout])
+
+
+@pytest.mark.parametrize("case", CONV2D, ids=by_name)
+def test_our_conv2d_does_the_work_of_stock(case):
+    case = few_pixels(case)
+    wanted = done(case, case.layout, (conv2d._stock(case), conv2d._stock_gradients(case)))[1]
+    ours = conv2d._ours(case), conv2d._our_gradients(case)
+    for layout in conv2d.LAYOUTS:
+        got = done(case, layout, ours)[1]
+        assert measure.difference(got, wanted) < measure.WRONG
+
+
+@pytest.mark.parametrize("work", ["forward", "input gradient", "weight gradient", ""])
+def test_what_a_layer_has_just_written_is_fresh_for_each_sample(work):
+    name = f"64x64x32x32 64 3x3 {work}".strip()
+    (case,) = [case for case in conv2d.CASES if case.name == name]
+    data = conv2d.Data(few_pixels(case), "channels_last", "cpu")
+    data.prepare()
+    backward = work.endswith("gradient")
+    used, master = (data.upstream, data.upstream_master) if backward else (data.x, data.master)
+    assert data.x.requires_grad == (work == "") and used.std() > 0.3
+    with torch.no_grad():
+        (data.upstream if backward else data.source).zero_()
+    data.prepare()
+    assert torch.equal(data.upstream if backward else data.x, master)
+
+
+def test_flops_of_a_known_convolution():
+    (case,) = [case for case in conv2d.CASES if case.name == "64x64x32x32 64 3x3 weight gradient"]
+    numbers = 2 * 64 * 64 * 32 * 32 + 64 * 64 * 9
+    assert conv2d.counted(case) == (4 * numbers, 2 * 64 * 32 * 32 * 64 * 64 * 9)
+
+
+def test_behind_a_pool_a_quarter_of_the_gradients_counts():
+    case = conv2d_max_pool2d.CASES[1]
+    product = 2 * 64 * 28 * 28 * 6 * 25
+    assert case.first and conv2d.counted(case)[1] == product + product // 4
+
+
+def test_a_small_gpu_has_no_large_rows():
+    names = {case.name for case in conv2d.gpu_cases(24 << 30)}
+    assert names < {case.name for case in conv2d.gpu_cases(139 << 30)}
+    assert not any(name.startswith("64x128x513x513") for name in names)
+
+
 def test_flops_of_a_known_row():
     case = next(case for case in linear.CASES if case.name == "1024x1024x1024 product")
     assert linear._counted(case) == (3 * 1024**2 * 4, 2 * 1024**3)
@@ -412,8 +524,12 @@ def test_flops_of_a_known_row():
 
 @pytest.mark.parametrize(
     ("op", "device"),
-    [(cross_entropy, "cpu"), (cross_entropy, "cuda"), (linear, "cpu")],
-    ids=["cross_entropy-cpu", "cross_entropy-cuda", "linear-cpu"],
+    [
+        (op, device)
+        for op in (conv2d, conv2d_max_pool2d, cross_entropy, linear)
+        for device in ("cpu", "cuda")
+    ],
+    ids=lambda value: getattr(value, "OP", value),
 )
 def test_rows_have_names_of_their_own_and_reasons(op, device):
     rows = op.rows(device)

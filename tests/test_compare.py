@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_data import write_diabetes, write_mnist
+from test_data import write_cifar10, write_diabetes, write_mnist
 
 import dlkernels
 from dlkernels import cli, config, data, info, train
@@ -103,11 +103,23 @@ def test_mnist_folder_is_trained_on(tmp_path, capsys):
     assert str(tmp_path) in document["data"]
 
 
+def test_a_cifar10_folder_is_trained_on(tmp_path, capsys):
+    write_cifar10(tmp_path)
+    argv = ["compare", "lenet5_cifar", "--data", str(tmp_path), "--epochs", "2", "--json"]
+    assert cli.main([*argv, "--out", str(tmp_path / "a.png")]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["train_examples"], document["test_examples"]) == (11, 4)
+    assert (document["steps"], document["batch_size"]) == (2, 11)
+    assert document["data"] == f"CIFAR-10 files of {tmp_path}"
+
+
 SCORED = {  # network: what the table says of the test, keys of the document
     "linear_regression": ("test mean squared", {"test_mean_squared_error"}),
     "logistic_regression": ("/3]", {"test_accuracy", "test_correct"}),
     "diabetes_logistic": ("/88]", {"test_accuracy", "test_correct"}),
     "diabetes_mlp": ("/88]", {"test_accuracy", "test_correct"}),
+    "inception_net": ("/360]", {"test_accuracy", "test_correct"}),
+    "lenet5_cifar": ("/360]", {"test_accuracy", "test_correct"}),
     "mlp200": ("/360]", {"test_accuracy", "test_correct"}),
     "mlp200_leaky": ("/360]", {"test_accuracy", "test_correct"}),
     "mlp256": ("/360]", {"test_accuracy", "test_correct"}),
@@ -115,7 +127,7 @@ SCORED = {  # network: what the table says of the test, keys of the document
 
 
 @pytest.mark.parametrize("network", SCORED)
-def test_fully_connected_networks_are_compared(tmp_path, capsys, network):
+def test_networks_are_compared(tmp_path, capsys, network):
     argv = ["compare", network, "--epochs", "2", "--out", str(tmp_path / "a.png")]
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
@@ -154,6 +166,7 @@ REFUSED = {  # id: arguments, what the line must say
     "second cpu": (["--device", "cpu:1"], "'cpu:1' is not available"),
     "missing folder": (["--data", "nowhere"], "no folder nowhere"),
     "empty folder": (["--data", "."], "has no train-images-idx3-ubyte"),
+    "no CIFAR-10 folder": (["lenet5_cifar", "--data", "."], ". has no labels.txt"),
     "no file for three points": (
         ["linear_regression", "--data", "."],
         "no --data for this network: it has three points of its own",

@@ -1,13 +1,14 @@
-"""The embedded digits, the MNIST reader on files written here, and the resizing."""
+"""The embedded digits, the readers on files written here, and the resizing."""
 
 import gzip
 import struct
 
 import pytest
 import torch
+from PIL import Image
 
 from dlkernels import data
-from dlkernels.data import diabetes, digits, mnist
+from dlkernels.data import cifar10, diabetes, digits, mnist
 from dlkernels.models import NETWORKS
 
 SIZES = {"train": 7, "t10k": 5}
@@ -69,6 +70,16 @@ def test_prepare_doubles_a_ramp_as_bilinear_does():
     out = data.prepare(ramp, 4, 0.0, 1.0)
     assert out.shape == (1, 1, 4, 4)
     assert torch.equal(out[0, 0], torch.tensor([0.0, 0.25, 0.75, 1.0]).expand(4, 4))
+
+
+def test_grey_images_have_equal_channels():
+    """A mean and a std of three numbers: the digits three times, each channel normalised."""
+    mean, std = (0.5, 0.25, 0.125), (0.5, 2.0, 0.25)
+    grey, images = data.load(32, 0.0, 1.0), data.load(32, mean, std)
+    assert images.train_inputs.shape == (1437, 3, 32, 32)
+    for channel in range(3):
+        wanted = (grey.test_inputs[:, 0] - mean[channel]) / std[channel]
+        assert torch.equal(images.test_inputs[:, channel], wanted)
 
 
 @pytest.mark.parametrize("dot", ["-", "."])
@@ -154,6 +165,116 @@ def test_damaged_file_is_named_with_what_is_wrong(tmp_path, name, damage, messag
         mnist.load(tmp_path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# --- cifar10 --------------------------------------------------------------------------------------
+
+LABELS = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+def write_cifar10(folder, counts=(11, 4), size=(32, 32)):
+    """The folder of PNG files; returns what is in them, in the order of ``cifar10.load``."""
+    (folder / "labels.txt").write_text("\n".join(LABELS) + "\n")
+    written = []
+    for part, count in zip(("train", "test"), counts, strict=True):
+        (folder / part).mkdir()
+        images = torch.randint(0, 256, (count, *size, 3), dtype=torch.uint8)
+        labels = torch.randint(0, 10, (count,))
+        for n, (image, label) in enumerate(zip(images, labels, strict=True), 1):
+            Image.fromarray(image.numpy()).save(folder / part / f"{n}_{LABELS[label]}.png")
+        written += [images.permute(0, 3, 1, 2), labels]
+    return written
+
+
+def test_a_cifar10_folder_is_read_in_the_order_of_its_numbers(tmp_path):
+    written = write_cifar10(tmp_path)  # 10 and 11 stand before 2 by name
+    (tmp_path / "train" / "notes.txt").write_text("no image")
+    for got, wanted in zip(cifar10.load(tmp_path), written, strict=True):
+        assert torch.equal(got, wanted.float() / 255 if wanted.dim() == 4 else wanted)
+        assert got.is_contiguous()
+
+
+def test_cifar10_is_resized_and_normalised_by_channel(tmp_path):
+    written = write_cifar10(tmp_path, size=(40, 48))
+    recipe = NETWORKS["lenet5_cifar"].recipe
+    examples = data.load_for(recipe, tmp_path)
+    assert examples.train_inputs.shape == (11, 3, 32, 32)
+    assert examples.name == f"CIFAR-10 files of {tmp_path}"
+    pixels = torch.nn.functional.interpolate(
+        written[2].float() / 255, size=(32, 32), mode="bilinear", align_corners=False
+    )
+    for channel, (mean, std) in enumerate(zip(recipe.mean, recipe.std, strict=True)):
+        wanted = (pixels[:, channel] - mean) / std
+        torch.testing.assert_close(examples.test_inputs[:, channel], wanted)
+    assert torch.equal(examples.test_targets, written[3])
+
+
+def renamed(name):
+    return lambda folder: next((folder / "train").glob("1_*")).rename(folder / "train" / name)
+
+
+def written(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def cut_off(folder):
+    path = next((folder / "test").glob("3_*"))
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def other_size(folder):
+    Image.new("RGB", (31, 32)).save(folder / "train" / "12_cat.png")
+
+
+def other_sizes(folder):
+    for path in (folder / "test").iterdir():
+        Image.new("RGB", (8, 9)).save(path)
+
+
+DAMAGED_CIFAR10 = {  # id: what is done to the folder, the file that is named, the message
+    "label": (renamed("1_cow.png"), "1_cow.png", "label 'cow' is not in labels.txt"),
+    "no number": (renamed("one_cat.png"), "one_cat.png", "wanted a name as 1_frog.png"),
+    "no label": (renamed("1.png"), "1.png", "wanted a name as 1_frog.png"),
+    "nine labels": (
+        written("labels.txt", "\n".join(LABELS[1:]).encode()),
+        "labels.txt",
+        "9 names, 9 different ones, wanted 10",
+    ),
+    "a label twice": (
+        written("labels.txt", "\n".join([*LABELS[1:], "cat"]).encode()),
+        "labels.txt",
+        "10 names, 9 different ones, wanted 10",
+    ),
+    "no PNG": (written("train/99_cat.png", b"GIF89a"), "99_cat.png", "broken PNG file"),
+    "cut off": (cut_off, "3_", "broken PNG file"),
+    "sizes": (other_size, "12_cat.png", "32x31, 1_.*png has 32x32"),
+    "sizes of the sets": (other_sizes, "", "images of 32x32 in train, of 9x8 in test"),
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "message"), DAMAGED_CIFAR10.values(), ids=DAMAGED_CIFAR10.keys()
+)
+def test_a_damaged_cifar10_folder_is_named_with_what_is_wrong(tmp_path, damage, name, message):
+    write_cifar10(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        cifar10.load(tmp_path)
+    assert str(tmp_path) in str(caught.value) and name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_cifar10_folder_lacks(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+        cifar10.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="has no labels.txt"):
+        cifar10.load(tmp_path)
+    write_cifar10(tmp_path, counts=(2, 0))
+    with pytest.raises(ValueError, match="test: no PNG files"):
+        cifar10.load(tmp_path)
+    (tmp_path / "test").rmdir()
+    with pytest.raises(FileNotFoundError, match="has no folder test"):
+        cifar10.load(tmp_path)
 
 
 # --- diabetes -------------------------------------------------------------------------------------

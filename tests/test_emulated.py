@@ -1,4 +1,4 @@
-"""The CUDA kernels under the tests of cross_entropy, on a CPU.
+"""The CUDA kernels under the tests of their ops, on a CPU.
 
 One library is made of csrc/cuda and the emulator of tests/cuda_on_cpu, registered for the CPU, and
 put into a copy of the package in place of the CPU library. Each run is a process of its own; every
@@ -56,8 +56,18 @@ def library(tmp_path_factory):
 
 @pytest.mark.parametrize(("capability", "seed"), RUNS)
 def test_cross_entropy(capability, seed, library, tmp_path):
-    shutil.copy(library, copy_package(tmp_path, "plain"))
     files, part = RUNS[capability, seed]
+    run(capability, seed, library, tmp_path, files, part)
+
+
+@pytest.mark.parametrize(("capability", "seed"), [("90", "1"), ("80", "2")])
+def test_conv2d_few_channels(capability, seed, library, tmp_path):
+    run(capability, seed, library, tmp_path, [LOADED, "test_conv2d_few_channels.py"])
+
+
+def run(capability, seed, library, tmp_path, files, part=None):
+    """Runs the tests in a copy of the package whose one library is the emulator's."""
+    shutil.copy(library, copy_package(tmp_path, "plain"))
     if part:
         draw_few(tmp_path)
     command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", "-rs"]

@@ -20,14 +20,50 @@ def layers(**shapes):
     return keys
 
 
+def inception(name, channels):
+    """The keys of an Inception block."""
+    return layers(
+        **{
+            f"{name}.branch1x1": (16, channels, 1, 1),
+            f"{name}.branch5x5_1": (16, channels, 1, 1),
+            f"{name}.branch5x5_2": (24, 16, 5, 5),
+            f"{name}.branch3x3_1": (16, channels, 1, 1),
+            f"{name}.branch3x3_2": (24, 16, 3, 3),
+            f"{name}.branch3x3_3": (24, 24, 3, 3),
+            f"{name}.branch_pool": (24, channels, 1, 1),
+        }
+    )
+
+
 # name: parameters, then each key and its shape.
 GOLDEN = {
     "diabetes_logistic": (9, layers(linear=(1, 8))),
     "diabetes_mlp": (87, layers(linear1=(6, 8), linear2=(4, 6), linear3=(1, 4))),
+    "inception_net": (
+        97_298,
+        {
+            **layers(conv1=(10, 1, 5, 5)),
+            **inception("inception1", 10),
+            **layers(conv2=(20, 88, 5, 5)),
+            **inception("inception2", 20),
+            **layers(fc=(10, 1408)),
+        },
+    ),
     "lenet": (
         61_706,
         layers(
             conv1=(6, 1, 5, 5), conv2=(16, 6, 5, 5), fc1=(120, 400), fc2=(84, 120), fc3=(10, 84)
+        ),
+    ),
+    "lenet5_cifar": (
+        40_010,
+        layers(
+            **{
+                "conv_unit.0": (16, 3, 5, 5),
+                "conv_unit.2": (32, 16, 5, 5),
+                "fc_unit.0": (32, 800),
+                "fc_unit.2": (10, 32),
+            }
         ),
     ),
     "linear_regression": (2, layers(linear=(1, 1))),
@@ -60,7 +96,9 @@ GOLDEN = {
 RECIPES = {
     "diabetes_logistic": ("diabetes", "BCELoss", {}, 0.1, 0.0, None, 100),
     "diabetes_mlp": ("diabetes", "BCELoss", {}, 0.1, 0.0, 32, 100),
+    "inception_net": ("images", "CrossEntropyLoss", {}, 0.01, 0.5, 64, None),
     "lenet": ("images", "CrossEntropyLoss", {}, None, 0.5, 64, None),
+    "lenet5_cifar": ("cifar10", "CrossEntropyLoss", {}, 1e-3, None, 128, 1000),
     "linear_regression": ("line", "MSELoss", {"reduction": "sum"}, 0.01, 0.0, 3, 100),
     "logistic_regression": ("step", "BCELoss", {"reduction": "sum"}, 0.01, 0.0, 3, 1000),
     "mlp200": ("images", "CrossEntropyLoss", {}, 0.01, 0.0, 200, 10),
@@ -70,8 +108,17 @@ RECIPES = {
     "mnist_mlp": ("images", "CrossEntropyLoss", {}, 0.01, 0.5, 64, 10),
 }
 
+# name: optimiser, mean and std of its pixels; of the others SGD and MNIST's.
+OTHERS = {"lenet5_cifar": ("Adam", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+
 network = pytest.mark.parametrize("network", sorted(NETWORKS))
 namespace = pytest.mark.parametrize("nn", [torch.nn, dlkernels.nn], ids=["stock", "ours"])
+
+
+def input_shape(recipe):
+    """Of one example."""
+    image = recipe.channels, recipe.image_size, recipe.image_size
+    return {"images": image, "cifar10": image, "diabetes": (8,)}.get(recipe.data, (1,))
 
 
 def test_every_network_has_golden_values():
@@ -93,11 +140,60 @@ def test_parameters_and_keys(network, nn):
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_outputs_have_one_row_per_example(network, nn, batch):
     cls = NETWORKS[network]
-    size, outputs = cls.recipe.image_size, 10
-    shape = {"images": (1, size, size), "diabetes": (8,)}.get(cls.recipe.data, (1,))
-    if cls.recipe.data != "images":
-        outputs = 1
+    shape = input_shape(cls.recipe)
+    outputs = 10 if len(shape) == 3 else 1
     assert cls(nn=nn)(torch.randn(batch, *shape)).shape == (batch, outputs)
+
+
+@namespace
+def test_what_comes_out_of_the_convolutions(nn):
+    """The documented sizes between the layers."""
+    sizes = {}
+
+    def note(name):
+        return lambda module, inputs, output: sizes.update({name: tuple(output.shape[1:])})
+
+    model = NETWORKS["inception_net"](nn=nn)
+    for name in ("conv1", "inception1", "conv2", "inception2"):
+        getattr(model, name).register_forward_hook(note(name))
+    model(torch.randn(2, 1, 28, 28))
+    assert sizes == {
+        "conv1": (10, 24, 24),
+        "inception1": (88, 12, 12),
+        "conv2": (20, 8, 8),
+        "inception2": (88, 4, 4),
+    }
+    assert NETWORKS["lenet5_cifar"](nn=nn).conv_unit(torch.randn(2, 3, 32, 32)).shape == (
+        2, 32, 5, 5
+    )  # fmt: skip
+
+
+def test_an_inception_block_is_its_four_branches_in_order():
+    from dlkernels.models.inception_net import Inception
+
+    block, x = Inception(3, nn=torch.nn), torch.randn(2, 3, 5, 6)
+    got = block(x).split([16, 24, 24, 24], 1)
+
+    def through(x, *names):
+        for name in names:
+            layer = getattr(block, name)
+            x = torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=layer.padding)
+        return x
+
+    mean = torch.nn.functional.conv2d(  # over nine pixels, also where some lie outside
+        x, torch.full((3, 1, 3, 3), 1 / 9), padding=1, groups=3
+    )
+    for branch, wanted in zip(
+        got,
+        (
+            through(x, "branch1x1"),
+            through(x, "branch5x5_1", "branch5x5_2"),
+            through(x, "branch3x3_1", "branch3x3_2", "branch3x3_3"),
+            through(mean, "branch_pool"),
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(branch, wanted)
 
 
 @network
@@ -114,7 +210,8 @@ def test_recipe_is_the_documented_one(network):
     ours = *ours, recipe.batch_size, recipe.epochs
     for value, wanted in zip(ours, RECIPES[network], strict=True):
         assert value == wanted or wanted is None
-    assert (recipe.optimiser, recipe.mean, recipe.std) == ("SGD", 0.1307, 0.3081)
+    wanted = OTHERS.get(network, ("SGD", 0.1307, 0.3081))
+    assert (recipe.optimiser, recipe.mean, recipe.std) == wanted
     if network == "diabetes_logistic":
         assert recipe.batch_size is None  # all of the set
 
@@ -144,9 +241,7 @@ def test_what_stands_behind_the_last_layer(network):
     """The documented activation on the outputs: a ReLU on logits is kept."""
     cls = NETWORKS[network]
     model = cls(nn=torch.nn).eval()
-    size = cls.recipe.image_size
-    shape = {"images": (1, size, size), "diabetes": (8,)}.get(cls.recipe.data, (1,))
-    outputs = model(torch.randn(200, *shape))
+    outputs = model(torch.randn(200, *input_shape(cls.recipe)))
     if cls.recipe.loss == "BCELoss":
         assert (0 < outputs).all() and (outputs < 1).all()
     elif network == "mlp200":

@@ -5,12 +5,14 @@ from typing import NamedTuple
 
 import torch
 
-from dlkernels.data import diabetes, digits, mnist, points
+from dlkernels.data import cifar10, diabetes, digits, mnist, points
+
+_FILES = {"images": ("MNIST", mnist.load), "cifar10": ("CIFAR-10", cifar10.load)}
 
 
 class Examples(NamedTuple):
     name: str
-    train_inputs: torch.Tensor  # (N, ...) float32; of images (N, 1, H, W), normalised
+    train_inputs: torch.Tensor  # (N, ...) float32; of images (N, C, H, W), normalised
     train_targets: torch.Tensor  # (N,) int64 classes, or (N, 1) float32
     test_inputs: torch.Tensor
     test_targets: torch.Tensor
@@ -24,8 +26,8 @@ def load_for(recipe, path: Path | None = None) -> Examples:
 
     Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
     """
-    if recipe.data == "images":
-        return load(recipe.image_size, recipe.mean, recipe.std, path)
+    if recipe.data in _FILES:
+        return load(recipe.image_size, recipe.mean, recipe.std, path, recipe.data)
     if recipe.data == "diabetes":
         name = "scikit-learn diabetes" if path is None else f"diabetes file of {path}"
         return Examples(name, *diabetes.load(path))
@@ -36,15 +38,25 @@ def load_for(recipe, path: Path | None = None) -> Examples:
     return Examples("0, 0, 1 at 1, 2, 3", *points.step())
 
 
-def load(size: int, mean: float, std: float, folder: Path | None = None) -> Examples:
-    """The embedded digits, or the MNIST files in ``folder``, resized to ``size`` x ``size``.
+def load(
+    size: int,
+    mean: float | tuple[float, ...],
+    std: float | tuple[float, ...],
+    folder: Path | None = None,
+    files: str = "images",
+) -> Examples:
+    """The embedded digits, or the files in ``folder``, resized to ``size`` x ``size``.
+
+    ``files`` are MNIST's ("images") or CIFAR-10's ("cifar10"). ``mean`` and ``std`` have a number
+    for each channel; grey images are the same in all of them.
 
     Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
     """
     if folder is None:
         name, arrays = "scikit-learn digits", digits.load()
     else:
-        name, arrays = f"MNIST files of {folder}", mnist.load(folder)
+        of, read = _FILES[files]
+        name, arrays = f"{of} files of {folder}", read(folder)
     train_images, train_labels, test_images, test_labels = arrays
     return Examples(
         name,
@@ -55,11 +67,16 @@ def load(size: int, mean: float, std: float, folder: Path | None = None) -> Exam
     )
 
 
-def prepare(images: torch.Tensor, size: int, mean: float, std: float) -> torch.Tensor:
-    """(N, H, W) in 0 to 1 as (N, 1, size, size): bilinear, then ``(x - mean) / std``."""
-    images = images[:, None]
+def prepare(
+    images: torch.Tensor, size: int, mean: float | tuple[float, ...], std: float | tuple[float, ...]
+) -> torch.Tensor:
+    """(N, H, W) or (N, C, H, W) in 0 to 1 as (N, C, size, size): bilinear, then
+    ``(x - mean) / std``, which makes C equal channels of grey where ``mean`` has C numbers."""
+    if images.dim() == 3:
+        images = images[:, None]
     if images.shape[2:] != (size, size):
         images = torch.nn.functional.interpolate(
             images, size=(size, size), mode="bilinear", align_corners=False
         )
+    mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (mean, std))
     return (images - mean) / std

@@ -1,7 +1,9 @@
 """The documented networks. ``NETWORKS`` maps their command-line names to their classes."""
 
 from dlkernels.models.diabetes import DiabetesLogistic, DiabetesMLP
+from dlkernels.models.inception_net import InceptionNet
 from dlkernels.models.lenet import LeNet
+from dlkernels.models.lenet5_cifar import LeNet5Cifar
 from dlkernels.models.linear_regression import LinearRegression
 from dlkernels.models.logistic_regression import LogisticRegression
 from dlkernels.models.mlp import MLP200, MLP256, MLP200Leaky
@@ -12,7 +14,9 @@ from dlkernels.models.recipe import Recipe
 NETWORKS = {
     "diabetes_logistic": DiabetesLogistic,
     "diabetes_mlp": DiabetesMLP,
+    "inception_net": InceptionNet,
     "lenet": LeNet,
+    "lenet5_cifar": LeNet5Cifar,
     "linear_regression": LinearRegression,
     "logistic_regression": LogisticRegression,
     "mlp200": MLP200,
@@ -28,7 +32,9 @@ __all__ = [
     "NETWORKS",
     "DiabetesLogistic",
     "DiabetesMLP",
+    "InceptionNet",
     "LeNet",
+    "LeNet5Cifar",
     "LinearRegression",
     "LogisticRegression",
     "MLP200Leaky",

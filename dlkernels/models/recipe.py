@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -14,14 +16,20 @@ class Recipe:
 
     epochs: int
     embedded_epochs: int | None = None  # as ``epochs``
-    data: str = "images"  # or "diabetes", "line", "step": a data set of dlkernels.data
-    image_size: int = 28  # height and width of the input, one channel
-    mean: float = 0.1307  # of MNIST's training images, pixels in 0 to 1
-    std: float = 0.3081
+    data: str = "images"  # or "cifar10", "diabetes", "line", "step": a data set of dlkernels.data
+    image_size: int = 28  # height and width of the input
+    # Of the pixels in 0 to 1: of one channel (MNIST's training images), or a number for each.
+    mean: float | tuple[float, ...] = 0.1307
+    std: float | tuple[float, ...] = 0.3081
     loss: str = "CrossEntropyLoss"  # a class of the network's namespace
     loss_arguments: dict[str, Any] = field(default_factory=dict)
     optimiser: str = "SGD"  # a class of torch.optim
     lr: float = 0.01
-    momentum: float = 0.5
+    momentum: float | None = 0.5  # None: the optimiser has none
     batch_size: int | None = 64  # None: all of the set
     metric: str = "accuracy"  # or "binary accuracy", "mean squared error", on the test set
+
+    @property
+    def channels(self) -> int:
+        """Of an image."""
+        return len(self.mean) if isinstance(self.mean, tuple) else 1
