@@ -25,7 +25,9 @@ one product. Zeros stand beside them: an inf of one group is a NaN of its neighb
 On sm_90 tiles are loaded through descriptors (TMA) where memory is as they need it: the weight where
 its channels are whole blocks; the input where the stride is 1, as boxes of images × rows × columns
 that cover the output with little waste. A 1×1 convolution of stride 1 is one long row of pixels, and
-so a plain GEMM. Elsewhere, and on sm_80, pointers, masked at the border.
+so a plain GEMM. Elsewhere, and on sm_80, pointers, masked at the border. Triton (3.6, 3.9) reads a
+box of several rows from where the copy put it as the right operand only, and takes the left one
+through registers: so the product of boxes is that of the transposes, wᵀ left.
 
 What this machine has not: NONE OF THE CONFIGURATIONS BELOW (``_TILES``) AND NEITHER ROW OF
 ``_auto`` HAS BEEN MEASURED. They are by the reckoning written beside them.
@@ -124,8 +126,8 @@ def _tile_of(
     GRADIENT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr,
     SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, STEP_H: tl.constexpr,
     STEP_W: tl.constexpr, INSIDE: tl.constexpr, WIDE: tl.constexpr, PACK: tl.constexpr,
-    BOXED: tl.constexpr, BOXED_W: tl.constexpr, TN: tl.constexpr, TH: tl.constexpr,
-    TW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BOXED: tl.constexpr, BOXED_W: tl.constexpr, SWAPPED: tl.constexpr, TN: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One tile of the output, from the first product to the store."""
@@ -183,7 +185,7 @@ def _tile_of(
     safe_taps = tl.maximum(taps, 1)
     safe_taps_w = tl.maximum(taps_w, 1)
     blocks = tl.cdiv(depth * PACK, BK)
-    acc = tl.zeros([BM, BN], tl.float32)
+    acc = tl.zeros([BN, BM] if SWAPPED else [BM, BN], tl.float32)
     for k in range(trips(taps * blocks)):
         # Taps inside, blocks of channels outside: neighbouring taps read the same lines.
         c = k // safe_taps * BK
@@ -223,6 +225,8 @@ def _tile_of(
                     local = j % width
                 pointers = w + ((group * depth + kk) * (TAPS * width) + tap * width)[:, None]
                 b = tl.load(pointers + local[None, :], mask=own, other=0.0)
+            if SWAPPED:
+                b = tl.trans(b)
         else:
             if BOXED_W:
                 b = w.load([group * width + tile_n * BN, tap * depth + c])
@@ -234,8 +238,14 @@ def _tile_of(
                     local = kk % depth
                 pointers = w + ((group * width + j) * (TAPS * depth) + tap * depth)[:, None]
                 b = tl.load(pointers + local[None, :], mask=own, other=0.0)
-            b = tl.trans(b)
-        acc = _dot(a, b, acc, PRECISION)
+            if not SWAPPED:
+                b = tl.trans(b)
+        if SWAPPED:
+            acc = _dot(b, tl.trans(a), acc, PRECISION)
+        else:
+            acc = _dot(a, b, acc, PRECISION)
+    if SWAPPED:
+        acc = tl.trans(acc)
 
     channel = group * width + j
     if bias is not None:
@@ -268,8 +278,8 @@ def _convolve(
     SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, STEP_H: tl.constexpr,
     STEP_W: tl.constexpr, INSIDE: tl.constexpr, WIDE: tl.constexpr, PACK: tl.constexpr,
     ALIGN_IN: tl.constexpr, ALIGN_OUT: tl.constexpr, BOXED: tl.constexpr, BOXED_W: tl.constexpr,
-    TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr,
+    SWAPPED: tl.constexpr, TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Tiles of a convolution, or of the input gradient of one: depth channels of a group are read
     and width written."""
@@ -280,7 +290,7 @@ def _convolve(
             tile, x, w, y, bias, residual, scale, offset, shift, partial,
             images, in_h, in_w, out_h, out_w, depth, width, groups, pad_h, pad_w,
             GRADIENT, KH, KW, SH, SW, DH, DW, STEP_H, STEP_W, INSIDE, WIDE, PACK,
-            BOXED, BOXED_W, TN, TH, TW, BM, BN, BK, PRECISION, ACTIVATION,
+            BOXED, BOXED_W, SWAPPED, TN, TH, TW, BM, BN, BK, PRECISION, ACTIVATION,
         )  # fmt: skip
 
 
@@ -299,8 +309,9 @@ def _weight_gradient(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, INSIDE: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, ALIGN_IN: tl.constexpr, ALIGN_OUT: tl.constexpr, BOXED: tl.constexpr,
-    TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, CHANNELS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    BOXED_D: tl.constexpr, TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
+    CHANNELS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output channels × (taps × input channels) of a split of the pixels.
 
@@ -353,7 +364,6 @@ def _weight_gradient(
             p = box_p + i // TW % TH
             q = box_q + i % TW
             exists = (n < images) & (p < out_h) & (q < out_w)
-            a = d.load([box_n, box_p, box_q, group * width + tile_m * BM]).reshape(BK, BM)
         else:
             m = block * BK + i
             exists = m < images * out_h * out_w
@@ -361,11 +371,13 @@ def _weight_gradient(
             rest = m - n * (out_h * out_w)
             p = _quotient(rest, by_columns, shift_columns)
             q = rest - p * out_w
-            at = m
-            if WIDE:
-                n = n.to(tl.int64)
-                at = at.to(tl.int64)
-            pointers = (at * (groups * width) + group * width)[:, None] + kk[None, :]
+        if WIDE:
+            n = n.to(tl.int64)
+        if BOXED_D:
+            a = d.load([block * BK, group * width + tile_m * BM])
+        else:
+            at = ((n * out_h + p) * out_w + q) * (groups * width) + group * width
+            pointers = at[:, None] + kk[None, :]
             a = tl.load(d + pointers, mask=exists[:, None] & is_row[None, :], other=0.0)
         h, v = p * SH, q * SW
         if ROW > 1:
@@ -546,6 +558,12 @@ def _box(images: int, rows: int, columns: int, pixels: int) -> tuple[int, int, i
     return best if covered(best) <= _WASTE * images * rows * columns else None
 
 
+def _is_run(box: tuple[int, int, int], rows: int, columns: int) -> bool:
+    """Whether the pixels of boxes are neighbours in memory, and the boxes too."""
+    images, high, wide = box
+    return wide == columns and rows % high == 0 and (images == 1 or high == rows)
+
+
 def _reciprocal(divisor: int) -> tuple[int, int]:
     """What _quotient takes: ⌊m / d⌋ = ⌊2m·by / 2³²⌋ >> shift, for 0 <= m < 2³¹."""
     shift = (divisor - 1).bit_length()
@@ -675,8 +693,9 @@ def _run_convolve(
     described = arch == 90 and precision != "ieee" and pack == 1
     box = None
     if described and settings.stride == (1, 1) and _has_lines(x, x.shape[1]):
-        if groups == 1 or depth % bk == 0:
+        if (groups == 1 or depth % bk == 0) and (pointwise or affine or bn >= 64):
             box = _box(walk.images, *sides, tile.rows)
+    swapped = box is not None and not pointwise and affine is None
     inner = weight.shape[1] * math.prod(kernel)
     whole = (groups == 1 or depth % bk == 0) if gradient else depth % bk == 0
     boxed_weight = described and whole and _has_lines(weight, inner)
@@ -708,7 +727,7 @@ def _run_convolve(
         STEP_H=steps[0], STEP_W=steps[1],
         INSIDE=pointwise or (settings.padding == (0, 0) and not gradient),
         WIDE=_is_wide(x, y), PACK=pack, ALIGN_IN=align_in, ALIGN_OUT=align_out,
-        BOXED=box is not None, BOXED_W=boxed_weight, TN=tn, TH=th, TW=tw,
+        BOXED=box is not None, BOXED_W=boxed_weight, SWAPPED=swapped, TN=tn, TH=th, TW=tw,
         BM=tile.rows, BN=bn, BK=bk, PRECISION="ieee" if precision == "ieee" else "tf32",
         ACTIVATION=activation, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
@@ -762,13 +781,12 @@ def _run_weight_gradient(
         if settings.stride == (1, 1) and _has_lines(x, x.shape[1]) and _has_lines(d, d.shape[1]):
             if groups == 1 or (depth % tile.columns == 0 and width % bm == 0):
                 box = _box(walk.images, walk.out_h, walk.out_w, tile.depth)
-    sources = (d, x)
+    sources, boxed_d = [d, x], False
     if box is not None:
-        shape = [walk.images, walk.out_h, walk.out_w, d.shape[1]]
-        sources = (
-            _descriptor(d, shape, [*box, bm]),
-            _descriptor(x, [*walk[:3], x.shape[1]], [*box, tile.columns]),
-        )
+        sources[1] = _descriptor(x, [*walk[:3], x.shape[1]], [*box, tile.columns])
+        boxed_d = pointwise or _is_run(box, walk.out_h, walk.out_w)
+        if boxed_d:
+            sources[0] = _descriptor(d, [pixels, d.shape[1]], [tile.depth, bm])
         sizes = zip((walk.images, walk.out_h, walk.out_w), box, strict=True)
         blocks = math.prod(triton.cdiv(size, side) for size, side in sizes)
     else:
@@ -791,8 +809,8 @@ def _run_weight_gradient(
         KH=kernel[0], KW=kernel[1], SH=settings.stride[0], SW=settings.stride[1],
         DH=settings.dilation[0], DW=settings.dilation[1],
         INSIDE=settings.padding == (0, 0), WIDE=_is_wide(x, d), PACK=pack, ALIGN_IN=align_in,
-        ALIGN_OUT=align_out, BOXED=box is not None, TN=tn, TH=th, TW=tw, CHANNELS=channels,
-        BM=bm, BN=tile.columns, BK=tile.depth,
+        ALIGN_OUT=align_out, BOXED=box is not None, BOXED_D=boxed_d, TN=tn, TH=th, TW=tw,
+        CHANNELS=channels, BM=bm, BN=tile.columns, BK=tile.depth,
         PRECISION="ieee" if precision == "ieee" else "tf32", warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
