@@ -6,41 +6,48 @@ Three products, over images n, pixels p, channels c of the input and k of the ou
     input gradient   dx[n, i, c] = Σ_tk dy[n, (i + pad - t·dilation) / stride, k] · w[k, t, c]
     weight gradient  dw[k, t, c] = Σ_np dy[n, p, k] · x[n, p·stride - pad + t·dilation, c]
 
-``_convolve`` is the first two. In the second only the taps count whose division leaves no rest: they
-depend on i modulo the stride alone, so each such phase is a convolution of stride 1 with taps in
-steps of stride / gcd(stride, dilation); a phase without a tap is the epilogue of 0. A tile is
-so many pixels × output channels; its loop runs over taps × blocks of input channels. Programs are
+``_convolve`` is the first two. In the second only the taps count whose division leaves no rest:
+they depend on i modulo the stride alone, so each such phase is a convolution of stride 1 with taps
+in steps of stride / gcd(stride, dilation); a phase without a tap is the epilogue of 0. A tile is so
+many pixels × output channels; its loop runs over taps × blocks of input channels. Programs are
 persistent: each walks over tiles. Around the product a tile can have
 
-    before    relu(x·scale_c + offset_c) of what is read, and zero padding after it
-    after     + bias_k, Σ (y - shift_k) and Σ (y - shift_k)² of the rounded y, + residual, activation
+    before    relu(x·scale_c + offset_c) of what is read, and the zeros of padding after it
+    after     + bias_k; Σ (y - shift_k), Σ (y - shift_k)² of the rounded y; + residual; activation
 
 ``_weight_gradient`` splits the pixels: each split writes its own sum, and ``_add_up`` adds them in
 order. So it does with the tiles' statistics. The shape alone fixes how sums are cut: the same bits
 come every time.
 
-Groups: a tile stays within one, or where they are narrow holds several, as blocks on the diagonal of
-one product. Zeros stand beside them: an inf of one group is a NaN of its neighbours in the tile.
+Groups: a tile stays within one, or where they are narrow holds several, as blocks on the diagonal
+of one product. Zeros stand beside them: an inf of one group is a NaN of its neighbours in the tile.
 
-On sm_90 tiles are loaded through descriptors (TMA) where memory is as they need it: the weight where
-its channels are whole blocks; the input where the stride is 1, as boxes of images × rows × columns
-that cover the output with little waste. A 1×1 convolution of stride 1 is one long row of pixels, and
-so a plain GEMM. Elsewhere, and on sm_80, pointers, masked at the border. Triton (3.6, 3.9) reads a
-box of several rows from where the copy put it as the right operand only, and takes the left one
-through registers: so the product of boxes is that of the transposes, wᵀ left.
+On sm_90 tiles are loaded through descriptors (TMA) where memory is as they need it: the weight
+where its channels are whole blocks; the input where the stride is 1, as boxes of images × rows ×
+columns that cover the output with little waste. A 1×1 convolution of stride 1 is one long row of
+pixels, and so a plain GEMM. Elsewhere, and on sm_80, pointers, masked at the border. Triton (3.6,
+3.9) reads a box of several rows from where the copy put it as the right operand only, and takes the
+left one through registers: so the product of boxes is that of the transposes, the weight left.
 
-What this machine has not: NONE OF THE CONFIGURATIONS BELOW (``_TILES``) AND NEITHER ROW OF
-``_auto`` HAS BEEN MEASURED. They are by the reckoning written beside them.
+NOT MEASURED: the tiles (``_TILES``), the constants below them and the choice (``_is_faster``) are
+reckoned; no GPU has timed them. With ``DLKERNELS_AUTOTUNE=1`` in the environment each new shape
+times the tiles of its table once, and Triton keeps the choice on disk.
 """
 
 import functools
+import hashlib
+import json
 import math
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.cache import get_cache_manager
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dlkernels.kernels.common import (
@@ -63,8 +70,8 @@ _SLOPE = 0.01  # of leaky_relu: torch's default
 _LAST = torch.channels_last
 
 # ------------------------------------------------------------------------------------------ kernels
-# Numbers that Triton would compile for anew where they are 1 or divisible by 16. Of channels what is
-# known is ALIGN_IN and ALIGN_OUT, by which they come divided.
+# Numbers that Triton would compile for anew where they are 1 or divisible by 16. Of
+# channels what is known is ALIGN_IN and ALIGN_OUT, by which they come divided.
 _NUMBERS = [
     "images", "in_h", "in_w", "out_h", "out_w", "depth", "width", "groups", "pad_h", "pad_w",
     "tiles", "programs", "per_split", "splits", "rows", "columns", "by_pixels", "shift_pixels",
@@ -279,7 +286,8 @@ def _convolve(
     STEP_W: tl.constexpr, INSIDE: tl.constexpr, WIDE: tl.constexpr, PACK: tl.constexpr,
     ALIGN_IN: tl.constexpr, ALIGN_OUT: tl.constexpr, BOXED: tl.constexpr, BOXED_W: tl.constexpr,
     SWAPPED: tl.constexpr, TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Tiles of a convolution, or of the input gradient of one: depth channels of a group are read
     and width written."""
@@ -454,9 +462,9 @@ class _Tile(NamedTuple):
 # (kernel, architecture, precision) -> tiles, the first one that fits and makes tiles enough is
 # taken; the last resort is the last one. Reckoned, not measured:
 #
-# - sm_90: a warpgroup's wgmma takes 64 rows; 128 x 128 of 16 bits reads 32 KB for 2·2²⁰ multiply-adds,
-#   512 cycles of the tensor cores, so four stages hide 1500 cycles. Blocks of 64 channels are the 128
-#   bytes of a swizzled line; of float32 32.
+# - sm_90: a warpgroup's wgmma takes 64 rows. A block of 128 × 128 × 64 of 16 bits is 512 cycles of
+#   the tensor cores and 32 KB of loads, so that three hide 1000 cycles. 64 channels are the 128
+#   bytes of a swizzled line; 32 of float32.
 # - sm_80: mma, half the shared memory for a multiprocessor's two programs.
 # - By IEEE rules there are no tensor cores: 8 x 8 sums a thread.
 _TILES: dict[tuple[str, int, str], list[_Tile]] = {
@@ -522,16 +530,51 @@ _SPLITS = 264  # programs of a weight gradient, about
 _STEPS = 16  # blocks of pixels in a split, at least
 _PART = 64  # rows that a program of _add_up adds
 _WASTE = 1.125  # of a cover by boxes, at most: pixels computed for each that there is
+_AUTOTUNE = os.environ.get("DLKERNELS_AUTOTUNE") == "1"
+_CHOICE = "tile.json"  # in Triton's cache
 _PACKED = 32  # channels, at least, that narrow groups share a tile for
 
 
-def _tile(kind: str, arch: int, precision: str, columns: int, count) -> _Tile:
-    """The tile for so many columns; count says how many tiles one makes."""
+def _fitting(kind: str, arch: int, precision: str, columns: int) -> list[_Tile]:
+    """The tiles that are no wider than so many columns."""
     needed = max(triton.next_power_of_2(columns), 16)
     tiles = _TILES[kind, arch, precision]
     fitting = [t for t in tiles if min(needed, 64) <= t.columns <= needed]
-    fitting = fitting or [min(tiles, key=lambda t: (t.columns, t.rows))]
-    return next((t for t in fitting if count(t) >= _ENOUGH), fitting[-1])
+    return fitting or [min(tiles, key=lambda t: (t.columns, t.rows))]
+
+
+def _first(tiles: list[_Tile], count: Callable[[_Tile], int]) -> _Tile:
+    """The first tile that makes tiles enough; count says how many one makes."""
+    return next((t for t in tiles if count(t) >= _ENOUGH), tiles[-1])
+
+
+def _fastest(tiles: list[_Tile], run: Callable[[_Tile], object], shape: tuple) -> _Tile:
+    """The tile that takes least time for what it runs, asked once a shape and kept in Triton's
+    cache."""
+    gpu = "none" if INTERPRETED else torch.cuda.get_device_name()
+    key = repr((triton.__version__, gpu, _jit_source(), tiles, shape))
+    manager = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+    if path := manager.get_file(_CHOICE):
+        return _Tile(*json.loads(Path(path).read_text()))
+    fastest = min(tiles, key=lambda tile: _time(functools.partial(run, tile)))
+    manager.put(json.dumps(fastest), _CHOICE, binary=False)
+    return fastest
+
+
+def _jit_source() -> str:
+    return _convolve.cache_key + _weight_gradient.cache_key if not INTERPRETED else ""
+
+
+def _time(run: Callable[[], object]) -> float:
+    """Milliseconds, the median."""
+    return triton.testing.do_bench(run, return_mode="median")
+
+
+def _tune(tiles, run, shape, count) -> _Tile:
+    """The tile for a shape: by the table, or by the clock where the user wants that."""
+    if not _AUTOTUNE or len(tiles) == 1 or torch.cuda.is_current_stream_capturing():
+        return _first(tiles, count)
+    return _fastest(tiles, run, shape)
 
 
 def _block(size: int, most: int) -> int:
@@ -556,6 +599,14 @@ def _box(images: int, rows: int, columns: int, pixels: int) -> tuple[int, int, i
     boxes = [(pixels // h // w, h, w) for h in powers for w in powers if h * w <= pixels]
     best = min(boxes, key=lambda box: (covered(box), -box[2], -box[1]))
     return best if covered(best) <= _WASTE * images * rows * columns else None
+
+
+def _boxes(images: int, rows: int, columns: int, box: tuple[int, int, int] | None) -> int:
+    """How many boxes cover the output; 0 of none."""
+    if box is None:
+        return 0
+    sizes = zip((images, rows, columns), box, strict=True)
+    return math.prod(triton.cdiv(size, side) for size, side in sizes)
 
 
 def _is_run(box: tuple[int, int, int], rows: int, columns: int) -> bool:
@@ -616,7 +667,7 @@ def _add_rows(x: Tensor, y: Tensor) -> None:
         x = to
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     """Of a convolution; of a transposed one those of which it is the input gradient."""
 
     stride: tuple[int, int] = (1, 1)
@@ -628,6 +679,9 @@ class _Settings(NamedTuple):
         """Whether pixels are rows of a matrix, and the whole a product of matrices."""
         sizes = (*weight.shape[2:], *self.stride, *self.padding)
         return sizes == (1, 1, 1, 1, 0, 0)
+
+
+_PLAIN = Settings()
 
 
 class _Walk(NamedTuple):
@@ -656,7 +710,7 @@ def _run_convolve(
     x: Tensor,
     weight: Tensor,
     y: Tensor,
-    settings: _Settings,
+    settings: Settings,
     gradient: bool,
     exact: bool,
     bias: Tensor | None = None,
@@ -667,70 +721,70 @@ def _run_convolve(
     shift: Tensor | None = None,
 ) -> Tensor | None:
     """x times the weight into y, all dense and channels_last; the sums of statistics."""
-    groups = settings.groups
+    stride, padding, dilation, groups = settings
     kernel = tuple(weight.shape[2:])
     depth, width = x.shape[1] // groups, y.shape[1] // groups
     pointwise = settings.is_pointwise(weight)
     walk = _Walk.of(x, y, pointwise)
-    phases = math.prod(settings.stride) if gradient else 1
-    sides = [
-        triton.cdiv(size, step if gradient else 1)
-        for size, step in zip(walk[3:], settings.stride, strict=True)
-    ]
+    phases = math.prod(stride) if gradient else 1
+    rows, columns = (
+        triton.cdiv(n, s if gradient else 1) for n, s in zip(walk[3:], stride, strict=True)
+    )
+    pixels = walk.images * rows * columns
     pack = _pack(groups, depth, width)
     packs = triton.cdiv(groups, pack)
     arch, multiprocessors = _device(x.device.index)
     precision = _precision(x.dtype, exact)
-
-    def covered(tile):
-        rows = triton.cdiv(walk.images * math.prod(sides), tile.rows)
-        return rows * triton.cdiv(width * pack, tile.columns) * packs * phases
-
-    tile = _tile("convolve", arch, precision, width * pack, covered)
-    bn, bk = _block(width * pack, tile.columns), _block(depth * pack, tile.depth)
-
-    # Descriptors: of boxes of the input, and of the weight as a matrix.
     described = arch == 90 and precision != "ieee" and pack == 1
-    box = None
-    if described and settings.stride == (1, 1) and _has_lines(x, x.shape[1]):
-        if (groups == 1 or depth % bk == 0) and (pointwise or affine or bn >= 64):
-            box = _box(walk.images, *sides, tile.rows)
-    swapped = box is not None and not pointwise and affine is None
+    lines = described and stride == (1, 1) and _has_lines(x, x.shape[1])
     inner = weight.shape[1] * math.prod(kernel)
-    whole = (groups == 1 or depth % bk == 0) if gradient else depth % bk == 0
-    boxed_weight = described and whole and _has_lines(weight, inner)
-    source, matrix = x, weight
-    if box is not None:
-        source = _descriptor(x, [*walk[:3], x.shape[1]], [*box, bk])
-    if boxed_weight:
-        matrix = _descriptor(weight, [weight.shape[0], inner], [bk, bn] if gradient else [bn, bk])
-
-    tn, th, tw = box or (1, 1, tile.rows)
-    if box is not None:
-        across = zip((walk.images, *sides), box, strict=True)
-        tiles_m = math.prod(triton.cdiv(size, side) for size, side in across)
-    else:
-        tiles_m = triton.cdiv(walk.images * math.prod(sides), tile.rows)
-    tiles = tiles_m * phases * packs * triton.cdiv(width * pack, bn)
-    programs = min(tiles, tile.programs * multiprocessors)
-    partial = x.new_empty((tiles_m, 2 * y.shape[1]), dtype=torch.float32) if statistics else None
     scale, offset = affine or (None, None)
     align_in, align_out = alignment(depth), alignment(width)
-    steps = [
-        s // math.gcd(s, d) for s, d in zip(settings.stride, settings.dilation, strict=True)
-    ]
-    launch(
-        _convolve, programs, source, matrix, y, bias, residual, scale, offset, shift, partial,
-        *walk, depth // align_in, width // align_out, groups, *settings.padding, tiles, programs,
-        GRADIENT=gradient, KH=kernel[0], KW=kernel[1], SH=settings.stride[0],
-        SW=settings.stride[1], DH=settings.dilation[0], DW=settings.dilation[1],
-        STEP_H=steps[0], STEP_W=steps[1],
-        INSIDE=pointwise or (settings.padding == (0, 0) and not gradient),
-        WIDE=_is_wide(x, y), PACK=pack, ALIGN_IN=align_in, ALIGN_OUT=align_out,
-        BOXED=box is not None, BOXED_W=boxed_weight, SWAPPED=swapped, TN=tn, TH=th, TW=tw,
-        BM=tile.rows, BN=bn, BK=bk, PRECISION="ieee" if precision == "ieee" else "tf32",
-        ACTIVATION=activation, warps=tile.warps, stages=tile.stages,
-    )  # fmt: skip
+    steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
+
+    def run(tile: _Tile) -> Tensor | None:
+        bn, bk = _block(width * pack, tile.columns), _block(depth * pack, tile.depth)
+        whole = depth % bk == 0
+        box, source, matrix = None, x, weight
+        if lines and (groups == 1 or whole) and (pointwise or affine or bn >= 64):
+            box = _box(walk.images, rows, columns, tile.rows)
+        if box is not None:
+            source = _descriptor(x, [*walk[:3], x.shape[1]], [*box, bk])
+        if gradient:
+            whole = whole or groups == 1
+        boxed_weight = described and whole and _has_lines(weight, inner)
+        if boxed_weight:
+            block = [bk, bn] if gradient else [bn, bk]
+            matrix = _descriptor(weight, [weight.shape[0], inner], block)
+        tiles_m = _boxes(walk.images, rows, columns, box) or triton.cdiv(pixels, tile.rows)
+        tiles = tiles_m * phases * packs * triton.cdiv(width * pack, bn)
+        programs = min(tiles, tile.programs * multiprocessors)
+        partial = None
+        if statistics:
+            partial = x.new_empty((tiles_m, 2 * y.shape[1]), dtype=torch.float32)
+        tn, th, tw = box or (1, 1, tile.rows)
+        launch(
+            _convolve, programs, source, matrix, y, bias, residual, scale, offset, shift, partial,
+            *walk, depth // align_in, width // align_out, groups, *padding, tiles, programs,
+            GRADIENT=gradient, KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1],
+            DH=dilation[0], DW=dilation[1], STEP_H=steps[0], STEP_W=steps[1],
+            INSIDE=pointwise or (padding == (0, 0) and not gradient), WIDE=_is_wide(x, y),
+            PACK=pack, ALIGN_IN=align_in, ALIGN_OUT=align_out, BOXED=box is not None,
+            BOXED_W=boxed_weight, SWAPPED=box is not None and not pointwise and affine is None,
+            TN=tn, TH=th, TW=tw, BM=tile.rows, BN=bn, BK=bk,
+            PRECISION="ieee" if precision == "ieee" else "tf32", ACTIVATION=activation,
+            warps=tile.warps, stages=tile.stages,
+        )  # fmt: skip
+        return partial
+
+    def count(tile: _Tile) -> int:
+        tiles = triton.cdiv(pixels, tile.rows) * triton.cdiv(width * pack, tile.columns)
+        return tiles * packs * phases
+
+    options = (gradient, activation, bias is None, residual is None, affine is None, statistics)
+    tiles = _fitting("convolve", arch, precision, width * pack)
+    shape = (tuple(x.shape), tuple(y.shape), kernel, settings, str(x.dtype), precision, options)
+    partial = run(_tune(tiles, run, shape, count))
     if not statistics:
         return None
     sums = x.new_empty((2, y.shape[1]), dtype=torch.float32)
@@ -742,86 +796,90 @@ def _run_weight_gradient(
     d: Tensor,
     x: Tensor,
     out: Tensor,
-    settings: _Settings,
+    settings: Settings,
     exact: bool,
     affine: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """The weight's gradient into out; d in the place of the output, x of the input. All dense and
     channels_last."""
-    groups = settings.groups
+    stride, padding, dilation, groups = settings
     kernel = tuple(out.shape[2:])
     taps = math.prod(kernel)
     depth, width = x.shape[1] // groups, d.shape[1] // groups
     pointwise = settings.is_pointwise(out)
     walk = _Walk.of(x, d, pointwise)
-    pixels = walk.images * walk.out_h * walk.out_w
+    images, rows, columns = walk.images, walk.out_h, walk.out_w
+    pixels = images * rows * columns
     pack = _pack(groups, depth, width)
     packs = triton.cdiv(groups, pack)
     arch, _ = _device(x.device.index)
     precision = _precision(x.dtype, exact)
-
-    def columns(tile):
-        """(block of channels, taps in a tile, tiles)."""
-        channels = _block(depth * pack, tile.columns)
-        row = tile.columns // channels
-        blocks = triton.cdiv(depth * pack, channels)
-        return channels, row, triton.cdiv(taps, row) * blocks
-
-    def count(tile):
-        most = triton.cdiv(pixels, tile.depth * _STEPS)
-        return columns(tile)[2] * triton.cdiv(width * pack, tile.rows) * packs * most
-
-    tile = _tile("weight", arch, precision, depth * pack * taps, count)
-    bm = min(max(triton.next_power_of_2(width * pack), 64), tile.rows)
-    channels, row, across = columns(tile)
-    down = triton.cdiv(width * pack, bm)
-
-    box = None
-    if arch == 90 and precision != "ieee" and pack == 1 and row == 1:
-        if settings.stride == (1, 1) and _has_lines(x, x.shape[1]) and _has_lines(d, d.shape[1]):
-            if groups == 1 or (depth % tile.columns == 0 and width % bm == 0):
-                box = _box(walk.images, walk.out_h, walk.out_w, tile.depth)
-    sources, boxed_d = [d, x], False
-    if box is not None:
-        sources[1] = _descriptor(x, [*walk[:3], x.shape[1]], [*box, tile.columns])
-        boxed_d = pointwise or _is_run(box, walk.out_h, walk.out_w)
-        if boxed_d:
-            sources[0] = _descriptor(d, [pixels, d.shape[1]], [tile.depth, bm])
-        sizes = zip((walk.images, walk.out_h, walk.out_w), box, strict=True)
-        blocks = math.prod(triton.cdiv(size, side) for size, side in sizes)
-    else:
-        blocks = triton.cdiv(pixels, tile.depth)
-    tn, th, tw = box or (1, 1, tile.depth)
-
-    splits = triton.cdiv(_SPLITS, across * down * packs)
-    splits = max(1, min(splits, blocks // _STEPS))
-    per_split = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, per_split)
-    partial = out
-    if splits > 1:
-        partial = x.new_empty((splits, out.numel()), dtype=torch.float32)
+    lines = arch == 90 and precision != "ieee" and pack == 1 and stride == (1, 1)
+    lines = lines and _has_lines(x, x.shape[1]) and _has_lines(d, d.shape[1])
     scale, offset = affine or (None, None)
     align_in, align_out = alignment(depth), alignment(width)
-    launch(
-        _weight_gradient, across * down * packs * splits, *sources, partial, scale, offset,
-        *walk, depth // align_in, width // align_out, groups, *settings.padding, per_split,
-        *_reciprocal(walk.out_h * walk.out_w), *_reciprocal(walk.out_w),
-        KH=kernel[0], KW=kernel[1], SH=settings.stride[0], SW=settings.stride[1],
-        DH=settings.dilation[0], DW=settings.dilation[1],
-        INSIDE=settings.padding == (0, 0), WIDE=_is_wide(x, d), PACK=pack, ALIGN_IN=align_in,
-        ALIGN_OUT=align_out, BOXED=box is not None, BOXED_D=boxed_d, TN=tn, TH=th, TW=tw,
-        CHANNELS=channels, BM=bm, BN=tile.columns, BK=tile.depth,
-        PRECISION="ieee" if precision == "ieee" else "tf32", warps=tile.warps, stages=tile.stages,
-    )  # fmt: skip
-    if splits > 1:
-        _add_rows(partial, out)
+
+    def blocks_of(tile: _Tile) -> tuple[int, int, int]:
+        """(output channels, input channels of a tap, tiles of a split)."""
+        bm = min(max(triton.next_power_of_2(width * pack), 64), tile.rows)
+        channels = _block(depth * pack, tile.columns)
+        across = triton.cdiv(taps, tile.columns // channels) * triton.cdiv(depth * pack, channels)
+        return bm, channels, across * triton.cdiv(width * pack, bm) * packs
+
+    def run(tile: _Tile) -> None:
+        bm, channels, tiles = blocks_of(tile)
+        box, boxed_d, left, right = None, False, d, x
+        if lines and channels == tile.columns:
+            if groups == 1 or (depth % channels == 0 and width % bm == 0):
+                box = _box(images, rows, columns, tile.depth)
+        if box is not None:
+            right = _descriptor(x, [*walk[:3], x.shape[1]], [*box, channels])
+            boxed_d = pointwise or _is_run(box, rows, columns)
+        if boxed_d:
+            left = _descriptor(d, [pixels, d.shape[1]], [tile.depth, bm])
+        blocks = _boxes(images, rows, columns, box) or triton.cdiv(pixels, tile.depth)
+        splits = max(1, min(triton.cdiv(_SPLITS, tiles), blocks // _STEPS))
+        per_split = triton.cdiv(blocks, splits)
+        splits = triton.cdiv(blocks, per_split)
+        to = out
+        if splits > 1:
+            to = x.new_empty((splits, out.numel()), dtype=torch.float32)
+        tn, th, tw = box or (1, 1, tile.depth)
+        launch(
+            _weight_gradient, tiles * splits, left, right, to, scale, offset,
+            *walk, depth // align_in, width // align_out, groups, *padding, per_split,
+            *_reciprocal(rows * columns), *_reciprocal(columns),
+            KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1], DH=dilation[0],
+            DW=dilation[1], INSIDE=padding == (0, 0), WIDE=_is_wide(x, d), PACK=pack,
+            ALIGN_IN=align_in, ALIGN_OUT=align_out, BOXED=box is not None, BOXED_D=boxed_d,
+            TN=tn, TH=th, TW=tw, CHANNELS=channels, BM=bm, BN=tile.columns, BK=tile.depth,
+            PRECISION="ieee" if precision == "ieee" else "tf32", warps=tile.warps,
+            stages=tile.stages,
+        )  # fmt: skip
+        if splits > 1:
+            _add_rows(to, out)
+
+    def count(tile: _Tile) -> int:
+        return blocks_of(tile)[2] * max(triton.cdiv(pixels, tile.depth) // _STEPS, 1)
+
+    tiles = _fitting("weight", arch, precision, depth * pack * taps)
+    shape = (
+        tuple(x.shape),
+        tuple(d.shape),
+        kernel,
+        settings,
+        str(x.dtype),
+        precision,
+        affine is None,
+    )
+    run(_tune(tiles, run, shape, count))
 
 
 def convolve(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    settings: _Settings = _Settings(),
+    settings: Settings = _PLAIN,
     activation: str = "none",
     exact: bool = False,
     *,
@@ -844,6 +902,8 @@ def convolve(
         The output, channels_last, and Σ (y - shift) and Σ (y - shift)² as float32 (2, K), or None.
     """
     y = _empty(x, (x.shape[0], weight.shape[0], *_output_size(x, weight, settings)), _LAST)
+    if bias is not None:
+        bias = bias.contiguous()
     if residual is not None:
         residual = _dense(residual)
     if y.numel() == 0:
@@ -851,20 +911,27 @@ def convolve(
         return y, sums
     arguments = (activation, affine, residual, statistics, shift)
     with torch.cuda.device_of(x):
-        sums = _run_convolve(
-            _dense(x), _dense(weight), y, settings, False, exact, bias, *arguments
-        )
+        sums = _run_convolve(_dense(x), _dense(weight), y, settings, False, exact, bias, *arguments)
     return y, sums
 
 
 def input_gradient(
-    d: Tensor, weight: Tensor, shape, settings: _Settings = _Settings(), exact: bool = False
+    d: Tensor,
+    weight: Tensor,
+    shape,
+    settings: Settings = _PLAIN,
+    exact: bool = False,
+    *,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of the input, of the shape given, channels_last."""
+    """The gradient of the input, of the shape given, channels_last; plus a bias, as the transposed
+    convolution that it is."""
     dx = _empty(d, shape, _LAST)
+    if bias is not None:
+        bias = bias.contiguous()
     if dx.numel():
         with torch.cuda.device_of(d):
-            _run_convolve(_dense(d), _dense(weight), dx, settings, True, exact)
+            _run_convolve(_dense(d), _dense(weight), dx, settings, True, exact, bias)
     return dx
 
 
@@ -872,7 +939,7 @@ def weight_gradient(
     d: Tensor,
     x: Tensor,
     shape,
-    settings: _Settings = _Settings(),
+    settings: Settings = _PLAIN,
     exact: bool = False,
     *,
     affine: tuple[Tensor, Tensor] | None = None,
@@ -887,7 +954,7 @@ def weight_gradient(
     return dw
 
 
-# ------------------------------------------------------------------------------------------- formats
+# ------------------------------------------------------------------------------------------ formats
 
 
 def _suggests_last(tensor: Tensor) -> bool:
@@ -904,7 +971,10 @@ def _suggests_last(tensor: Tensor) -> bool:
 
 
 def _format(*tensors: Tensor) -> torch.memory_format:
-    return _LAST if any(map(_suggests_last, tensors)) else torch.contiguous_format
+    """channels_last if one of the tensors is; of no images contiguous."""
+    if tensors[0].shape[0] and any(map(_suggests_last, tensors)):
+        return _LAST
+    return torch.contiguous_format
 
 
 def _empty(like: Tensor, shape, format: torch.memory_format) -> Tensor:
@@ -912,13 +982,16 @@ def _empty(like: Tensor, shape, format: torch.memory_format) -> Tensor:
 
 
 def _formatted(tensor: Tensor, format: torch.memory_format) -> Tensor:
-    """A channels_last tensor in the strides of another format."""
-    if format == _LAST:
+    """A fresh tensor, or a copy of it, in the very strides that torch gives a format: where sizes
+    of 1 leave them open too."""
+    strides = torch.empty(tensor.shape, device="meta", memory_format=format).stride()
+    if tensor.stride() == strides:
         return tensor
-    result = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    if result.is_contiguous(memory_format=_LAST):  # the same memory
-        return tensor.as_strided(result.shape, result.stride())
-    return result.copy_(tensor)
+    if tensor.is_contiguous(memory_format=format):
+        return tensor.as_strided(tensor.shape, strides)
+    return torch.empty_strided(
+        tensor.shape, strides, dtype=tensor.dtype, device=tensor.device
+    ).copy_(tensor)
 
 
 # ------------------------------------------------------------------------------------------- choice
@@ -927,7 +1000,7 @@ _GEMM, _ATEN = "implicit_gemm", "aten"
 _MOST_STRIDE = 8  # the search for a phase's first tap is unrolled
 
 
-def _can(input: Tensor, weight: Tensor, pixels: int, settings: _Settings) -> bool:
+def _can(input: Tensor, weight: Tensor, pixels: int, settings: Settings) -> bool:
     """Whether there are kernels of ours: no float64, no empty channels or kernel, index
     arithmetic of pixels and of the weight in 32 bits."""
     return (
@@ -940,7 +1013,7 @@ def _can(input: Tensor, weight: Tensor, pixels: int, settings: _Settings) -> boo
     )
 
 
-def _auto(input: Tensor, weight: Tensor, settings: _Settings) -> bool:
+def _is_faster(input: Tensor, weight: Tensor, settings: Settings) -> bool:
     """Whether ours is taken where the user leaves the choice: only at the cliffs of cuDNN that are
     known (64x128x513x513, 3x3, stride 2: 1.2 s against 0.03 s; grouped channels_last: 40 times the
     time of contiguous), until there are measurements."""
@@ -950,13 +1023,13 @@ def _auto(input: Tensor, weight: Tensor, settings: _Settings) -> bool:
 
 def _ours(input, weight, output_size, settings, own) -> bool:
     pixels = input.shape[0] * max(math.prod(output_size), math.prod(input.shape[2:]))
-    return _can(input, weight, pixels, settings) and (own or _auto(input, weight, settings))
+    return _can(input, weight, pixels, settings) and (own or _is_faster(input, weight, settings))
 
 
 # ------------------------------------------------------------------------------------------- checks
 
 
-def _output_size(x: Tensor, weight: Tensor, settings: _Settings) -> tuple[int, int]:
+def _output_size(x: Tensor, weight: Tensor, settings: Settings) -> tuple[int, int]:
     sizes = zip(
         x.shape[2:], weight.shape[2:], settings.stride, settings.padding, settings.dilation,
         strict=True,
@@ -965,7 +1038,7 @@ def _output_size(x: Tensor, weight: Tensor, settings: _Settings) -> tuple[int, i
     return height, width
 
 
-def _transposed_size(x: Tensor, weight: Tensor, settings: _Settings, more) -> tuple[int, int]:
+def _transposed_size(x: Tensor, weight: Tensor, settings: Settings, more) -> tuple[int, int]:
     sizes = zip(
         x.shape[2:], weight.shape[2:], settings.stride, settings.padding, settings.dilation, more,
         strict=True,
@@ -974,7 +1047,7 @@ def _transposed_size(x: Tensor, weight: Tensor, settings: _Settings, more) -> tu
     return height, width
 
 
-def _check_settings(op, input, weight, stride, padding, dilation, groups) -> _Settings:
+def _check_settings(op, input, weight, stride, padding, dilation, groups) -> Settings:
     """The settings, once input and weight are what the kernels read."""
     for name, tensor in (("input", input), ("weight", weight)):
         wanted = f"{op}: expected {name} of dtype float32, float64, bfloat16 or float16"
@@ -982,11 +1055,15 @@ def _check_settings(op, input, weight, stride, padding, dilation, groups) -> _Se
         shape = list(tensor.shape)
         check(len(shape) == 4, f"{op}: expected {name} of 4 dimensions, got shape {shape}")
     check_tensor(op, "weight", weight, input.device, input.dtype)
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+    for name, pair, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
         wanted = f"{op}: expected {name} of 2 numbers of at least {least}, got {list(pair)}"
         check(len(pair) == 2 and min(pair) >= least, wanted)
     check(groups >= 1, f"{op}: expected at least 1 group, got {groups}")
-    return _Settings(tuple(stride), tuple(padding), tuple(dilation), groups)
+    return Settings(tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def _check_activation(op, activation):
@@ -1057,11 +1134,10 @@ def _conv2d(
     settings, size = _check_conv(op, input, weight, bias, stride, padding, dilation, groups)
     _check_activation(op, activation)
     if not _ours(input, weight, size, settings, own):
-        y = _aten.convolution(
-            input, weight, bias, stride, padding, dilation, False, (0, 0), groups
-        )
-        return _apply(y, activation)
-    y, _ = convolve(input, weight, bias, settings, activation, exact)
+        y = _aten.convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+        y = _apply(y, activation)
+    else:
+        y, _ = convolve(input, weight, bias, settings, activation, exact)
     return _formatted(y, _format(input, weight))
 
 
@@ -1096,9 +1172,13 @@ def _gradients_of_aten(d, input, weight, settings, transposed, more, wanted):
     gradients = _aten.convolution_backward(
         d, input, weight, [channels], stride, padding, dilation, transposed, more, groups, wanted
     )
-    return tuple(
+    gradients = [
         g if want else input.new_empty(0) for g, want in zip(gradients, wanted, strict=True)
-    )
+    ]
+    for i, tensor in enumerate((input, weight)):
+        if wanted[i]:
+            gradients[i] = _formatted(gradients[i], _format(tensor))
+    return tuple(gradients)
 
 
 def _conv2d_algorithm(
@@ -1116,13 +1196,12 @@ def _conv_transpose2d(
         "conv_transpose2d", input, weight, bias, stride, padding, output_padding, groups, dilation
     )
     if not _ours(input, weight, size, settings, own):
-        return _aten.convolution(
+        y = _aten.convolution(
             input, weight, bias, stride, padding, dilation, True, output_padding, groups
         )
-    y = _empty(input, (input.shape[0], weight.shape[1] * groups, *size), _LAST)
-    if y.numel():
-        with torch.cuda.device_of(input):
-            _run_convolve(_dense(input), _dense(weight), y, settings, True, exact, bias)
+        return _formatted(y, _format(input, weight))
+    shape = (input.shape[0], weight.shape[1] * groups, *size)
+    y = input_gradient(input, weight, shape, settings, exact, bias=bias)
     return _formatted(y, _format(input, weight))
 
 
