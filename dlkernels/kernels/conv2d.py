@@ -436,12 +436,12 @@ def _add_up(x, y, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     part = tl.program_id(0) // blocks
     c = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
-    mask = c < columns
     for i in range(ROWS):
         row = (part * ROWS + i).to(tl.int64)
-        value = tl.load(x + row * columns + c, mask=mask & (row < rows), other=0.0)
-        total += value.to(tl.float64)
-    tl.store(y + part.to(tl.int64) * columns + c, narrow(total, y.dtype.element_ty), mask=mask)
+        end = tl.where(row < rows, columns, 0)
+        total += tl.load(x + row * columns + c, mask=c < end, other=0.0).to(tl.float64)
+    to = y + part.to(tl.int64) * columns + c
+    tl.store(to, narrow(total, y.dtype.element_ty), mask=c < columns)
 
 
 # ------------------------------------------------------------------------------------------- tiles
@@ -471,28 +471,28 @@ _TILES: dict[tuple[str, int, str], list[_Tile]] = {
     ("convolve", 90, "half"): [
         _Tile(128, 256, 64, 8, 3, 1),
         _Tile(128, 128, 64, 8, 3, 2),
-        _Tile(128, 64, 64, 4, 4, 2),
+        _Tile(128, 64, 64, 8, 4, 2),
         _Tile(64, 64, 64, 4, 4, 3),
         _Tile(128, 32, 64, 4, 4, 2),
         _Tile(128, 16, 64, 4, 4, 2),
     ],
     ("convolve", 90, "tf32"): [
         _Tile(128, 128, 32, 8, 3, 2),
-        _Tile(128, 64, 32, 4, 4, 2),
+        _Tile(128, 64, 32, 8, 4, 2),
         _Tile(64, 64, 32, 4, 4, 3),
         _Tile(128, 32, 32, 4, 4, 2),
         _Tile(128, 16, 32, 4, 4, 2),
     ],
     ("convolve", 80, "half"): [
         _Tile(128, 128, 32, 8, 3, 2),
-        _Tile(128, 64, 32, 4, 4, 2),
+        _Tile(128, 64, 32, 8, 4, 2),
         _Tile(64, 64, 32, 4, 4, 3),
         _Tile(128, 32, 32, 4, 4, 2),
         _Tile(128, 16, 32, 4, 4, 2),
     ],
     ("convolve", 80, "tf32"): [
         _Tile(128, 128, 16, 8, 3, 2),
-        _Tile(128, 64, 16, 4, 4, 2),
+        _Tile(128, 64, 16, 8, 4, 2),
         _Tile(64, 64, 32, 4, 3, 2),
         _Tile(128, 32, 32, 4, 3, 2),
         _Tile(128, 16, 32, 4, 3, 2),
@@ -521,15 +521,15 @@ _TILES: dict[tuple[str, int, str], list[_Tile]] = {
 }
 for _kernel in ("convolve", "weight"):
     for _arch in (80, 90):
-        _TILES[_kernel, _arch, "ieee"] = [_Tile(128, 64, 16, 4, 2, 2), _Tile(64, 64, 16, 4, 2, 2)]
-_TILES["convolve", 80, "ieee"] += [_Tile(64, 16, 16, 4, 2, 2)]
-_TILES["convolve", 90, "ieee"] += [_Tile(64, 16, 16, 4, 2, 2)]
+        _TILES[_kernel, _arch, "ieee"] = [_Tile(128, 64, 16, 8, 2, 2), _Tile(64, 64, 16, 4, 2, 2)]
+_TILES["convolve", 80, "ieee"] += [_Tile(64, 16, 16, 2, 2, 4)]
+_TILES["convolve", 90, "ieee"] += [_Tile(64, 16, 16, 2, 2, 4)]
 
 _ENOUGH = 132  # tiles: one for each multiprocessor of an H100
 _SPLITS = 264  # programs of a weight gradient, about
 _STEPS = 16  # blocks of pixels in a split, at least
 _PART = 64  # rows that a program of _add_up adds
-_WASTE = 1.125  # of a cover by boxes, at most: pixels computed for each that there is
+_WASTE = 1.125  # of a cover by boxes, at most: pixels for each of a cover by runs of pixels
 _AUTOTUNE = os.environ.get("DLKERNELS_AUTOTUNE") == "1"
 _CHOICE = "tile.json"  # in Triton's cache
 _PACKED = 32  # channels, at least, that narrow groups share a tile for
@@ -570,9 +570,13 @@ def _time(run: Callable[[], object]) -> float:
     return triton.testing.do_bench(run, return_mode="median")
 
 
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _tune(tiles, run, shape, count) -> _Tile:
     """The tile for a shape: by the table, or by the clock where the user wants that."""
-    if not _AUTOTUNE or len(tiles) == 1 or torch.cuda.is_current_stream_capturing():
+    if not _AUTOTUNE or len(tiles) == 1 or _is_capturing():
         return _first(tiles, count)
     return _fastest(tiles, run, shape)
 
@@ -588,6 +592,7 @@ def _pack(groups: int, depth: int, width: int) -> int:
     return max(1, min(triton.cdiv(_PACKED, min(depth, width)), groups, 64 // max(depth, width)))
 
 
+@functools.lru_cache(1024)
 def _box(images: int, rows: int, columns: int, pixels: int) -> tuple[int, int, int] | None:
     """Images × rows × columns of so many pixels that cover the output with the least waste."""
 
@@ -598,7 +603,8 @@ def _box(images: int, rows: int, columns: int, pixels: int) -> tuple[int, int, i
     powers = [1 << i for i in range(pixels.bit_length())]
     boxes = [(pixels // h // w, h, w) for h in powers for w in powers if h * w <= pixels]
     best = min(boxes, key=lambda box: (covered(box), -box[2], -box[1]))
-    return best if covered(best) <= _WASTE * images * rows * columns else None
+    runs = triton.cdiv(images * rows * columns, pixels) * pixels
+    return best if covered(best) <= _WASTE * runs else None
 
 
 def _boxes(images: int, rows: int, columns: int, box: tuple[int, int, int] | None) -> int:
@@ -742,17 +748,22 @@ def _run_convolve(
     align_in, align_out = alignment(depth), alignment(width)
     steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
 
+    def box_of(tile: _Tile) -> tuple[int, int, int] | None:
+        bn, bk = _block(width * pack, tile.columns), _block(depth * pack, tile.depth)
+        if not lines or (groups > 1 and depth % bk) or not (pointwise or affine or bn >= 64):
+            return None
+        return _box(walk.images, rows, columns, tile.rows)
+
     def run(tile: _Tile) -> Tensor | None:
         bn, bk = _block(width * pack, tile.columns), _block(depth * pack, tile.depth)
         whole = depth % bk == 0
-        box, source, matrix = None, x, weight
-        if lines and (groups == 1 or whole) and (pointwise or affine or bn >= 64):
-            box = _box(walk.images, rows, columns, tile.rows)
+        source, matrix = x, weight
+        box = box_of(tile)
         if box is not None:
             source = _descriptor(x, [*walk[:3], x.shape[1]], [*box, bk])
         if gradient:
             whole = whole or groups == 1
-        boxed_weight = described and whole and _has_lines(weight, inner)
+        boxed_weight = described and whole and _has_lines(weight, weight.shape[1])
         if boxed_weight:
             block = [bk, bn] if gradient else [bn, bk]
             matrix = _descriptor(weight, [weight.shape[0], inner], block)
@@ -783,6 +794,10 @@ def _run_convolve(
 
     options = (gradient, activation, bias is None, residual is None, affine is None, statistics)
     tiles = _fitting("convolve", arch, precision, width * pack)
+    # Pointers, affine and statistics are registers that a tile this large has not left.
+    small = [t for t in tiles if t.rows * t.columns <= 64 * 32 * t.warps]
+    if affine or statistics or box_of(tiles[0]) is None:
+        tiles = small
     shape = (tuple(x.shape), tuple(y.shape), kernel, settings, str(x.dtype), precision, options)
     partial = run(_tune(tiles, run, shape, count))
     if not statistics:
