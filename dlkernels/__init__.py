@@ -2,8 +2,8 @@
 
 Importing loads one CPU library, the widest that both this CPU and torch's own choice of kernels
 (``ATEN_CPU_CAPABILITY``) allow; under a CUDA build of torch the CUDA library too, with or without a
-GPU; then the ops. Triton's twins of the CUDA kernels stand in where that library is not built. It
-patches nothing.
+GPU; then the ops. The kernels that are Triton's on a GPU are registered where Triton is, and its
+twins of the CUDA kernels where that library is not built. It patches nothing.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LIBRARIES = _ROOT / "dlkernels" / "lib"
+_TRITONS = ("conv2d",)  # ops whose kernels on a GPU are Triton's; the others there are twins
 # What torch's capability allows; every other word, as "AVX512", allows all.
 _ALLOWED = {"DEFAULT": ["plain"], "NO AVX": ["plain"], "AVX2": ["plain", "avx2"]}
 
@@ -83,10 +84,11 @@ def _choose_cuda(build: dict) -> str | None:
     return "triton" if importlib.util.find_spec("triton") else None
 
 
-def _register_twins() -> None:
+def _register_triton(twins: bool) -> None:
+    """The kernels of Triton that own their op, and the twins if they are wanted."""
     package = importlib.import_module("dlkernels.kernels")
     for module in pkgutil.iter_modules(package.__path__):
-        if module.name != "common":
+        if module.name in _TRITONS or (twins and module.name != "common"):
             importlib.import_module(f"{package.__name__}.{module.name}").register("CUDA")
 
 
@@ -111,8 +113,8 @@ if _cuda := _choose_cuda(_build):
 from dlkernels import functional, nn  # noqa: E402
 from dlkernels.swap import explain, report, swap, swapped, unswap, verify  # noqa: E402
 
-if _cuda == "triton":
-    _register_twins()
+if torch.version.cuda and importlib.util.find_spec("triton"):
+    _register_triton(twins=_cuda == "triton")
 
 __all__ = [
     "config",

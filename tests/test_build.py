@@ -262,7 +262,7 @@ mapped = open("/proc/self/maps").read()
 print("owner:", dlkernels.config.libraries.get("cuda"))
 print("mapped:", "libdlkernels_cuda" in mapped)
 print("info:", info.owners()[0][2])
-print("twins:", "dlkernels.kernels" in sys.modules)
+print("twins:", "dlkernels.kernels.cross_entropy" in sys.modules)
 """
 TWIN = "def register(key):\n    print('registered:', key, __name__)\n"
 
@@ -282,6 +282,7 @@ def plant_cuda(package, built):
     write(package / "dlkernels" / "kernels" / "__init__.py", "")
     write(package / "dlkernels" / "kernels" / "common.py", "")
     write(package / "dlkernels" / "kernels" / "cross_entropy.py", TWIN)
+    write(package / "dlkernels" / "kernels" / "conv2d.py", TWIN)
 
 
 def test_cuda_library_is_left_alone_under_a_cpu_build_of_torch(package):
@@ -297,7 +298,14 @@ def test_cuda_library_is_loaded_under_a_cuda_build_of_torch(package):
     output = succeed(IMPORT.format(cuda="13.0", triton=True), package)
     assert "owner: cuda\n" in output and "mapped: True\n" in output
     assert "info: stock: cuda lacks cross_entropy_backward, " in output  # it is of nothing
-    assert "registered:" not in output and "twins: False\n" in output
+    assert re.findall("registered: .*", output) == ["registered: CUDA dlkernels.kernels.conv2d"]
+    assert "twins: False\n" in output
+
+
+def test_a_cuda_library_does_without_triton(package):
+    plant_cuda(package, built=True)
+    output = succeed(IMPORT.format(cuda="13.0", triton=None), package)
+    assert "owner: cuda\n" in output and "registered:" not in output
 
 
 def test_a_broken_cuda_library_names_the_command(package):
@@ -314,7 +322,8 @@ def test_triton_stands_in_where_no_cuda_library_is_built(package):
     output = succeed(IMPORT.format(cuda="13.0", triton=True), package)
     assert "owner: triton\n" in output and "mapped: False\n" in output
     assert re.findall("registered: .*", output) == [
-        "registered: CUDA dlkernels.kernels.cross_entropy"
+        "registered: CUDA dlkernels.kernels.conv2d",
+        "registered: CUDA dlkernels.kernels.cross_entropy",
     ]
     assert "info: stock: triton lacks " in output  # the twin here registers nothing
 

@@ -22,30 +22,10 @@ pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: no kernel is compiled"
 )
 
-# The interpreter patches triton.language at each launch and at each call of a device function, two
-# thirds of its time here. Patched once, for good, in a process that does nothing else with it.
 PLUGIN = r"""
 import re
 
-import triton.runtime.interpreter as interpreter
-
-patch, patched = interpreter._patch_lang, []
-
-
-class Scope:
-    def restore(self):
-        pass
-
-
-def patch_once(function):
-    if not any(seen is function.__globals__ for seen in patched):
-        patched.append(function.__globals__)
-        patch(function)
-    return Scope()
-
-
-interpreter._patch_lang = patch_once
-
+import tests.patched_once
 from dlkernels.kernels import cross_entropy
 
 cross_entropy.register("CPU")
@@ -165,10 +145,11 @@ def taken_down(monkeypatch, shape, dtype, everything, backward):
     return launches
 
 
-def compile_kernel(kernel, arguments, warps, asserts, constants, capability):
+def compile_kernel(kernel, arguments, warps, asserts, constants, capability, stages=None):
     """As a launch would, with memory that is aligned to 16 bytes."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     signature, attributes = {}, {}
     constants = dict(constants)
@@ -177,6 +158,8 @@ def compile_kernel(kernel, arguments, warps, asserts, constants, capability):
         if torch.is_tensor(value):
             signature[name] = f"*{NAMES[value.dtype]}"
             attributes[(at,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[name] = "fp64"
         elif value is not None:
@@ -185,6 +168,8 @@ def compile_kernel(kernel, arguments, warps, asserts, constants, capability):
             signature[name] = "constexpr"
             constants.setdefault(name, None)
     options = {"num_warps": warps, "enable_fp_fusion": True}
+    if stages is not None:
+        options["num_stages"] = stages
     if asserts:
         options |= {"debug": True, "sanitize_overflow": False}
     source = ASTSource(kernel, signature, constants, attributes)

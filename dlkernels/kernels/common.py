@@ -7,7 +7,8 @@ Under ``TRITON_INTERPRET=1`` kernels run on the CPU, op by op in numpy. Its trap
 - numpy's exp of float32 is off by up to 2.5 ulp: ``exp`` goes by way of float64.
 - The grid's index and the patched language are global: one launch at a time.
 - An op costs microseconds whatever its size: programs take more rows (``INTERPRETED``).
-- ``range`` over a tensor fails (Triton 3.6 beside numpy 2.4): counts of loops are constants.
+- ``range`` over a tensor fails (Triton 3.6 beside numpy 2.4): counts of loops are constants, or go
+  through ``trips``.
 """
 
 import math
@@ -27,10 +28,19 @@ _registered: list[torch.library.Library] = []
 # --------------------------------------------------------------------------------------------- host
 
 
-def launch(kernel, grid: int, *arguments, warps: int = 4, asserts: bool = False, **constants):
+def launch(
+    kernel,
+    grid: int,
+    *arguments,
+    warps: int = 4,
+    stages: int | None = None,
+    asserts: bool = False,
+    **constants,
+):
     """Runs a kernel on ``grid`` programs on the current device and stream; none where grid is 0.
 
     Args:
+        stages: of a loop's loads that are under way at once; Triton's default where None.
         asserts: ``tl.device_assert`` holds without TRITON_DEBUG, as torch's own assertions do.
     """
     if grid == 0:
@@ -40,6 +50,8 @@ def launch(kernel, grid: int, *arguments, warps: int = 4, asserts: bool = False,
             kernel[(grid,)](*arguments, **constants)
         return
     options = {"num_warps": warps, "enable_fp_fusion": True}
+    if stages is not None:
+        options["num_stages"] = stages
     if asserts:
         options |= {"debug": True, "sanitize_overflow": False}
     kernel[(grid,)](*arguments, **constants, **options)
@@ -83,6 +95,15 @@ def alignment(*numbers: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------- device
+
+
+@triton.jit
+def trips(n):
+    """How often a loop runs, of a number that is known at run time only."""
+    if INTERPRETED:
+        return n.handle.data.item()
+    else:
+        return n
 
 
 @triton.jit
