@@ -24,10 +24,17 @@ inline Activation parse_activation(const char* op, const std::string& name) {
   return Activation(found - kNames.begin());
 }
 
+// Out of line: an epilogue that is unrolled would hold it many times.
+template <typename T>
+[[gnu::noinline]] Vec<T> activate_smooth(Activation activation, Vec<T> x) {
+  const Vec<T> one(T(1));
+  return activation == Activation::kTanh ? tanh(x) : one / (one + exp(Vec<T>(T(0)) - x));
+}
+
 template <typename T>
 Vec<T> activate(Activation activation, Vec<T> x) {
   using V = Vec<T>;
-  const V zero(T(0)), one(T(1));
+  const V zero(T(0));
   switch (activation) {
     case Activation::kNone:
       return x;
@@ -35,10 +42,8 @@ Vec<T> activate(Activation activation, Vec<T> x) {
       return select(less(x, zero), zero, x);
     case Activation::kLeakyRelu:
       return select(less(x, zero), V(T(kSlope)) * x, x);
-    case Activation::kTanh:
-      return tanh(x);
     default:
-      return one / (one + exp(zero - x));
+      return activate_smooth(activation, x);
   }
 }
 

@@ -277,6 +277,19 @@ std::array<Tensor, 2> aten_gradients(const Settings& set, const Tensor& grad, co
 
 // ------------------------------------------------------------------------------------ host entries
 
+// Bias, if there is one, and activation of a vector of channels.
+template <typename S>
+struct Epilogue {
+  using V = Vec<accumulate_t<S>>;
+  const S* bias;
+  Activation activation;
+
+  V operator()(V value, int64_t channel, int64_t lanes) const {
+    if (bias) value = value + load(bias + channel, lanes);
+    return activate(activation, value);
+  }
+};
+
 Tensor forward(const Settings& set, const Tensor& input, const Tensor& weight, const Optional& bias,
                Activation act) {
   const Shape shape = check_arguments(set, input, weight, bias);
@@ -289,7 +302,6 @@ Tensor forward(const Settings& set, const Tensor& input, const Tensor& weight, c
   Tensor output;
   for_dtype<bf16, f16>(dtype, [&](auto tag) {
     using S = decltype(tag);
-    using V = Vec<accumulate_t<S>>;
     if (algorithm == Algorithm::kAten) {
       output = torch::stable::contiguous(aten_convolution(set, input, weight, bias), format);
       if (act != Activation::kNone)
@@ -303,10 +315,7 @@ Tensor forward(const Settings& set, const Tensor& input, const Tensor& weight, c
       flat_bias = torch::stable::contiguous(*bias);
       b = static_cast<const S*>(flat_bias.const_data_ptr());
     }
-    const auto epilogue = [=](V value, int64_t channel, int64_t lanes) {
-      if (b) value = value + load(b + channel, lanes);
-      return activate(act, value);
-    };
+    const Epilogue<S> epilogue{b, act};
     const Result<S> result(input, sizes, format);
     const auto w = weight_of<S>(weight);
     if (set.transposed)
@@ -383,13 +392,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Settings& set, const Tensor& g
   const bool own_input = want.input && !aten_input, own_weight = want.weight && !aten_weight;
   for_dtype<bf16, f16>(dtype, [&](auto tag) {
     using S = decltype(tag);
-    using V = Vec<accumulate_t<S>>;
     Tensor keep_grad, keep_input;
     const bool by_planes = want.bias && !own_input && !own_weight && is_nchw(grad);
     const S* d = static_cast<const S*>(grad.const_data_ptr());
     if (!by_planes && (own_input || own_weight || want.bias)) d = channels_last<S>(grad, keep_grad);
     if (own_input) {
-      const auto identity = [](V value, int64_t, int64_t) { return value; };
+      const Epilogue<S> identity{nullptr, Activation::kNone};
       const Result<S> result(input, of_input, format_of(input));
       const auto w = weight_of<S>(weight);
       if (set.transposed)

@@ -263,7 +263,11 @@ struct Filters {
               [&](int y, int x) {
                 return load(from + (turned ? 8 - y * 3 - x : y * 3 + x) * kPanel);
               },
-              [&](int y, int x, V value) { store(at + (y * kPatch + x) * stride, value); });
+              [&](int y, int x, V value) {
+                float* const point = at + (y * kPatch + x) * stride;
+                __builtin_prefetch(point + 4 * kPanel, 1, 3);
+                store(point, value);
+              });
         }
     }
   }
