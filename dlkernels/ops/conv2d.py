@@ -30,6 +30,7 @@ from dlkernels.ops.common import (
     autocast_dtype,
     before_activation,
     is_batched,
+    is_plain,
     not_differentiable,
     suggests_channels_last,
     unfit,
@@ -437,14 +438,13 @@ def _is_small(input, weight, stride, transposed=False):
     """Whether stock would be done before our way through Python. A traced size is not asked."""
     if config.forced() != "auto" or torch.compiler.is_compiling():
         return False
-    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and input.is_cpu):
-        return False
-    if input.dim() < 3:
+    if not (is_plain(input) and is_plain(weight) and input.is_cpu and input.dim() >= 3):
         return False
     # Of N·C·H·W and K·C·R·S; of the transpose the first has as many channels too.
     channels = input.shape[-3]
     work = input.numel() * weight.numel()
-    if not transposed and stride not in (1, (1, 1)) and (pair := _pair(stride, 1)):
+    if not transposed and (type(stride) is not int or stride != 1):
+        pair = _pair(stride, 1) or (1, 1)
         work //= pair[0] * pair[1]
     return work < _SMALL * channels
 
