@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import dlkernels
 from dlkernels.functional import conv2d_max_pool2d
+from dlkernels.models import NETWORKS
 from dlkernels.ops.conv2d_max_pool2d import conv2d_max_pool2d_reference
 
 ops = torch.ops.dlkernels
@@ -189,11 +190,11 @@ def test_what_goes_through_torchs_convolution(settings, channels, poisoned):
     for dtype, form in itertools.product(DTYPES, (same_memory, channels_last)):
 
         def draw(dtype=dtype, form=form):
-            x, weight, bias = problem((9, channels * groups, 19, 16), kernel, dtype)
+            x, weight, bias = problem((3, channels * groups, 11, 14), kernel, dtype)
             return form(x), weight, bias
 
         check(draw, activation="relu", **settings)
-    x, weight, bias = problem((9, channels * groups, 19, 16), kernel, torch.float32)
+    x, weight, bias = problem((3, channels * groups, 11, 14), kernel, torch.float32)
     dlkernels.config.kernels = "own"
     with pytest.raises(NotImplementedError, match="torch does the convolution"):
         conv2d_max_pool2d(x, weight, bias, **settings)
@@ -516,7 +517,8 @@ def test_refusals_are_stocks(case, kernels):
     dlkernels.config.kernels = kernels
     arguments = refusals()[case]
     with pytest.raises(Exception) as stocks:  # noqa: B017  whatever it is, ours is the same
-        F.max_pool2d(F.conv2d(*arguments), 2)
+        settings = (1, 0, 1, 1)[len(arguments) - 3 :]
+        F.max_pool2d(F.conv2d(*arguments, *settings), 2)
     for activation in (None, "relu"):
         with pytest.raises(stocks.type) as ours:
             conv2d_max_pool2d(*arguments, activation=activation)
@@ -687,7 +689,7 @@ def test_swap_leaves_what_is_no_chain(chain):
 
 @pytest.mark.parametrize("network", ["lenet", "mnist_cnn"])
 def test_networks_take_it_twice(network, own):
-    cls = dlkernels.models.NETWORKS[network]
+    cls = NETWORKS[network]
     size = cls.recipe.image_size
     x = torch.randn(4, 1, size, size)
     ours, theirs = cls(), cls(nn=torch.nn)

@@ -213,6 +213,7 @@ not_differentiable(_OP, "conv2d_max_pool2d_forward", "conv2d_max_pool2d_backward
 # ------------------------------------------------------------------------------------------- choice
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def _has_kernel(device):
     return torch._C._dispatch_has_kernel_for_dispatch_key(
