@@ -22,6 +22,7 @@ from torch.nn import functional as F
 import dlkernels
 from dlkernels.functional import conv2d_max_pool2d
 from dlkernels.models import NETWORKS
+from dlkernels.ops import conv2d_max_pool2d as contract
 from dlkernels.ops.conv2d_max_pool2d import conv2d_max_pool2d_reference
 
 ops = torch.ops.dlkernels
@@ -183,7 +184,8 @@ def test_layouts(layout, dtype, own, poisoned):
     [{"stride": 2}, {"dilation": 2}, {"groups": 2}, {"stride": (1, 2), "padding": (2, 0)}],
     ids=str,
 )
-def test_what_goes_through_torchs_convolution(settings, channels, poisoned):
+def test_what_goes_through_torchs_convolution(settings, channels, poisoned, monkeypatch):
+    monkeypatch.setattr(contract, "_SMALL", 0)
     dlkernels.config.kernels = "auto"
     groups = settings.get("groups", 1)
     kernel = (8, channels, 3, 3)
@@ -305,8 +307,9 @@ def test_gradcheck_and_gradgradcheck(activation, own):
 
 @pytest.mark.parametrize("kernels", ["own", "auto"])
 @pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3))[:-1], ids=str)
-def test_only_the_wanted_gradients_are_computed_and_kept_for(wanted, kernels, poisoned):
+def test_only_the_wanted_gradients_are_kept_for(wanted, kernels, poisoned, monkeypatch):
     """By the few channels' kernel, and behind torch's convolution (two groups)."""
+    monkeypatch.setattr(contract, "_SMALL", 0)
     dlkernels.config.kernels = kernels
     groups = 1 if kernels == "own" else 2
     tensors = problem((6, 4, 20, 20), (8, 4 // groups, 5, 5), torch.float32)

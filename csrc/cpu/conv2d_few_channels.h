@@ -60,8 +60,9 @@ constexpr int64_t kGradients = kWide ? 4 : 2;   // channels, × kTaps taps of a 
 constexpr int64_t kTaps = 5;                    //
 constexpr int64_t kWindow = 12;                 // vectors of a window in registers
 constexpr int64_t kFlush = 256;                 // terms of a sum, which are then added to the total
-constexpr int64_t kSegment = 256;               // pixels that are transposed at once
-constexpr int64_t kGathered = 640 << 10;        // bytes of a group of tiles, for the L2 cache
+constexpr int64_t kAdded = 32;  // outputs whose gradients are added to one pixel in turn, likewise
+constexpr int64_t kSegment = 256;                   // pixels that are transposed at once
+constexpr int64_t kGathered = 640 << 10;            // bytes of a group of tiles, for the L2 cache
 constexpr int64_t kPerChunk = 4, kMostChunks = 32;  // images; parts of a weight gradient
 constexpr int64_t kWork = 1 << 18;                  // multiply-adds worth a second thread
 
@@ -733,84 +734,96 @@ void pool_backward(const Shape& s, const Images<const S>& x, const Images<const 
   const int64_t image = round_up(pixels.size(), L), size = kImages * image;
   const int64_t gradients = round_up(kImages * in_image, L);
   const int64_t work = s.batch * in_image * s.taps();
-  for_each<T>(chunks, work, gradients + size, [&](int64_t chunk, T* scratch) {
-    T* const gradient = scratch;
-    T* const field = scratch + gradients;
-    T* const part = parts.get() + chunk * in_part;
-    const int64_t end = std::min(s.batch, (chunk + 1) * per_chunk);
-    for (int64_t n0 = chunk * per_chunk; n0 < end; n0 += kImages) {
-      const int64_t images = std::min(kImages, end - n0), first = n0 * in_image;
-      V finite(T(0));
-      for (int64_t i = 0; i < images * in_image; i += L) {
-        const int64_t lanes = std::min(L, images * in_image - i);
-        const V g = through(activation, load(dy + first + i, lanes), load(y + first + i, lanes));
-        store(gradient + i, g, lanes);
-        finite = fma(g, V(T(0)), finite);
-      }
-      if (db)
-        for (int64_t n = 0; n < images; ++n)
-          for (int64_t k = 0; k < s.outputs; ++k) {
-            const T* const g = gradient + n * in_image + k * points;
-            V total(T(0));
-            for (int64_t i = 0; i < points; i += L)
-              total = total + load(g + i, std::min(L, points - i));
-            biases.get()[chunk * s.outputs + k] += sum(total);
+  for_each<T>(
+      chunks, work, gradients + (dx && s.outputs > kAdded ? 2 : 1) * size,
+      [&](int64_t chunk, T* scratch) {
+        T* const gradient = scratch;
+        T* const field = scratch + gradients;
+        T* const total = field + size;
+        T* const part = parts.get() + chunk * in_part;
+        const int64_t end = std::min(s.batch, (chunk + 1) * per_chunk);
+        for (int64_t n0 = chunk * per_chunk; n0 < end; n0 += kImages) {
+          const int64_t images = std::min(kImages, end - n0), first = n0 * in_image;
+          V finite(T(0));
+          for (int64_t i = 0; i < images * in_image; i += L) {
+            const int64_t lanes = std::min(L, images * in_image - i);
+            const V g =
+                through(activation, load(dy + first + i, lanes), load(y + first + i, lanes));
+            store(gradient + i, g, lanes);
+            finite = fma(g, V(T(0)), finite);
           }
-      if (dw) {
-        for (int64_t n = 0; n < images; ++n) to_pixels(x, n0 + n, pixels, field + n * image);
-        for_each_part(window, [&](int64_t r0, int64_t v0, auto rows, auto vectors) {
-          for (int64_t k = 0; k < s.outputs; ++k) {
-            T* const at = part + k * in_window + r0 * in_row + v0 * L;
-            V total[rows][vectors];
-            const auto clear = [&] {
-              for (int64_t r = 0; r < rows; ++r)
-                for (int64_t v = 0; v < vectors; ++v) total[r][v] = V(T(0));
-            };
-            const auto flush = [&] {
-              for (int64_t r = 0; r < rows; ++r)
-                for (int64_t v = 0; v < vectors; ++v) {
-                  T* const to = at + r * in_row + v * L;
-                  store(to, load(to) + total[r][v]);
-                }
-            };
-            clear();
-            int64_t terms = 0;
+          if (db)
             for (int64_t n = 0; n < images; ++n)
-              for (int64_t i = 0; i < pooled.height; i += most) {
-                const int64_t down = std::min(most, pooled.height - i);
-                if (terms > 0 && terms + down * pooled.width > kFlush) flush(), clear(), terms = 0;
-                add_windows<rows, vectors>(pooled, i, i + down,
-                                           field + n * image + r0 * pitch + v0 * L, pitch,
-                                           gradient + n * in_image + k * points,
-                                           argmax + first + n * in_image + k * points, total);
-                terms += down * pooled.width;
+              for (int64_t k = 0; k < s.outputs; ++k) {
+                const T* const g = gradient + n * in_image + k * points;
+                V total(T(0));
+                for (int64_t i = 0; i < points; i += L)
+                  total = total + load(g + i, std::min(L, points - i));
+                biases.get()[chunk * s.outputs + k] += sum(total);
               }
-            flush();
+          if (dw) {
+            for (int64_t n = 0; n < images; ++n) to_pixels(x, n0 + n, pixels, field + n * image);
+            for_each_part(window, [&](int64_t r0, int64_t v0, auto rows, auto vectors) {
+              for (int64_t k = 0; k < s.outputs; ++k) {
+                T* const at = part + k * in_window + r0 * in_row + v0 * L;
+                V total[rows][vectors];
+                const auto clear = [&] {
+                  for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t v = 0; v < vectors; ++v) total[r][v] = V(T(0));
+                };
+                const auto flush = [&] {
+                  for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t v = 0; v < vectors; ++v) {
+                      T* const to = at + r * in_row + v * L;
+                      store(to, load(to) + total[r][v]);
+                    }
+                };
+                clear();
+                int64_t terms = 0;
+                for (int64_t n = 0; n < images; ++n)
+                  for (int64_t i = 0; i < pooled.height; i += most) {
+                    const int64_t down = std::min(most, pooled.height - i);
+                    if (terms > 0 && terms + down * pooled.width > kFlush)
+                      flush(), clear(), terms = 0;
+                    add_windows<rows, vectors>(pooled, i, i + down,
+                                               field + n * image + r0 * pitch + v0 * L, pitch,
+                                               gradient + n * in_image + k * points,
+                                               argmax + first + n * in_image + k * points, total);
+                    terms += down * pooled.width;
+                  }
+                flush();
+              }
+            });
           }
-        });
-      }
-      if (dx) {
-        std::fill(field, field + images * image, T(0));
-        const bool exact = window.length != in_row && !(sum(finite) == T(0));
-        for_each_part(window, [&](int64_t r0, int64_t v0, auto rows, auto vectors) {
-          for (int64_t k = 0; k < s.outputs; ++k) {
-            const T* const at = weights.get() + k * in_window + r0 * in_row + v0 * L;
-            V weight[rows][vectors];
-            for (int64_t r = 0; r < rows; ++r)
-              for (int64_t v = 0; v < vectors; ++v) weight[r][v] = load(at + r * in_row + v * L);
-            const auto add = [&](auto is_exact) {
-              add_to_windows<rows, vectors, is_exact>(
-                  pooled, images, field + r0 * pitch + v0 * L, image, pitch, gradient + k * points,
-                  argmax + first + k * points, in_image, weight,
-                  std::min(L, window.length - (v0 + vectors - 1) * L));
-            };
-            exact ? add(std::true_type{}) : add(std::false_type{});
+          if (dx) {
+            const bool exact = window.length != in_row && !(sum(finite) == T(0));
+            for (int64_t k0 = 0; k0 < s.outputs; k0 += kAdded) {
+              std::fill(field, field + images * image, T(0));
+              for_each_part(window, [&](int64_t r0, int64_t v0, auto rows, auto vectors) {
+                for (int64_t k = k0; k < std::min(s.outputs, k0 + kAdded); ++k) {
+                  const T* const at = weights.get() + k * in_window + r0 * in_row + v0 * L;
+                  V weight[rows][vectors];
+                  for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t v = 0; v < vectors; ++v)
+                      weight[r][v] = load(at + r * in_row + v * L);
+                  const auto add = [&](auto is_exact) {
+                    add_to_windows<rows, vectors, is_exact>(
+                        pooled, images, field + r0 * pitch + v0 * L, image, pitch,
+                        gradient + k * points, argmax + first + k * points, in_image, weight,
+                        std::min(L, window.length - (v0 + vectors - 1) * L));
+                  };
+                  exact ? add(std::true_type{}) : add(std::false_type{});
+                }
+              });
+              if (s.outputs > kAdded)
+                for (int64_t i = 0; i < images * image; i += L)
+                  store(total + i, k0 ? load(total + i) + load(field + i) : load(field + i));
+            }
+            for (int64_t n = 0; n < images; ++n)
+              from_pixels((s.outputs > kAdded ? total : field) + n * image, pixels, *dx, n0 + n);
           }
-        });
-        for (int64_t n = 0; n < images; ++n) from_pixels(field + n * image, pixels, *dx, n0 + n);
-      }
-    }
-  });
+        }
+      });
 
   if (dw) {
     T* const total = parts.get();
