@@ -293,6 +293,8 @@ inline void sum_taps(const Shape& s, Taps down, Taps across, const T* x, int64_t
                      const T* w, const T* bias, Vec<T> (&to)[K][4]) {
   using V = Vec<T>;
   constexpr int64_t L = V::size;
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t p = 0; p < 4; ++p) to[k][p] = V(bias[k]);
   const int64_t terms = (down.end - down.begin) * (across.end - across.begin);
   const int64_t most = std::max<int64_t>(1, kFlush / std::max<int64_t>(1, terms));
   for (int64_t c0 = 0; c0 < s.inputs; c0 += most) {
@@ -318,7 +320,7 @@ inline void sum_taps(const Shape& s, Taps down, Taps across, const T* x, int64_t
         }
       }
     for (int64_t k = 0; k < K; ++k)
-      for (int64_t p = 0; p < 4; ++p) to[k][p] = (c0 ? to[k][p] : V(bias[k])) + sum[k][p];
+      for (int64_t p = 0; p < 4; ++p) to[k][p] = to[k][p] + sum[k][p];
   }
 }
 
