@@ -32,7 +32,7 @@ DEVICE = re.compile(
 )
 FLAGS = ("-march=" + "native", "-mtune=" + "native", "-f" + "openmp")
 # An op that stands on another, and the one that it knows.
-STANDS_ON = {"linear_cross_entropy": "cross_entropy"}
+STANDS_ON = {"conv2d_max_pool2d": "conv2d", "linear_cross_entropy": "cross_entropy"}
 # Raw ops of their own name, of a GPU alone: the op that hands them some of its shapes.
 RAW = {"conv2d_few_channels": "conv2d"}
 MACHINE = re.compile(
@@ -203,7 +203,7 @@ def nothing_imports_tests_or_benchmarks(root):
 @rule
 def cpu_kernels_include_their_own_and_the_shared_headers_only(root):
     """Let <op>.cpp, <op>.h and <op>_<part>.h include each other, check.h, activation.h, gemm.h,
-    layout.h, memory.h, simd.h, sums.h, and <op>.h of the op that they stand on."""
+    layout.h, memory.h, simd.h, sums.h, and the headers of the op that they stand on."""
     shared = ("activation", "gemm", "layout", "memory", "simd", "sums")
     ours = ("../check.h", *(f"{name}.h" for name in shared))
     ops = [path.stem for path in under(root, "csrc/cpu", suffixes=[".cpp"])]
@@ -218,8 +218,8 @@ def cpu_kernels_include_their_own_and_the_shared_headers_only(root):
                 continue
             std = "/" not in name.removeprefix("sys/") and name not in ("omp.h", "Python.h")
             op = op_of(path.stem)
-            own = name in ours or op_of(name.removeprefix("../").removesuffix(".h")) == op
-            own = own or (op in STANDS_ON and name == f"{STANDS_ON[op]}.h")
+            of = op_of(name.removeprefix("../").removesuffix(".h"))
+            own = name in ours or of == op or of == STANDS_ON.get(op)
             fine = own if kind == '"' else std or name.startswith(STABLE)
             if not fine:
                 found.append(f"{path.relative_to(root)} includes {name}")

@@ -54,11 +54,13 @@ struct Shape {
   }
 };
 
-constexpr bool kWide = Vec<float>::size == 16;      // 32 registers, not 16
-constexpr int64_t kChannels = kWide ? 6 : 2;        // × 2×2 pixels: 24 or 8 sums
-constexpr int64_t kGradients = kWide ? 4 : 2;       // channels, × kTaps taps of a row: 20 or 10
-constexpr int64_t kTaps = 5;                        //
-constexpr int64_t kWindow = 12;                     // vectors of a window in registers
+constexpr bool kWide = Vec<float>::size == 16;  // 32 registers, not 16
+constexpr int64_t kChannels = kWide ? 6 : 2;    // × 2×2 pixels: 24 or 8 sums
+constexpr int64_t kGradients = kWide ? 4 : 2;   // channels, × kTaps taps of a row: 20 or 10
+constexpr int64_t kTaps = 5;                    //
+constexpr int64_t kWindow = 12;                 // vectors of a window in registers
+constexpr int64_t kFlush = 256;                 // terms of a sum, which are then added to the total
+constexpr int64_t kAdded = 32;  // outputs whose gradients are added to one pixel in turn, likewise
 constexpr int64_t kSegment = 256;                   // pixels that are transposed at once
 constexpr int64_t kGathered = 640 << 10;            // bytes of a group of tiles, for the L2 cache
 constexpr int64_t kPerChunk = 4, kMostChunks = 32;  // images; parts of a weight gradient
@@ -284,36 +286,42 @@ inline Taps taps_of(int64_t i, int64_t kernel, int64_t padding, int64_t whole) {
   return {begin, std::clamp<int64_t>(padding + whole - i, begin, kernel)};
 }
 
-// Sums of 2×2 pixels of K channels over the taps, from the biases on. `x` is the window's corner in
+// Sums of 2×2 pixels of K channels over the taps, and the biases. `x` is the window's corner in
 // a group of tiles, `w` is K weights a tap.
 template <int64_t K, typename T>
 inline void sum_taps(const Shape& s, Taps down, Taps across, const T* x, int64_t row, int64_t plane,
                      const T* w, const T* bias, Vec<T> (&to)[K][4]) {
   using V = Vec<T>;
   constexpr int64_t L = V::size;
-  V sum[K][4];  // in registers, as long as nobody has its address
   for (int64_t k = 0; k < K; ++k)
-    for (int64_t p = 0; p < 4; ++p) sum[k][p] = V(bias[k]);
-  for (int64_t c = 0; c < s.inputs; ++c)
-    for (int64_t r = down.begin; r < down.end; ++r) {
-      const T *upper = x + c * plane + r * row + across.begin * L, *lower = upper + row;
-      const T* weights = w + ((c * s.kernel_height + r) * s.kernel_width + across.begin) * K;
-      V upper_left = load(upper), lower_left = load(lower);
-      for (int64_t t = across.begin; t < across.end; ++t, weights += K) {
-        upper += L, lower += L;
-        const V upper_right = load(upper), lower_right = load(lower);
-        for (int64_t k = 0; k < K; ++k) {
-          const V weight(weights[k]);
-          sum[k][0] = fma(upper_left, weight, sum[k][0]);
-          sum[k][1] = fma(upper_right, weight, sum[k][1]);
-          sum[k][2] = fma(lower_left, weight, sum[k][2]);
-          sum[k][3] = fma(lower_right, weight, sum[k][3]);
+    for (int64_t p = 0; p < 4; ++p) to[k][p] = V(bias[k]);
+  const int64_t terms = (down.end - down.begin) * (across.end - across.begin);
+  const int64_t most = std::max<int64_t>(1, kFlush / std::max<int64_t>(1, terms));
+  for (int64_t c0 = 0; c0 < s.inputs; c0 += most) {
+    V sum[K][4];  // in registers, as long as nobody has its address
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t p = 0; p < 4; ++p) sum[k][p] = V(T(0));
+    for (int64_t c = c0; c < std::min(s.inputs, c0 + most); ++c)
+      for (int64_t r = down.begin; r < down.end; ++r) {
+        const T *upper = x + c * plane + r * row + across.begin * L, *lower = upper + row;
+        const T* weights = w + ((c * s.kernel_height + r) * s.kernel_width + across.begin) * K;
+        V upper_left = load(upper), lower_left = load(lower);
+        for (int64_t t = across.begin; t < across.end; ++t, weights += K) {
+          upper += L, lower += L;
+          const V upper_right = load(upper), lower_right = load(lower);
+          for (int64_t k = 0; k < K; ++k) {
+            const V weight(weights[k]);
+            sum[k][0] = fma(upper_left, weight, sum[k][0]);
+            sum[k][1] = fma(upper_right, weight, sum[k][1]);
+            sum[k][2] = fma(lower_left, weight, sum[k][2]);
+            sum[k][3] = fma(lower_right, weight, sum[k][3]);
+          }
+          upper_left = upper_right, lower_left = lower_right;
         }
-        upper_left = upper_right, lower_left = lower_right;
       }
-    }
-  for (int64_t k = 0; k < K; ++k)
-    for (int64_t p = 0; p < 4; ++p) to[k][p] = sum[k][p];
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t p = 0; p < 4; ++p) to[k][p] = to[k][p] + sum[k][p];
+  }
 }
 
 // The outputs in equal blocks of at most kChannels.
@@ -484,27 +492,31 @@ void weight_gradient(const Shape& s, const Images<const S>& x, const Images<cons
                           const int64_t n = std::min(kTaps, s.kernel_width - t);
                           with_constant<kTaps>(n, [&](auto constant) {
                             constexpr int64_t N = constant;
-                            V sum[N][kGradients];
-                            for (int64_t q = 0; q < N; ++q)
-                              for (int64_t p = 0; p < kGradients; ++p)
-                                sum[q][p] = load(to + (q * kGradients + p) * L);
-                            const T* from = gradient + k * points;
-                            for (int64_t i = 0; i < tiles.height; ++i) {
-                              const T* at = input + c * plane + (i + r) * row + t * L;
-                              for (int64_t j = 0; j < tiles.width; ++j, at += L, from += L) {
-                                V d[kGradients];
-                                for (int64_t p = 0; p < kGradients; ++p)
-                                  d[p] = load(from + p * points);
-                                for (int64_t q = 0; q < N; ++q) {
-                                  const V value = load(at + q * L);
+                            const int64_t most = std::max<int64_t>(1, kFlush / tiles.width);
+                            for (int64_t i0 = 0; i0 < tiles.height; i0 += most) {
+                              V sum[N][kGradients];
+                              for (int64_t q = 0; q < N; ++q)
+                                for (int64_t p = 0; p < kGradients; ++p) sum[q][p] = V(T(0));
+                              const T* from = gradient + k * points + i0 * tiles.width * L;
+                              for (int64_t i = i0; i < std::min(tiles.height, i0 + most); ++i) {
+                                const T* at = input + c * plane + (i + r) * row + t * L;
+                                for (int64_t j = 0; j < tiles.width; ++j, at += L, from += L) {
+                                  V d[kGradients];
                                   for (int64_t p = 0; p < kGradients; ++p)
-                                    sum[q][p] = fma(value, d[p], sum[q][p]);
+                                    d[p] = load(from + p * points);
+                                  for (int64_t q = 0; q < N; ++q) {
+                                    const V value = load(at + q * L);
+                                    for (int64_t p = 0; p < kGradients; ++p)
+                                      sum[q][p] = fma(value, d[p], sum[q][p]);
+                                  }
                                 }
                               }
+                              for (int64_t q = 0; q < N; ++q)
+                                for (int64_t p = 0; p < kGradients; ++p) {
+                                  T* const total_of = to + (q * kGradients + p) * L;
+                                  store(total_of, load(total_of) + sum[q][p]);
+                                }
                             }
-                            for (int64_t q = 0; q < N; ++q)
-                              for (int64_t p = 0; p < kGradients; ++p)
-                                store(to + (q * kGradients + p) * L, sum[q][p]);
                           });
                           to += n * kGradients * L;
                         }
@@ -640,12 +652,13 @@ struct Pooled {
   int64_t height, width, step_y, step_x, corner[4];
 };
 
-// sum += Σ gradient · window.
+// sum += Σ gradient · window, of the rows of pooled pixels from `begin` to `end`.
 template <int64_t kRows, int64_t kVectors, typename T>
-inline void add_windows(const Pooled& pooled, const T* x, int64_t pitch, const T* gradient,
-                        const uint8_t* argmax, Vec<T> (&sum)[kRows][kVectors]) {
+inline void add_windows(const Pooled& pooled, int64_t begin, int64_t end, const T* x, int64_t pitch,
+                        const T* gradient, const uint8_t* argmax, Vec<T> (&sum)[kRows][kVectors]) {
   using V = Vec<T>;
-  for (int64_t i = 0; i < pooled.height; ++i, x += pooled.step_y) {
+  x += begin * pooled.step_y, gradient += begin * pooled.width, argmax += begin * pooled.width;
+  for (int64_t i = begin; i < end; ++i, x += pooled.step_y) {
     const T* at = x;
     for (int64_t j = 0; j < pooled.width; ++j, at += pooled.step_x) {
       const V g(*gradient++);
@@ -695,6 +708,7 @@ void pool_backward(const Shape& s, const Images<const S>& x, const Images<const 
   const int64_t pitch = pixels.row(), C = s.inputs;
   const Pooled pooled{
       s.output_height() / 2, s.output_width() / 2, 2 * pitch, 2 * C, {0, C, pitch, pitch + C}};
+  const int64_t most = std::max<int64_t>(1, kFlush / pooled.width);
   const int64_t points = pooled.height * pooled.width, in_image = s.outputs * points;
   Window window{s.kernel_height, s.kernel_width * C, 0, pitch};
   window.vectors = divide_up(window.length, L);
@@ -722,68 +736,96 @@ void pool_backward(const Shape& s, const Images<const S>& x, const Images<const 
   const int64_t image = round_up(pixels.size(), L), size = kImages * image;
   const int64_t gradients = round_up(kImages * in_image, L);
   const int64_t work = s.batch * in_image * s.taps();
-  for_each<T>(chunks, work, gradients + size, [&](int64_t chunk, T* scratch) {
-    T* const gradient = scratch;
-    T* const field = scratch + gradients;
-    T* const part = parts.get() + chunk * in_part;
-    const int64_t end = std::min(s.batch, (chunk + 1) * per_chunk);
-    for (int64_t n0 = chunk * per_chunk; n0 < end; n0 += kImages) {
-      const int64_t images = std::min(kImages, end - n0), first = n0 * in_image;
-      V finite(T(0));
-      for (int64_t i = 0; i < images * in_image; i += L) {
-        const int64_t lanes = std::min(L, images * in_image - i);
-        const V g = through(activation, load(dy + first + i, lanes), load(y + first + i, lanes));
-        store(gradient + i, g, lanes);
-        finite = fma(g, V(T(0)), finite);
-      }
-      if (db)
-        for (int64_t n = 0; n < images; ++n)
-          for (int64_t k = 0; k < s.outputs; ++k) {
-            const T* const g = gradient + n * in_image + k * points;
-            V total(T(0));
-            for (int64_t i = 0; i < points; i += L)
-              total = total + load(g + i, std::min(L, points - i));
-            biases.get()[chunk * s.outputs + k] += sum(total);
+  for_each<T>(
+      chunks, work, gradients + (dx && s.outputs > kAdded ? 2 : 1) * size,
+      [&](int64_t chunk, T* scratch) {
+        T* const gradient = scratch;
+        T* const field = scratch + gradients;
+        T* const total = field + size;
+        T* const part = parts.get() + chunk * in_part;
+        const int64_t end = std::min(s.batch, (chunk + 1) * per_chunk);
+        for (int64_t n0 = chunk * per_chunk; n0 < end; n0 += kImages) {
+          const int64_t images = std::min(kImages, end - n0), first = n0 * in_image;
+          V finite(T(0));
+          for (int64_t i = 0; i < images * in_image; i += L) {
+            const int64_t lanes = std::min(L, images * in_image - i);
+            const V g =
+                through(activation, load(dy + first + i, lanes), load(y + first + i, lanes));
+            store(gradient + i, g, lanes);
+            finite = fma(g, V(T(0)), finite);
           }
-      if (dw) {
-        for (int64_t n = 0; n < images; ++n) to_pixels(x, n0 + n, pixels, field + n * image);
-        for_each_part(window, [&](int64_t r0, int64_t v0, auto rows, auto vectors) {
-          for (int64_t k = 0; k < s.outputs; ++k) {
-            T* const at = part + k * in_window + r0 * in_row + v0 * L;
-            V total[rows][vectors];
-            for (int64_t r = 0; r < rows; ++r)
-              for (int64_t v = 0; v < vectors; ++v) total[r][v] = load(at + r * in_row + v * L);
+          if (db)
             for (int64_t n = 0; n < images; ++n)
-              add_windows<rows, vectors>(pooled, field + n * image + r0 * pitch + v0 * L, pitch,
-                                         gradient + n * in_image + k * points,
-                                         argmax + first + n * in_image + k * points, total);
-            for (int64_t r = 0; r < rows; ++r)
-              for (int64_t v = 0; v < vectors; ++v) store(at + r * in_row + v * L, total[r][v]);
+              for (int64_t k = 0; k < s.outputs; ++k) {
+                const T* const g = gradient + n * in_image + k * points;
+                V total(T(0));
+                for (int64_t i = 0; i < points; i += L)
+                  total = total + load(g + i, std::min(L, points - i));
+                biases.get()[chunk * s.outputs + k] += sum(total);
+              }
+          if (dw) {
+            for (int64_t n = 0; n < images; ++n) to_pixels(x, n0 + n, pixels, field + n * image);
+            for_each_part(window, [&](int64_t r0, int64_t v0, auto rows, auto vectors) {
+              for (int64_t k = 0; k < s.outputs; ++k) {
+                T* const at = part + k * in_window + r0 * in_row + v0 * L;
+                V total[rows][vectors];
+                const auto clear = [&] {
+                  for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t v = 0; v < vectors; ++v) total[r][v] = V(T(0));
+                };
+                const auto flush = [&] {
+                  for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t v = 0; v < vectors; ++v) {
+                      T* const to = at + r * in_row + v * L;
+                      store(to, load(to) + total[r][v]);
+                    }
+                };
+                clear();
+                int64_t terms = 0;
+                for (int64_t n = 0; n < images; ++n)
+                  for (int64_t i = 0; i < pooled.height; i += most) {
+                    const int64_t down = std::min(most, pooled.height - i);
+                    if (terms > 0 && terms + down * pooled.width > kFlush)
+                      flush(), clear(), terms = 0;
+                    add_windows<rows, vectors>(pooled, i, i + down,
+                                               field + n * image + r0 * pitch + v0 * L, pitch,
+                                               gradient + n * in_image + k * points,
+                                               argmax + first + n * in_image + k * points, total);
+                    terms += down * pooled.width;
+                  }
+                flush();
+              }
+            });
           }
-        });
-      }
-      if (dx) {
-        std::fill(field, field + images * image, T(0));
-        const bool exact = window.length != in_row && !(sum(finite) == T(0));
-        for_each_part(window, [&](int64_t r0, int64_t v0, auto rows, auto vectors) {
-          for (int64_t k = 0; k < s.outputs; ++k) {
-            const T* const at = weights.get() + k * in_window + r0 * in_row + v0 * L;
-            V weight[rows][vectors];
-            for (int64_t r = 0; r < rows; ++r)
-              for (int64_t v = 0; v < vectors; ++v) weight[r][v] = load(at + r * in_row + v * L);
-            const auto add = [&](auto is_exact) {
-              add_to_windows<rows, vectors, is_exact>(
-                  pooled, images, field + r0 * pitch + v0 * L, image, pitch, gradient + k * points,
-                  argmax + first + k * points, in_image, weight,
-                  std::min(L, window.length - (v0 + vectors - 1) * L));
-            };
-            exact ? add(std::true_type{}) : add(std::false_type{});
+          if (dx) {
+            const bool exact = window.length != in_row && !(sum(finite) == T(0));
+            for (int64_t k0 = 0; k0 < s.outputs; k0 += kAdded) {
+              std::fill(field, field + images * image, T(0));
+              for_each_part(window, [&](int64_t r0, int64_t v0, auto rows, auto vectors) {
+                for (int64_t k = k0; k < std::min(s.outputs, k0 + kAdded); ++k) {
+                  const T* const at = weights.get() + k * in_window + r0 * in_row + v0 * L;
+                  V weight[rows][vectors];
+                  for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t v = 0; v < vectors; ++v)
+                      weight[r][v] = load(at + r * in_row + v * L);
+                  const auto add = [&](auto is_exact) {
+                    add_to_windows<rows, vectors, is_exact>(
+                        pooled, images, field + r0 * pitch + v0 * L, image, pitch,
+                        gradient + k * points, argmax + first + k * points, in_image, weight,
+                        std::min(L, window.length - (v0 + vectors - 1) * L));
+                  };
+                  exact ? add(std::true_type{}) : add(std::false_type{});
+                }
+              });
+              if (s.outputs > kAdded)
+                for (int64_t i = 0; i < images * image; i += L)
+                  store(total + i, k0 ? load(total + i) + load(field + i) : load(field + i));
+            }
+            for (int64_t n = 0; n < images; ++n)
+              from_pixels((s.outputs > kAdded ? total : field) + n * image, pixels, *dx, n0 + n);
           }
-        });
-        for (int64_t n = 0; n < images; ++n) from_pixels(field + n * image, pixels, *dx, n0 + n);
-      }
-    }
-  });
+        }
+      });
 
   if (dw) {
     T* const total = parts.get();

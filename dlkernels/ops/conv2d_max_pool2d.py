@@ -15,8 +15,6 @@ those of the three gradients that are wanted. ``conv2d_max_pool2d_algorithm`` sa
 entry takes: "few_channels", or "aten", torch's convolution and our pool.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -213,7 +211,7 @@ not_differentiable(_OP, "conv2d_max_pool2d_forward", "conv2d_max_pool2d_backward
 # ------------------------------------------------------------------------------------------- choice
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _has_kernel(device):
     return torch._C._dispatch_has_kernel_for_dispatch_key(
         "dlkernels::conv2d_max_pool2d_forward", device.upper()
