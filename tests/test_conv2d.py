@@ -190,7 +190,7 @@ def evaluate(function, tensors, upstream, dtype=None, **settings):
     return output, *torch.autograd.grad(output, inputs, upstream.to(output.dtype))
 
 
-def check(draw, pair=(conv2d, stock), rounds=False, numbers=1500, factor=2.0, **settings):
+def check(draw, pair=(conv2d, stock), rounds=False, numbers=4000, factor=2.0, **settings):
     """``pair``: ours and stock's; ``draw()`` gives (input, weight, bias).
 
     Errors are pooled over so many numbers of the smallest result (in at most 24 draws): of few,
@@ -1174,12 +1174,14 @@ def test_precision_flags(precision):
     for owner in (torch.backends.mkldnn.conv, torch.backends.mkldnn, torch.backends):
         before = owner.fp32_precision
         try:
-            owner.fp32_precision = "ieee"
+            with torch.backends.__allow_nonbracketed_mutation():
+                owner.fp32_precision = "ieee"
             assert "winograd" not in algorithms(x, weight)
             kernel, reason = chosen(conv2d, "own", x, weight, bias, padding=1)
             assert "winograd" not in reason
         finally:
-            owner.fp32_precision = before
+            with torch.backends.__allow_nonbracketed_mutation():
+                owner.fp32_precision = before
     dlkernels.config.winograd = "off"
     assert "winograd" not in algorithms(x, weight)
     with pytest.raises(ValueError, match="winograd must be one of"):

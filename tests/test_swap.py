@@ -147,7 +147,8 @@ def test_no_ops_is_no_swap():
 def test_an_unknown_op_names_the_known(linear):
     model = Net()
     with pytest.raises(
-        ValueError, match="no op named conv3d; known: conv2d, cross_entropy, linear"
+        ValueError,
+        match="no op named conv3d; known: conv2d, conv2d_max_pool2d, cross_entropy, linear",
     ):
         swap(model, ops=["linear", "conv3d"])
     assert Doubled not in classes(model).values()

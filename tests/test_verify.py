@@ -146,19 +146,19 @@ def test_the_root_mean_square_is_judged_too():
     exact = torch.linspace(1, 1.99, 1000, dtype=torch.float64)
     stock = exact.float()
     stock[0] += 1e-5  # stock's one bad element lifts the bound of the maximum
-    _, _, ok, reason = table._judge(exact.float() + 5e-6, stock, exact)
+    _, _, ok, reason = table._judge(exact.float() + 5e-6, stock, exact, 2.0)
     assert not ok and "rms" in reason
-    assert table._judge(stock.clone(), stock, exact)[2]
+    assert table._judge(stock.clone(), stock, exact, 2.0)[2]
 
 
 def test_inf_and_nan_belong_where_stock_has_them():
     exact = torch.tensor([1.0, math.inf, math.nan, -math.inf], dtype=torch.float64)
     stock = exact.float()
-    assert table._judge(stock.clone(), stock, exact)[2]
+    assert table._judge(stock.clone(), stock, exact, 2.0)[2]
     for i, value in ((0, math.nan), (1, 1.0), (2, 0.0), (3, math.inf)):
         ours = stock.clone()
         ours[i] = value
-        assert not table._judge(ours, stock, exact)[2], (i, value)
+        assert not table._judge(ours, stock, exact, 2.0)[2], (i, value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
