@@ -652,22 +652,33 @@ struct Pooled {
   int64_t height, width, step_y, step_x, corner[4];
 };
 
-// sum += Σ gradient · window, of the rows of pooled pixels from `begin` to `end`.
+// to += Σ gradient · window, of the rows of pooled pixels from `begin` to `end` of so many images;
+// rows of `to` are `in_row` apart.
 template <int64_t kRows, int64_t kVectors, typename T>
-inline void add_windows(const Pooled& pooled, int64_t begin, int64_t end, const T* x, int64_t pitch,
-                        const T* gradient, const uint8_t* argmax, Vec<T> (&sum)[kRows][kVectors]) {
+inline void add_windows(const Pooled& pooled, int64_t begin, int64_t end, int64_t images,
+                        const T* x, int64_t image, int64_t pitch, const T* gradient,
+                        const uint8_t* argmax, int64_t channel, T* to, int64_t in_row) {
   using V = Vec<T>;
-  x += begin * pooled.step_y, gradient += begin * pooled.width, argmax += begin * pooled.width;
-  for (int64_t i = begin; i < end; ++i, x += pooled.step_y) {
-    const T* at = x;
-    for (int64_t j = 0; j < pooled.width; ++j, at += pooled.step_x) {
-      const V g(*gradient++);
-      const T* row = at + pooled.corner[*argmax++];
-      for (int64_t r = 0; r < kRows; ++r, row += pitch)
-        for (int64_t v = 0; v < kVectors; ++v)
-          sum[r][v] = fma(g, load(row + v * V::size), sum[r][v]);
+  V sum[kRows][kVectors];  // in registers, as long as nobody has its address
+  for (int64_t r = 0; r < kRows; ++r)
+    for (int64_t v = 0; v < kVectors; ++v) sum[r][v] = V(T(0));
+  for (int64_t n = 0; n < images; ++n)
+    for (int64_t i = begin; i < end; ++i) {
+      const T* at = x + n * image + i * pooled.step_y;
+      const int64_t first = n * channel + i * pooled.width;
+      for (int64_t j = 0; j < pooled.width; ++j, at += pooled.step_x) {
+        const V g(gradient[first + j]);
+        const T* row = at + pooled.corner[argmax[first + j]];
+        for (int64_t r = 0; r < kRows; ++r, row += pitch)
+          for (int64_t v = 0; v < kVectors; ++v)
+            sum[r][v] = fma(g, load(row + v * V::size), sum[r][v]);
+      }
     }
-  }
+  for (int64_t r = 0; r < kRows; ++r)
+    for (int64_t v = 0; v < kVectors; ++v) {
+      T* const total = to + r * in_row + v * V::size;
+      store(total, load(total) + sum[r][v]);
+    }
 }
 
 // window += gradient · weight, of `images` images in turn: a load does not meet the store that
@@ -708,8 +719,11 @@ void pool_backward(const Shape& s, const Images<const S>& x, const Images<const 
   const int64_t pitch = pixels.row(), C = s.inputs;
   const Pooled pooled{
       s.output_height() / 2, s.output_width() / 2, 2 * pitch, 2 * C, {0, C, pitch, pitch + C}};
-  const int64_t most = std::max<int64_t>(1, kFlush / pooled.width);
   const int64_t points = pooled.height * pooled.width, in_image = s.outputs * points;
+  // As many as make kFlush terms.
+  const int64_t most_images = std::max<int64_t>(1, kFlush / points);
+  const int64_t most_rows =
+      points <= kFlush ? pooled.height : std::max<int64_t>(1, kFlush / pooled.width);
   Window window{s.kernel_height, s.kernel_width * C, 0, pitch};
   window.vectors = divide_up(window.length, L);
   const int64_t in_row = window.vectors * L, in_window = window.rows * in_row;
@@ -767,33 +781,14 @@ void pool_backward(const Shape& s, const Images<const S>& x, const Images<const 
             for (int64_t n = 0; n < images; ++n) to_pixels(x, n0 + n, pixels, field + n * image);
             for_each_part(window, [&](int64_t r0, int64_t v0, auto rows, auto vectors) {
               for (int64_t k = 0; k < s.outputs; ++k) {
-                T* const at = part + k * in_window + r0 * in_row + v0 * L;
-                V total[rows][vectors];
-                const auto clear = [&] {
-                  for (int64_t r = 0; r < rows; ++r)
-                    for (int64_t v = 0; v < vectors; ++v) total[r][v] = V(T(0));
-                };
-                const auto flush = [&] {
-                  for (int64_t r = 0; r < rows; ++r)
-                    for (int64_t v = 0; v < vectors; ++v) {
-                      T* const to = at + r * in_row + v * L;
-                      store(to, load(to) + total[r][v]);
-                    }
-                };
-                clear();
-                int64_t terms = 0;
-                for (int64_t n = 0; n < images; ++n)
-                  for (int64_t i = 0; i < pooled.height; i += most) {
-                    const int64_t down = std::min(most, pooled.height - i);
-                    if (terms > 0 && terms + down * pooled.width > kFlush)
-                      flush(), clear(), terms = 0;
-                    add_windows<rows, vectors>(pooled, i, i + down,
-                                               field + n * image + r0 * pitch + v0 * L, pitch,
-                                               gradient + n * in_image + k * points,
-                                               argmax + first + n * in_image + k * points, total);
-                    terms += down * pooled.width;
-                  }
-                flush();
+                T* const to = part + k * in_window + r0 * in_row + v0 * L;
+                for (int64_t n = 0; n < images; n += most_images)
+                  for (int64_t i = 0; i < pooled.height; i += most_rows)
+                    add_windows<rows, vectors>(
+                        pooled, i, std::min(pooled.height, i + most_rows),
+                        std::min(images - n, most_images), field + n * image + r0 * pitch + v0 * L,
+                        image, pitch, gradient + n * in_image + k * points,
+                        argmax + first + n * in_image + k * points, in_image, to, in_row);
               }
             });
           }
@@ -846,8 +841,7 @@ void pool_backward(const Shape& s, const Images<const S>& x, const Images<const 
     }
 }
 
-// ---------------------------------------------------------------------------------------- the
-// entries
+// ------------------------------------------------------------------------------------- the entries
 
 // y = act(x * w + b), pooled where there is an argmax; the bias may be null.
 template <typename S>

@@ -92,7 +92,7 @@ void check_arguments(const Tensor& input, const Tensor& weight, const Optional& 
 void check_argmax(const Tensor& argmax) {
   const auto* data = static_cast<const uint8_t*>(argmax.const_data_ptr());
   uint8_t most = 0;
-  for (int64_t i = 0; i < argmax.numel(); ++i) most = std::max(most, data[i]);
+  for (int64_t i = 0, n = argmax.numel(); i < n; ++i) most = std::max(most, data[i]);
   DLK_CHECK(most <= 3, kOp, ": expected argmax of at most 3, got ", int(most));
 }
 
