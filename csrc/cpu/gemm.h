@@ -217,13 +217,15 @@ template <typename T, bool pair, int rows, int vectors>
 void multiply_tile(const T* a, const T* b, int64_t depth, bool add, T* sums, int64_t pitch,
                    Ahead ahead) {
   using V = Vec<T>;
-  for (int64_t k0 = 0; k0 < std::max<int64_t>(depth, 1); k0 += kFlush, add = true) {
+  // A sum that is short as a whole costs little more in shorter pieces.
+  const int64_t flush = depth > kFlush ? kFlush : kFlush / 4;
+  for (int64_t k0 = 0; k0 < std::max<int64_t>(depth, 1); k0 += flush, add = true) {
     V sum[rows][vectors];
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) sum[r][v] = V(T(0));
-    const int64_t end = std::min(depth, k0 + kFlush);
+    const int64_t end = std::min(depth, k0 + flush);
     for (int64_t k = k0; k < end; ++k, b += kColumns<T>) {
       __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
       V column[vectors];
