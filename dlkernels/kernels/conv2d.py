@@ -29,6 +29,9 @@ pixels, and so a plain GEMM. Elsewhere, and on sm_80, pointers, masked at the bo
 3.9) reads a box of several rows from where the copy put it as the right operand only, and takes the
 left one through registers: so the product of boxes is that of the transposes, the weight left.
 
+Few channels, of which a tile would be mostly zeros, go to ``conv2d_few_channels`` in CUDA C++ where
+that library is.
+
 NOT MEASURED: the tiles (``_TILES``), the constants below them and the choice (``_is_faster``) are
 reckoned; no GPU has timed them. With ``DLKERNELS_AUTOTUNE=1`` in the environment each new shape
 times the tiles of its table once, and Triton keeps the choice on disk.
@@ -1011,7 +1014,7 @@ def _formatted(tensor: Tensor, format: torch.memory_format) -> Tensor:
 
 # ------------------------------------------------------------------------------------------- choice
 
-_GEMM, _ATEN = "implicit_gemm", "aten"
+_GEMM, _FEW, _ATEN = "implicit_gemm", "few_channels", "aten"
 _MOST_STRIDE = 8  # the search for a phase's first tap is unrolled
 
 
@@ -1036,9 +1039,34 @@ def _is_faster(input: Tensor, weight: Tensor, settings: Settings) -> bool:
     return (grouped and _suggests_last(input)) or input.numel() >= 2**31
 
 
-def _ours(input, weight, output_size, settings, own) -> bool:
+def _has_few_channels(input: Tensor, weight: Tensor, settings: Settings) -> bool:
+    """Whether the CUDA C++ kernel of few channels is there and takes these, and a tile of a matrix
+    unit would be mostly zeros."""
+    outputs, channels, *taps = weight.shape
+    stride, _, dilation, groups = settings
+    return (
+        input.is_cuda
+        and (channels <= 4 or (channels <= 16 and outputs <= 16))
+        and outputs <= 64
+        and max(taps) <= 7
+        and max(stride) <= 2
+        and max(dilation) == 1
+        and groups == 1
+        and torch._C._dispatch_has_kernel_for_dispatch_key(
+            "dlkernels::conv2d_few_channels_forward", "CUDA"
+        )
+    )
+
+
+def _is_ours(input, weight, output_size, settings, own) -> bool:
     pixels = input.shape[0] * max(math.prod(output_size), math.prod(input.shape[2:]))
     return _can(input, weight, pixels, settings) and (own or _is_faster(input, weight, settings))
+
+
+def _algorithm(input, weight, output_size, settings, own) -> str:
+    if not _is_ours(input, weight, output_size, settings, own):
+        return _ATEN
+    return _FEW if own and _has_few_channels(input, weight, settings) else _GEMM
 
 
 # ------------------------------------------------------------------------------------------- checks
@@ -1119,6 +1147,7 @@ def _check_gradient(op, grad_output, input, channels, size):
 # --------------------------------------------------------------------------------------- raw ops
 
 _aten = torch.ops.aten
+_ops = torch.ops.dlkernels
 
 
 def _apply(y: Tensor, activation: str) -> Tensor:
@@ -1148,7 +1177,12 @@ def _conv2d(
     op = "conv2d"
     settings, size = _check_conv(op, input, weight, bias, stride, padding, dilation, groups)
     _check_activation(op, activation)
-    if not _ours(input, weight, size, settings, own):
+    algorithm = _algorithm(input, weight, size, settings, own)
+    if algorithm == _FEW:
+        return _ops.conv2d_few_channels_forward(
+            input, weight, bias, stride, padding, activation, False
+        )[0]
+    if algorithm == _ATEN:
         y = _aten.convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups)
         y = _apply(y, activation)
     else:
@@ -1167,9 +1201,16 @@ def _conv2d_backward(
     if activation != "none":
         check(output is not None, f"{op}: activation {activation} needs the output")
         check_tensor(op, "output", output, input.device, input.dtype, grad_output.shape)
-    d = _before_activation(grad_output, output, activation)
     wanted = [want_input, want_weight, want_bias]
-    if not _ours(input, weight, size, settings, own):
+    algorithm = _algorithm(input, weight, size, settings, own)
+    if algorithm == _FEW:
+        output = grad_output if output is None else output  # of no activation it is not read
+        argmax = input.new_empty(0, dtype=torch.uint8)
+        return _ops.conv2d_few_channels_backward(
+            grad_output, input, weight, output, argmax, stride, padding, activation, False, *wanted
+        )
+    d = _before_activation(grad_output, output, activation)
+    if algorithm == _ATEN:
         return _gradients_of_aten(d, input, weight, settings, False, (0, 0), wanted)
     dx, dw, db = (input.new_empty(0) for _ in range(3))
     if want_input:
@@ -1200,8 +1241,7 @@ def _conv2d_algorithm(
     input, weight, bias, stride, padding, dilation, groups, activation, exact, own
 ):  # fmt: skip
     settings, size = _check_conv("conv2d", input, weight, bias, stride, padding, dilation, groups)
-    name = _GEMM if _ours(input, weight, size, settings, own) else _ATEN
-    return ", ".join([name] * 3)
+    return ", ".join([_algorithm(input, weight, size, settings, own)] * 3)
 
 
 def _conv_transpose2d(
@@ -1210,7 +1250,7 @@ def _conv_transpose2d(
     settings, size = _check_transposed(
         "conv_transpose2d", input, weight, bias, stride, padding, output_padding, groups, dilation
     )
-    if not _ours(input, weight, size, settings, own):
+    if not _is_ours(input, weight, size, settings, own):
         y = _aten.convolution(
             input, weight, bias, stride, padding, dilation, True, output_padding, groups
         )
@@ -1229,7 +1269,7 @@ def _conv_transpose2d_backward(
         op, input, weight, None, stride, padding, output_padding, groups, dilation
     )
     _check_gradient(op, grad_output, input, weight.shape[1] * groups, size)
-    if not _ours(input, weight, size, settings, own):
+    if not _is_ours(input, weight, size, settings, own):
         wanted = [want_input, want_weight, want_bias]
         return _gradients_of_aten(
             grad_output, input, weight, settings, True, output_padding, wanted
