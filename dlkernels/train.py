@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 
 import dlkernels.nn
-from dlkernels import config
 from dlkernels.data import Examples
 from dlkernels.models import NETWORKS
+from dlkernels.swap import explain
 
 WARM_UP_STEPS = 10
 
@@ -245,39 +245,16 @@ def peak_of_trace(events: list[dict]) -> int:
 
 
 def kernels_used(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> list[Layer]:
-    """Which kernel computed each layer without children, and the loss, in one training step.
-
-    What ``dlkernels.config.recording`` notes between a layer's entry and its return is that
-    layer's. A class of torch's own is stock. Runs on a copy of the network.
-    """
+    """Which kernel computed each layer that was called, and the loss, in a training step, by
+    ``dlkernels.explain``; what the network's own forward calls is "(model)". Runs on a copy."""
     model, loss = copy.deepcopy(side.model).train(), copy.deepcopy(side.loss)
-    leaves = {name: m for name, m in model.named_modules() if not next(m.children(), None)}
-    leaves["loss"] = loss
-    used: dict[str, list[config.Choice]] = {}  # in the order of the first calls
-    with config.recording() as choices:
-
-        def watch(name: str, module: torch.nn.Module) -> None:
-            def leave(*_: object) -> None:
-                used[name] = choices[:]
-
-            module.register_forward_pre_hook(lambda *_: choices.clear())
-            module.register_forward_hook(leave)
-
-        for name, module in leaves.items():
-            watch(name, module)
-        loss(model(inputs), targets).backward()
-    return [layer(name or "(model)", leaves[name], choices) for name, choices in used.items()]
-
-
-def layer(name: str, module: torch.nn.Module, choices: list[config.Choice]) -> Layer:
-    """The table row of a layer: by the choices it recorded, each once, else by its class."""
-    if choices:
-        kernels = ", ".join(dict.fromkeys(choice.kernel for choice in choices))
-        reasons = "; ".join(dict.fromkeys(choice.reason for choice in choices))
-        return Layer(name, type(module).__name__, kernels, reasons)
-    if type(module).__module__.startswith("torch."):
-        return Layer(name, type(module).__name__, "stock", "no kernel of ours")
-    return Layer(name, type(module).__name__, "unknown", "recorded no choice")
+    layers = [*explain(model, inputs)]
+    layers += (row._replace(name="loss") for row in explain(loss, model(inputs), targets))
+    return [
+        Layer(row.name or "(model)", row.cls.rpartition(".")[2], row.kernel, row.reason)
+        for row in layers
+        if row.kernel != "none"
+    ]
 
 
 def compare(
