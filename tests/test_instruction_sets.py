@@ -24,7 +24,8 @@ from instruction_sets import (
 
 import dlkernels
 
-# Every shape in every dtype (conv2d's arithmetic of float16 is that of bfloat16), second derivatives, several threads.
+# Every shape in every dtype (conv2d's arithmetic of float16 is that of bfloat16), second
+# derivatives, several threads.
 TESTS = (
     "(test_index_targets and mean) or test_a_second_backward or same_bits or is_loaded"
     " or (test_shapes and not (conv2d and (no_bias or float16))) or test_layouts"
