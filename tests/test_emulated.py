@@ -27,7 +27,7 @@ RUNS = {
     ("90", "1"): ([LOADED, OP, PATHS], None),
     ("90", "2"): (
         [LOADED, PATHS, DATA],
-        "not linear and"
+        "not linear and not conv and"
         " (is_loaded or paths or forward_and_gradients or noncontiguous or references)",
     ),
     ("80", "3"): (
