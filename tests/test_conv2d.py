@@ -190,7 +190,7 @@ def evaluate(function, tensors, upstream, dtype=None, **settings):
     return output, *torch.autograd.grad(output, inputs, upstream.to(output.dtype))
 
 
-def check(draw, pair=(conv2d, stock), rounds=False, numbers=300, factor=2.0, **settings):
+def check(draw, pair=(conv2d, stock), rounds=False, numbers=1500, factor=2.0, **settings):
     """``pair``: ours and stock's; ``draw()`` gives (input, weight, bias).
 
     Errors are pooled over so many numbers of the smallest result (in at most 24 draws): of few,
