@@ -700,3 +700,16 @@ def test_networks_take_it_twice(network, own):
     assert recorded(ours, x).count("conv2d_max_pool2d") == 2
     assert not recorded(theirs, x)
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-4, rtol=1e-4)
+
+
+def test_many_channels_are_conv2ds():
+    """Behind 3×3 convolutions of many channels the pool is torch's, and Winograd is not lost."""
+    x, weight, bias = problem((4, 64, 16, 16), (96, 64, 3, 3), torch.float32)
+    with dlkernels.config.recording() as choices:
+        output = conv2d_max_pool2d(x, weight, bias, padding=1, activation="relu")
+    assert [(choice.op, choice.kernel) for choice in choices] == [
+        ("conv2d", dlkernels.config.owner("cpu"))
+    ]
+    assert "forward: winograd" in choices[0].reason
+    wanted = stock(x, weight, bias, padding=1, activation="relu")
+    torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-4)

@@ -434,7 +434,7 @@ def _settings_of_transpose(input, weight, bias, stride, padding, output_padding,
     return None, (stride, padding, output_padding, groups, dilation), size
 
 
-def _is_small(input, weight, stride, transposed=False):
+def is_small(input, weight, stride, transposed=False):
     """Whether stock would be done before our way through Python. A traced size is not asked."""
     if config.forced() != "auto" or torch.compiler.is_compiling():
         return False
@@ -564,7 +564,7 @@ def conv2d(
     def stocks():
         return conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation)
 
-    if _is_small(input, weight, stride):
+    if is_small(input, weight, stride):
         if config.is_recording():
             config.record(_OP, torchs, "too small for our call overhead")
         return stocks()
@@ -622,7 +622,7 @@ def conv_transpose2d(
             input, weight, bias, stride, padding, output_padding, groups, dilation
         )
 
-    if _is_small(input, weight, stride, transposed=True):
+    if is_small(input, weight, stride, transposed=True):
         if config.is_recording():
             config.record(_TRANSPOSE, "stock", "too small for our call overhead")
         return stocks()

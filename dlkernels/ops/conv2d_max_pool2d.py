@@ -29,7 +29,7 @@ from dlkernels.ops.common import (
     not_differentiable,
     suggests_channels_last,
 )
-from dlkernels.ops.conv2d import _is_exact, _settings, conv2d_reference
+from dlkernels.ops.conv2d import _is_exact, _settings, conv2d, conv2d_reference, is_small
 
 _OP = "conv2d_max_pool2d"
 
@@ -241,6 +241,13 @@ def _choose(input, weight, bias, stride, padding, dilation, groups):
     return reason, settings, behind
 
 
+def _has_many_channels(weight, settings):
+    """Whether conv2d may have an algorithm that is worth more than the fused pool."""
+    stride, _, dilation, groups = settings
+    outputs, channels, *_ = weight.shape
+    return stride == dilation == (1, 1) and groups == 1 and (channels > 32 or outputs > 64)
+
+
 def _algorithm(input, weight, *settings):
     image = input if input.dim() == 4 else input.unsqueeze(0)
     # Autocast has still to come: the choice is that of its dtype.
@@ -301,9 +308,14 @@ def conv2d_max_pool2d(
             raise NotImplementedError(f"{_OP}: no kernel of ours: {reason}")
         return output
 
+    own = kernels == "own"
+    if not own and _has_many_channels(weight, settings) and not is_small(input, weight, stride):
+        named = None if activation == "none" else activation
+        output = conv2d(input, weight, bias, stride, padding, dilation, groups, activation=named)
+        return F.max_pool2d(output, 2)
     if behind != (0, 0):
         input = F.pad(input, (0, behind[0], 0, behind[1]))
-    device, own = input.device.type, kernels == "own"
+    device = input.device.type
     settings = (*settings, activation, _is_exact(device), own)
     if (own or config.is_recording()) and not torch.compiler.is_compiling():
         algorithm = _algorithm(input, weight, *settings)
