@@ -252,6 +252,20 @@ int64_t word_multiple() {
 
 }  // namespace detail
 
+// body(matrix of the patches of x, elements of a row): a 1×1 convolution of stride 1 has none to
+// make, its pixels are the rows.
+template <typename S, typename Body>
+void with_patches(const Shape& shape, const S* x, const std::vector<Run>& runs, int64_t length,
+                  const Body& body) {
+  const int64_t channels = shape.c / shape.groups;
+  if (shape.is(1, 1) && shape.padding[0] == 0 && shape.padding[1] == 0)
+    return body(gemm::Matrix<S>{x, shape.c, 1}, channels);
+  const Patches<S> patches{x,       shape.h, shape.w, channels,
+                           shape.c, shape.p, shape.q, {shape.stride[0], shape.stride[1]},
+                           &runs,   length};
+  body(patches, int64_t(runs.size()) * length);
+}
+
 template <typename S, typename Epilogue>
 void direct_forward(const Shape& shape, const S* x, const Weight<const S>& w, S* y,
                     const Epilogue& epilogue) {
@@ -259,32 +273,18 @@ void direct_forward(const Shape& shape, const S* x, const Weight<const S>& w, S*
   const int64_t channels = shape.c / shape.groups, outputs = shape.k / shape.groups;
   const std::vector<Run> runs = detail::runs_of(shape);
   const int64_t length = Patches<S>::padded(runs[0].taps, channels, detail::word_multiple<S>());
-  const int64_t elements = int64_t(runs.size()) * length;
-  const Aligned<S> weights(outputs * elements);
-  const bool plain = shape.is(1, 1) && shape.padding[0] == 0 && shape.padding[1] == 0;
+  const Aligned<S> weights(outputs * int64_t(runs.size()) * length);
   for (int64_t g = 0; g < shape.groups; ++g) {
+    const int64_t first = g * outputs;
     const auto b = detail::gather(
         w, runs, length, channels, outputs,
-        [&](int64_t k, int64_t c) { return w.at(g * outputs + k, c, 0, 0); }, weights.get());
-    const auto store_y = [&, first = g * outputs](int64_t i, int64_t j, int64_t lanes, V value) {
+        [&](int64_t k, int64_t c) { return w.at(first + k, c, 0, 0); }, weights.get());
+    const auto store_y = [&](int64_t i, int64_t j, int64_t lanes, V value) {
       store(y + i * shape.k + first + j, epilogue(value, first + j, lanes), lanes);
     };
-    if (plain) {
-      const gemm::Matrix<S> a{x + g * channels, shape.c, 1};
-      gemm::multiply(a, b, shape.pixels(), outputs, channels, store_y);
-    } else {
-      const Patches<S> a{x + g * channels,
-                         shape.h,
-                         shape.w,
-                         channels,
-                         shape.c,
-                         shape.p,
-                         shape.q,
-                         {shape.stride[0], shape.stride[1]},
-                         &runs,
-                         length};
+    with_patches(shape, x + g * channels, runs, length, [&](const auto& a, int64_t elements) {
       gemm::multiply(a, b, shape.pixels(), outputs, elements, store_y);
-    }
+    });
   }
 }
 
@@ -295,12 +295,21 @@ void direct_input_gradient(const Shape& shape, const S* dy, const Weight<const S
   using T = accumulate_t<S>;
   using V = Vec<T>;
   const int64_t channels = shape.c / shape.groups, outputs = shape.k / shape.groups;
+  const int64_t phases = shape.stride[0] * shape.stride[1];
   const Aligned<S> weights(channels * shape.r * shape.s * (outputs + 1));
-  for (int64_t phase = 0; phase < shape.stride[0] * shape.stride[1]; ++phase) {
+  std::vector<S*> places;  // of a phase's pixels, where they are not all in order
+  for (int64_t phase = 0; phase < phases; ++phase) {
     const int64_t y0 = phase / shape.stride[1], x0 = phase % shape.stride[1];
     if (y0 >= shape.h || x0 >= shape.w) continue;
     const int64_t rows = (shape.h - y0 - 1) / shape.stride[0] + 1;
     const int64_t columns = (shape.w - x0 - 1) / shape.stride[1] + 1;
+    if (phases > 1) {
+      places.clear();
+      for (int64_t n = 0; n < shape.n; ++n)
+        for (int64_t row = y0; row < shape.h; row += shape.stride[0])
+          for (int64_t column = x0; column < shape.w; column += shape.stride[1])
+            places.push_back(dx + ((n * shape.h + row) * shape.w + column) * shape.c);
+    }
     const auto down =
         detail::taps_of_phase(y0, shape.r, shape.stride[0], shape.padding[0], shape.dilation[0]);
     const auto across =
@@ -319,21 +328,24 @@ void direct_input_gradient(const Shape& shape, const S* dy, const Weight<const S
       }
     const int64_t length =
         runs.empty() ? 1 : Patches<S>::padded(runs[0].taps, outputs, detail::word_multiple<S>());
-    const int64_t elements = int64_t(runs.size()) * length;
+    // The convolution of dY whose output is the phase.
+    Shape mirrored = shape;
+    mirrored.c = shape.k, mirrored.h = shape.p, mirrored.w = shape.q;
+    mirrored.p = rows, mirrored.q = columns;
+    mirrored.stride[0] = mirrored.stride[1] = 1;
+    if (phases > 1) mirrored.r = 0;  // never without patches
     for (int64_t g = 0; g < shape.groups; ++g) {
+      const int64_t first = g * channels;
       const auto b = detail::gather(
           w, runs, length, outputs, channels,
           [&](int64_t c, int64_t k) { return w.at(g * outputs + k, c, 0, 0); }, weights.get());
-      const auto store_dx = [&, first = g * channels](int64_t i, int64_t j, int64_t lanes,
-                                                      V value) {
-        const int64_t n = i / (rows * columns), row = i / columns % rows * shape.stride[0] + y0;
-        const int64_t column = i % columns * shape.stride[1] + x0;
-        store(dx + ((n * shape.h + row) * shape.w + column) * shape.c + first + j,
-              epilogue(value, first + j, lanes), lanes);
+      const auto store_dx = [&](int64_t i, int64_t j, int64_t lanes, V value) {
+        S* const pixel = phases > 1 ? places[size_t(i)] : dx + i * shape.c;
+        store(pixel + first + j, epilogue(value, first + j, lanes), lanes);
       };
-      const Patches<S> a{dy + g * outputs, shape.p, shape.q, outputs, shape.k, rows,
-                         columns,          {1, 1},  &runs,   length};
-      gemm::multiply(a, b, shape.n * rows * columns, channels, elements, store_dx);
+      with_patches(mirrored, dy + g * outputs, runs, length, [&](const auto& a, int64_t elements) {
+        gemm::multiply(a, b, shape.n * rows * columns, channels, elements, store_dx);
+      });
     }
   }
 }
@@ -344,24 +356,16 @@ void direct_weight_gradient(const Shape& shape, const S* dy, const S* x, const W
   const int64_t channels = shape.c / shape.groups, outputs = shape.k / shape.groups;
   const std::vector<Run> runs = detail::runs_of(shape);
   const int64_t length = Patches<S>::padded(runs[0].taps, channels, V::size);
-  const int64_t elements = int64_t(runs.size()) * length;
-  const Aligned<S> gradient(outputs * elements);
+  const int64_t pitch = int64_t(runs.size()) * length;
+  const Aligned<S> gradient(outputs * pitch);
   for (int64_t g = 0; g < shape.groups; ++g) {
     const gemm::Matrix<S> a{dy + g * outputs, 1, shape.k};
-    const Patches<S> b{x + g * channels,
-                       shape.h,
-                       shape.w,
-                       channels,
-                       shape.c,
-                       shape.p,
-                       shape.q,
-                       {shape.stride[0], shape.stride[1]},
-                       &runs,
-                       length};
-    gemm::multiply(a, b, outputs, elements, shape.pixels(),
-                   [&](int64_t i, int64_t j, int64_t lanes, V value) {
-                     store(gradient.get() + i * elements + j, value, lanes);
-                   });
+    const auto store_dw = [&](int64_t i, int64_t j, int64_t lanes, V value) {
+      store(gradient.get() + i * pitch + j, value, lanes);
+    };
+    with_patches(shape, x + g * channels, runs, length, [&](const auto& b, int64_t elements) {
+      gemm::multiply(a, b, outputs, elements, shape.pixels(), store_dw);
+    });
     detail::scatter(gradient.get(), runs, length, channels, outputs, g * outputs, dw);
   }
 }
