@@ -10,6 +10,7 @@
 //                    inverse
 //   load_pieces      16 bytes from each of the places p, p + stride, …; store_pieces is its inverse
 //   transpose_pieces the small square matrices that the same piece of several vectors makes
+//   bits_of, mask_of a comparison's result as a bit for each lane, and its inverse
 //   exp, log, tanh   ≤ 2 ulp (tests/test_simd.py), algorithms of Cephes (Moshier, 1992)
 // max(a, b) and min(a, b) are a > b ? a : b and a < b ? a : b: where either is NaN they return b.
 // exceeds(a, b), for a running maximum b, is a > b or a is NaN: the last NaN stays.
@@ -193,6 +194,10 @@ inline double max_element(D a) { return _mm512_reduce_max_pd(a.v); }
 inline __mmask16 first_lanes(int64_t n) { return __mmask16((1u << n) - 1); }
 inline Vec<float>::Mask first_lanes(F, int64_t n) { return first_lanes(n); }
 inline Vec<double>::Mask first_lanes(D, int64_t n) { return __mmask8(first_lanes(n)); }
+inline uint32_t bits_of(F, Vec<float>::Mask mask) { return mask; }
+inline uint32_t bits_of(D, Vec<double>::Mask mask) { return mask; }
+inline Vec<float>::Mask mask_of(F, uint32_t bits) { return __mmask16(bits); }
+inline Vec<double>::Mask mask_of(D, uint32_t bits) { return __mmask8(bits); }
 
 inline F load(const float* p) { return _mm512_loadu_ps(p); }
 inline F load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
@@ -460,6 +465,18 @@ inline __m256i first_lanes64(int64_t n) {
 
 inline Vec<float>::Mask first_lanes(F, int64_t n) { return _mm256_castsi256_ps(first_lanes32(n)); }
 inline Vec<double>::Mask first_lanes(D, int64_t n) { return _mm256_castsi256_pd(first_lanes64(n)); }
+inline uint32_t bits_of(F, Vec<float>::Mask mask) { return uint32_t(_mm256_movemask_ps(mask)); }
+inline uint32_t bits_of(D, Vec<double>::Mask mask) { return uint32_t(_mm256_movemask_pd(mask)); }
+inline Vec<float>::Mask mask_of(F, uint32_t bits) {
+  const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(int(bits)), lanes);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lanes));
+}
+inline Vec<double>::Mask mask_of(D, uint32_t bits) {
+  const __m256i lanes = _mm256_setr_epi64x(1, 2, 4, 8);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi64x(int64_t(bits)), lanes);
+  return _mm256_castsi256_pd(_mm256_cmpeq_epi64(set, lanes));
+}
 
 inline F load(const float* p) { return _mm256_loadu_ps(p); }
 inline F load_first(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes32(n)); }
@@ -593,6 +610,19 @@ template <typename T>
 inline typename Vec<T>::Mask first_lanes(Vec<T>, int64_t n) {
   typename Vec<T>::Mask mask{};
   for (int64_t i = 0; i < n; ++i) mask[i] = -1;
+  return mask;
+}
+
+template <typename T>
+inline uint32_t bits_of(Vec<T>, typename Vec<T>::Mask mask) {
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < Vec<T>::size; ++i) bits |= uint32_t(mask[i] != 0) << i;
+  return bits;
+}
+template <typename T>
+inline typename Vec<T>::Mask mask_of(Vec<T>, uint32_t bits) {
+  typename Vec<T>::Mask mask{};
+  for (int64_t i = 0; i < Vec<T>::size; ++i) mask[i] = (bits >> i & 1) ? -1 : 0;
   return mask;
 }
 
