@@ -11,6 +11,7 @@ import torch
 from compare import assert_no_worse
 from graphs import check_second_backward
 from layouts import every_second, expanded, offset, same_memory, sliced_columns, transposed
+from memory import assert_nothing_is_kept
 from threads import (
     assert_same_for_any_number_of_threads,
     assert_same_in_a_forked_child,
@@ -367,6 +368,15 @@ def test_changes_in_place_are_refused_where_they_would_be_wrong(own):
             continue
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             output.sum().backward()
+
+
+def test_a_call_keeps_no_memory():
+    x, weight, bias = problem((1, 2, 4, 4), (2, 2, 3, 3), torch.float32)
+    settings = [0, 0], "relu"
+    output, argmax = ops.conv2d_max_pool2d_forward(x, weight, bias, *settings)
+    gradients = output, x, weight, output, argmax, *settings, True, True, True
+    assert_nothing_is_kept(lambda: ops.conv2d_max_pool2d_forward(x, weight, bias, *settings))
+    assert_nothing_is_kept(lambda: ops.conv2d_max_pool2d_backward(*gradients))
 
 
 def test_raw_ops_refuse_to_be_differentiated():

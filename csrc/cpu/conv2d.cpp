@@ -399,17 +399,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Settings& set, const Tensor& g
 }
 
 Tensor conv2d_forward(Tensor input, Tensor weight, Optional bias, Ints stride, Ints padding,
-                      Ints dilation, int64_t groups, std::string activation, bool exact, bool own) {
+                      Ints dilation, int64_t groups, Text activation, bool exact, bool own) {
   const Settings set{kConvolution, stride, padding, dilation, {0, 0}, groups, false, exact, own};
   return forward(set, input, weight, bias, parse_activation(kConvolution, activation));
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor input, Tensor weight,
                                                    Optional output, Ints stride, Ints padding,
-                                                   Ints dilation, int64_t groups,
-                                                   std::string activation, bool exact, bool own,
-                                                   bool want_input, bool want_weight,
-                                                   bool want_bias) {
+                                                   Ints dilation, int64_t groups, Text activation,
+                                                   bool exact, bool own, bool want_input,
+                                                   bool want_weight, bool want_bias) {
   const Settings set{kConvolution, stride, padding, dilation, {0, 0}, groups, false, exact, own};
   return backward(set, grad_output, input, weight, output,
                   parse_activation(kConvolution, activation), {want_input, want_weight, want_bias});
@@ -436,8 +435,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_transpose2d_backward(Tensor grad_output,
 }
 
 std::string conv2d_algorithm(Tensor input, Tensor weight, Optional bias, Ints stride, Ints padding,
-                             Ints dilation, int64_t groups, std::string activation, bool exact,
-                             bool own) {
+                             Ints dilation, int64_t groups, Text activation, bool exact, bool own) {
   const Settings set{kConvolution, stride, padding, dilation, {0, 0}, groups, false, exact, own};
   const Shape shape = check_arguments(set, input, weight, bias);
   parse_activation(kConvolution, activation);

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -85,7 +84,7 @@ few_channels::Images<S> images(const Tensor& x) {
 
 std::tuple<Tensor, Tensor> conv2d_max_pool2d_forward(Tensor input, Tensor weight, Optional bias,
                                                      std::vector<int64_t> padding,
-                                                     std::string activation) {
+                                                     Text activation) {
   const few_channels::Shape shape = check_arguments(input, weight, bias, padding);
   const Activation act = parse_activation(kOp, activation);
   const auto format = layout::output_format(input, weight);
@@ -103,10 +102,12 @@ std::tuple<Tensor, Tensor> conv2d_max_pool2d_forward(Tensor input, Tensor weight
   return {output, argmax};
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv2d_max_pool2d_backward(
-    Tensor grad_output, Tensor input, Tensor weight, Tensor output, Tensor argmax,
-    std::vector<int64_t> padding, std::string activation, bool want_input, bool want_weight,
-    bool want_bias) {
+std::tuple<Tensor, Tensor, Tensor> conv2d_max_pool2d_backward(Tensor grad_output, Tensor input,
+                                                              Tensor weight, Tensor output,
+                                                              Tensor argmax,
+                                                              std::vector<int64_t> padding,
+                                                              Text activation, bool want_input,
+                                                              bool want_weight, bool want_bias) {
   const few_channels::Shape shape = check_arguments(input, weight, std::nullopt, padding);
   const Activation act = parse_activation(kOp, activation);
   for (const auto& [name, x] : {std::pair<const char*, Tensor>{"grad_output", grad_output},
