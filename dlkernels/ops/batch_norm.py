@@ -328,7 +328,7 @@ def _refusal(input, running_mean, running_var, weight, bias, training, momentum,
     if reason := unfit((input, *of_channels, residual)):
         return reason
     device, dtype, shape = input.device.type, input.dtype, input.shape
-    if not has_kernel(_OP, device):
+    if not has_kernel("batch_norm_forward", device):
         return f"no kernel for device {device}"
     if dtype not in DTYPES:
         return f"no kernel for {dtype}"
