@@ -50,6 +50,26 @@ struct Sums {
   void add(const Sums& more) { g += more.g, dot += more.dot; }
 };
 
+// Lanes that are added in double.
+template <typename T>
+struct InDouble {
+  static constexpr int64_t kParts = sizeof(double) / sizeof(T);
+  Vec<double> part[kParts];
+  InDouble() {
+    for (auto& p : part) p = Vec<double>(0.0);
+  }
+  void add(Vec<T> v) {
+    Vec<double> more[kParts];
+    to_doubles(v, more);
+    for (int64_t k = 0; k < kParts; ++k) part[k] = part[k] + more[k];
+  }
+  double total() const {
+    double total = 0;
+    for (const auto& p : part) total += sum(p);
+    return total;
+  }
+};
+
 template <typename T>
 double total_of(const Vec<T> (&v)[kUnroll]) {
   double total = 0;
@@ -174,27 +194,37 @@ struct Planes {
   template <typename Act>
   Sums sums_of_block(Act act, const S* dy, const S* x, const S* y, S* g_to, T mean_of_channel,
                      int64_t c, int64_t block) const {
-    const V mean(mean_of_channel), zero(T(0));
-    V g_sum[kUnroll] = {zero, zero, zero, zero}, dot[kUnroll] = {zero, zero, zero, zero};
+    const V mean(mean_of_channel);
+    InDouble<T> g_sum, dot;
     for_runs(c, block, [&](int64_t offset, int64_t length, int64_t next) {
-      const auto add = [&](int64_t i, int64_t lanes, int64_t u) {
+      // g of a vector; Σ g·(x − mean) goes on in `products`.
+      const auto g_of = [&](int64_t i, int64_t lanes, V& products) {
         V g = load(dy + i, lanes);
         if constexpr (!is_none<Act>) g = through(act, g, load(y + i, lanes));
         if (g_to) store(g_to + i, g, lanes);
-        g_sum[u] = g_sum[u] + g;
-        dot[u] = fma(g, load(x + i, lanes) - mean, dot[u]);
+        products = fma(g, load(x + i, lanes) - mean, products);
+        return g;
       };
       int64_t i = 0;
-      for (; i + kUnroll * V::size <= length; i += kUnroll * V::size)
+      for (; i + kUnroll * V::size <= length; i += kUnroll * V::size) {
+        V part(T(0)), products(T(0));
         for (int64_t u = 0; u < kUnroll; ++u) {
-          add(offset + i + u * V::size, V::size, u);
-          __builtin_prefetch(dy + next + i + u * V::size, 0, 2);
-          __builtin_prefetch(x + next + i + u * V::size, 0, 2);
-          if constexpr (!is_none<Act>) __builtin_prefetch(y + next + i + u * V::size, 0, 2);
+          const int64_t at = i + u * V::size;
+          part = part + g_of(offset + at, V::size, products);
+          __builtin_prefetch(dy + next + at, 0, 2);
+          __builtin_prefetch(x + next + at, 0, 2);
+          if constexpr (!is_none<Act>) __builtin_prefetch(y + next + at, 0, 2);
         }
-      for (; i < length; i += V::size) add(offset + i, std::min(V::size, length - i), 0);
+        g_sum.add(part);
+        dot.add(products);
+      }
+      for (; i < length; i += V::size) {
+        V products(T(0));
+        g_sum.add(g_of(offset + i, std::min(V::size, length - i), products));
+        dot.add(products);
+      }
     });
-    return {total_of(g_sum), total_of(dot)};
+    return {g_sum.total(), dot.total()};
   }
 
   template <typename Act>
@@ -444,13 +474,14 @@ struct Rows {
             two[v] = fma(d, d, two[v]);
           }
         for (int64_t v = 0; v < vectors; ++v) {
-          alignas(64) T m[V::size], s[V::size], q[V::size];
-          store(m, mean[v]), store(s, one[v]), store(q, two[v]);
-          for (int64_t l = 0; l < V::size; l += D::size) {
-            const int64_t at = j + v * V::size + l;
-            const D rest = load_double(s + l), share_of = rest * D(1 / double(count));
+          constexpr int64_t kParts = InDouble<T>::kParts;
+          D m[kParts], rest[kParts], squares[kParts];
+          to_doubles(mean[v], m), to_doubles(one[v], rest), to_doubles(two[v], squares);
+          for (int64_t k = 0; k < kParts; ++k) {
+            const int64_t at = j + v * V::size + k * D::size;
+            const D share_of = rest[k] * D(1 / double(count));
             add_moments(double(r0 - p.begin), double(count), to.first + at, to.second + at,
-                        load_double(m + l) + share_of, load_double(q + l) - rest * share_of);
+                        m[k] + share_of, squares[k] - rest[k] * share_of);
           }
         }
       });
@@ -461,8 +492,15 @@ struct Rows {
   void sums_of_piece(Act act, const S* dy, const S* x, const S* y, S* g_to, const T* mean,
                      const Piece& p, Columns to) const {
     using D = Vec<double>;
-    for (int64_t r0 = p.begin; r0 < p.end; r0 += kHeight) {
-      const int64_t end = std::min(p.end, r0 + kHeight);
+    constexpr int64_t kRows = 8, kParts = InDouble<T>::kParts;
+    const auto add = [](double* to, V sum) {
+      D more[kParts];
+      to_doubles(sum, more);
+      for (int64_t k = 0; k < kParts; ++k)
+        store(to + k * D::size, load(to + k * D::size) + more[k]);
+    };
+    for (int64_t r0 = p.begin; r0 < p.end; r0 += kRows) {
+      const int64_t end = std::min(p.end, r0 + kRows);
       for_strips(p.width, [&](int64_t j, int64_t lanes, auto vectors) {
         const V zero(T(0));
         V mu[vectors], sum[vectors], dot[vectors];
@@ -478,13 +516,8 @@ struct Rows {
             dot[v] = fma(g, load(x + at, lanes) - mu[v], dot[v]);
           }
         for (int64_t v = 0; v < vectors; ++v) {
-          alignas(64) T s[V::size], d[V::size];
-          store(s, sum[v]), store(d, dot[v]);
-          for (int64_t l = 0; l < V::size; l += D::size) {
-            const int64_t at = j + v * V::size + l;
-            store(to.first + at, load(to.first + at) + load_double(s + l));
-            store(to.second + at, load(to.second + at) + load_double(d + l));
-          }
+          add(to.first + j + v * V::size, sum[v]);
+          add(to.second + j + v * V::size, dot[v]);
         }
       });
     }
