@@ -190,7 +190,11 @@ def _backward(ctx, grad_output):
         return None, None, None, None
     input, weight, output, mean, spread = ctx.saved_tensors
     training, eps, activation, own = ctx.settings
-    wanted = ctx.needs_input_grad[:4]
+    *wanted, of_residual = ctx.needs_input_grad[:4]
+    if activation == "none" and not any(wanted):
+        return None, None, None, grad_output
+    # Without an activation the gradient of the residual is that of the output, as it is.
+    wanted.append(of_residual and activation != "none")
     if input is None:
         shape, stride, dtype = ctx.of_input
         input = grad_output.new_empty_strided(shape, stride, dtype=dtype)
@@ -198,19 +202,18 @@ def _backward(ctx, grad_output):
     rstd = spread if eps is None else torch.rsqrt(spread.to(computed) + eps)
     mean = mean.to(computed)
     if torch.is_grad_enabled() or is_batched(grad_output):
-        gradients = _gradients(
-            before_activation(grad_output, output, activation),
-            input, weight, mean, rstd, training, ctx.eps, wanted,
-        )  # fmt: skip
+        g = before_activation(grad_output, output, activation)
+        gradients = _gradients(g, input, weight, mean, rstd, training, ctx.eps, wanted)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             gradients = _ops.batch_norm_backward(
                 grad_output, input, weight, output, mean, rstd, training, activation, own, *wanted
             )
-    return tuple(
+    *gradients, of_r = (
         g.to(dtype) if want else None
         for g, dtype, want in zip(gradients, ctx.dtypes, wanted, strict=True)
     )
+    return *gradients, grad_output if of_residual and activation == "none" else of_r
 
 
 def _gradients(g, input, weight, mean, rstd, training, eps, wanted):
