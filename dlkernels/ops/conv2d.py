@@ -570,8 +570,8 @@ def conv_transpose2d(
     if (own or config.is_recording()) and not torch.compiler.is_compiling():
         # As the convolution of an image of the output's size: its gradient is our forward.
         stride, padding, _, groups, dilation = settings
-        batch = input.shape[0] if input.dim() == 4 else 1
-        image = input.new_empty(()).expand(batch, weight.shape[1] * groups, *size)
+        batch = input if input.dim() == 4 else input.unsqueeze(0)
+        image = empty_image(batch, weight, weight.shape[1] * groups, size)
         gradient, forward, of_weight = _algorithms(
             image, weight, stride, padding, dilation, groups, "none", exact, own
         )
