@@ -795,6 +795,17 @@ def test_compile(layout, activation, own):
     assert targets.count(op) + targets.count(op.default) == 1
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_compile_where_the_choice_is_open(transposed):
+    """Nobody is asked while tracing who listens to the choice."""
+    torch._dynamo.reset()
+    function = conv_transpose2d if transposed else conv2d
+    tensors = problem(Shape((8, 16, 20, 21), 17, THREE), torch.float32, transposed=transposed)
+    dlkernels.config.kernels = "auto"
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*tensors), function(*tensors))
+
+
 @pytest.mark.parametrize(
     "wanted", [(True, False, False), (False, True, False), (False, False, True)]
 )
