@@ -11,7 +11,7 @@ of ``torch.nn.functional``. ``import dlkernels.nn.functional as F`` works too.
 
 import math
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,12 +19,89 @@ from torch import Tensor
 from dlkernels import functional
 from dlkernels.ops.batch_norm import sync_batch_norm
 from dlkernels.ops.common import activation_named
+from dlkernels.ops.conv2d import prepare as prepare_conv2d
 
 if TYPE_CHECKING:  # what __getattr__ gives, for type checkers and editors
     from torch.nn import *  # noqa: F403
 
 # This file is not a package: without the entry, `import dlkernels.nn.functional` would not resolve.
 sys.modules[f"{__name__}.functional"] = functional
+
+
+class _Kept:
+    """What a frozen module keeps. In a copy of the module, by deepcopy or pickle, it is None."""
+
+    def __init__(self, value: Any, weights: list[Tensor]) -> None:
+        self.value = value
+        self.weights = [(weight, *_state(weight)) for weight in weights]
+
+    def is_of(self, weights: list[Tensor]) -> bool:
+        """Whether these are the weights that it was made of, and nobody was seen to write."""
+        return all(
+            weight is kept and _state(weight) == tuple(state)
+            for weight, (kept, *state) in zip(weights, self.weights, strict=True)
+        )
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    version = 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), version
+
+
+class Freezable:
+    """A module that ``dlkernels.freeze`` lets keep what it derives from its weights: a class before
+    torch's among the bases.
+
+    A class says which parameters those are, and makes the value of them in ``_prepare``; its
+    forward gives ``_prepared()`` to its function, None wherever it does not hold. The function
+    reads it only where no gradient is needed and the kernel is the one that it is for.
+    """
+
+    derived_from: tuple[str, ...] = ("weight",)
+    _kept: _Kept | None = None  # on the class: swap() makes a stock module ours without __init__
+
+    def _prepare(self, *weights: Tensor) -> Any:
+        """What is derived of them; None for nothing."""
+        raise NotImplementedError
+
+    def _prepared(self) -> Any:
+        kept = self._kept
+        if kept is None or torch.compiler.is_compiling() or not kept.is_of(self._weights()):
+            return None
+        return kept.value
+
+    def _weights(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.derived_from]
+
+    def keep_prepared(self) -> None:
+        """Keeps what ``_prepare`` makes of the weights as they are."""
+        self.drop_prepared()
+        weights = self._weights()
+        with torch.no_grad():
+            value = self._prepare(*weights)
+        if value is not None:
+            self._kept = _Kept(value, weights)
+
+    def drop_prepared(self) -> None:
+        """Drops what is kept."""
+        self.__dict__.pop("_kept", None)
+
+    def train(self, mode: bool = True):
+        """Stock's; training mode unfreezes."""
+        if mode:
+            self.drop_prepared()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        self.drop_prepared()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.drop_prepared()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -218,13 +295,17 @@ class LazyLinear(torch.nn.LazyLinear):
     cls_to_become = Linear
 
 
-class Conv2d(torch.nn.Conv2d):
+class Conv2d(Freezable, torch.nn.Conv2d):
     """``torch.nn.Conv2d`` on ``dlkernels.functional.conv2d``.
 
     ``forward(input)``: ``input`` (N, C, H, W) or (C, H, W), floating point. A ``padding_mode``
     other than zeros pads first, as stock's does. Errors are those of the functional form, raised at
-    the call, as stock's are. TorchScript can trace it, not script it.
+    the call, as stock's are. TorchScript can trace it, not script it. Frozen, it keeps Winograd's
+    transform of the weight.
     """
+
+    def _prepare(self, weight: Tensor) -> Tensor | None:
+        return prepare_conv2d(weight, self.stride, self.dilation, self.groups)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
@@ -232,7 +313,14 @@ class Conv2d(torch.nn.Conv2d):
             around = self._reversed_padding_repeated_twice
             input, padding = functional.pad(input, around, mode=self.padding_mode), (0, 0)
         return functional.conv2d(
-            input, weight, bias, self.stride, padding, self.dilation, self.groups
+            input,
+            weight,
+            bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            prepared=self._prepared() if weight is self.weight else None,
         )
 
 
@@ -444,6 +532,7 @@ class Sequential(torch.nn.Sequential):
                     conv.dilation,
                     conv.groups,
                     activation="relu" if length == 3 else None,
+                    prepared=conv._prepared() if isinstance(conv, Freezable) else None,
                 )
                 at += length
             elif length:

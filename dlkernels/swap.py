@@ -215,6 +215,8 @@ def _listed(module: torch.nn.Module) -> bool:
 
 def _set_classes(changes: list[tuple[torch.nn.Module, type[torch.nn.Module]]]) -> None:
     for module, cls in changes:
+        if isinstance(module, nn.Freezable):  # stock's class would not drop it in time
+            module.drop_prepared()
         module.__class__ = cls
     # Code that torch.compile made for the old class would still run (seen on torch 2.11). Without
     # dynamo in the process nothing was compiled, and importing it costs more than a second.

@@ -101,7 +101,14 @@ def test_ops(name, tmp_path):
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     if name in CAPABILITY:
         environment["ATEN_CPU_CAPABILITY"] = CAPABILITY[name]
-    ops = ("batch_norm", "conv2d", "cross_entropy", "linear", "linear_cross_entropy")
+    ops = (
+        "batch_norm",
+        "conv2d",
+        "conv2d_max_pool2d",
+        "cross_entropy",
+        "linear",
+        "linear_cross_entropy",
+    )
     files = ["tests/test_is_loaded.py", *(f"tests/test_{op}.py" for op in ops)]
     command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(

@@ -363,7 +363,7 @@ def test_convolutions_hand_all_they_hold_to_the_function(name, arguments, settin
     _, layer = both(name, 4, 6, *arguments, **settings)
     function = {"Conv2d": "conv2d", "ConvTranspose2d": "conv_transpose2d"}[name]
     seen = []
-    monkeypatch.setattr(nn.functional, function, lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(nn.functional, function, lambda *arguments, **kept: seen.append(arguments))
     x = torch.randn(2, 4, 9, 8)
     layer(x)
     ((given, weight, bias, stride, padding, *rest),) = seen

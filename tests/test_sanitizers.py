@@ -45,7 +45,9 @@ PARTS = {
     "test_the_same_bits": "",
     "test_four_threads": "",
     # Of linear and conv2d: every shape in each arithmetic, every layout of memory.
-    "test_shapes": "no_bias or (batch_norm and not (float16 or pieces))",
+    "test_shapes": (
+        "no_bias or (max_pool2d and float32) or (batch_norm and not (float16 or pieces))"
+    ),
     "test_layouts": "",
     # Of batch_norm.
     "test_some_of_the_parameters": "",
@@ -183,7 +185,14 @@ def run_suite(folder: Path, selection: str) -> subprocess.CompletedProcess:
         "OMP_WAIT_POLICY": "passive",  # threads that wait leave the cores to others
     }
     command = [sys.executable, "-m", "pytest", "-n0", "-q", "-s", "-p", "no:cacheprovider"]
-    ops = ("batch_norm", "conv2d", "cross_entropy", "linear", "linear_cross_entropy")
+    ops = (
+        "batch_norm",
+        "conv2d",
+        "conv2d_max_pool2d",
+        "cross_entropy",
+        "linear",
+        "linear_cross_entropy",
+    )
     command += [*(f"tests/test_{op}.py" for op in ops), "-k", selection]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 

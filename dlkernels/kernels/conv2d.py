@@ -1190,6 +1190,17 @@ def _conv2d(
     return _formatted(y, _format(input, weight))
 
 
+def _conv2d_prepare(weight, stride, dilation, groups):
+    """Nothing: no kernel here reads anything but the weight."""
+    return weight.new_empty(0, dtype=torch.float32)
+
+
+def _conv2d_prepared(
+    input, weight, prepared, bias, stride, padding, dilation, groups, activation, exact, own
+):  # fmt: skip
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, activation, exact, own)
+
+
 def _conv2d_backward(
     grad_output, input, weight, output, stride, padding, dilation, groups, activation, exact, own,
     want_input, want_weight, want_bias,
@@ -1292,6 +1303,8 @@ def register(key: str) -> None:
     kernels = {
         "conv2d": _conv2d,
         "conv2d_forward": _conv2d,
+        "conv2d_prepare": _conv2d_prepare,
+        "conv2d_prepared": _conv2d_prepared,
         "conv2d_backward": _conv2d_backward,
         "conv2d_algorithm": _conv2d_algorithm,
         "conv_transpose2d": _conv_transpose2d,
