@@ -110,6 +110,14 @@ inline void check_on_gpu(const char* op, const char* argument, const Tensor& ten
 
 // ---------------------------------------------------------------------------------------- launches
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int power_of_two_from(int64_t n, int least, int most) {
+  int result = least;
+  while (result < most && result < n) result *= 2;
+  return result;
+}
+
 struct LaunchShape {
   dim3 grid, block;
   size_t shared = 0;     // bytes of dynamic shared memory of a block
@@ -230,6 +238,45 @@ DLK_DEVICE S narrow(accumulate_t<S> x) {
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+// ------------------------------------------------------------------------------------- activations
+
+// T = float, double.
+template <typename T>
+DLK_DEVICE T activate(T x, Activation activation) {
+  switch (activation) {
+    case Activation::kRelu:
+      return x < 0 ? T(0) : x;  // a NaN stays one
+    case Activation::kLeakyRelu:
+      return x > 0 ? x : x * T(kSlope);
+    case Activation::kTanh:
+      if constexpr (std::is_same_v<T, float>)
+        return tanh_accurate(x);
+      else
+        return tanh(x);
+    case Activation::kSigmoid:
+      return T(1) / (T(1) + std::exp(-x));
+    default:
+      return x;
+  }
+}
+
+// The gradient of its argument, from that of its output y.
+template <typename T>
+DLK_DEVICE T before_activation(T gradient, T y, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      return gradient;
+    case Activation::kRelu:
+      return y <= 0 ? T(0) : gradient;
+    case Activation::kLeakyRelu:
+      return y > 0 ? gradient : gradient * T(kSlope);
+    case Activation::kTanh:
+      return gradient * (T(1) - y * y);
+    default:
+      return gradient * (T(1) - y) * y;
+  }
+}
 
 // ---------------------------------------------------------------------------------------- 16 bytes
 

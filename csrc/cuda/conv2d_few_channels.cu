@@ -58,40 +58,6 @@ constexpr int64_t kManyTiles = 1024;  // of convolve: of more a block has severa
 constexpr int kFour = 4;              // columns that weight_gradient reads at once
 constexpr int kStrips = 8;            // of the pieces that add_pieces adds
 
-enum class Activation { kNone, kRelu, kLeakyRelu, kTanh, kSigmoid };
-constexpr float kSlope = 0.01f;  // of leaky_relu: torch's default
-
-// -------------------------------------------------------------------------------------- activation
-
-DLK_DEVICE float activate(float x, Activation activation) {
-  switch (activation) {
-    case Activation::kRelu:
-      return x < 0 ? 0 : x;  // a NaN stays one
-    case Activation::kLeakyRelu:
-      return x > 0 ? x : x * kSlope;
-    case Activation::kTanh:
-      return tanh_accurate(x);
-    case Activation::kSigmoid:
-      return 1 / (1 + expf(-x));
-    default:
-      return x;
-  }
-}
-
-// The gradient of its argument, from that of its output y.
-DLK_DEVICE float before_activation(float gradient, float y, Activation activation) {
-  switch (activation) {
-    case Activation::kRelu:
-      return y <= 0 ? 0 : gradient;
-    case Activation::kLeakyRelu:
-      return y > 0 ? gradient : gradient * kSlope;
-    case Activation::kTanh:
-      return gradient * (1 - y * y);
-    default:
-      return gradient * (1 - y) * y;
-  }
-}
-
 // ----------------------------------------------------------------------------------------- sources
 
 // Where a number of a tensor of images lies; less than 2^31 within one image.
@@ -607,7 +573,6 @@ DLK_KERNEL void add_pieces_kernel(Sums<S> p) {
 // -----------------------------------------------------------------------------------------
 // planning
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // n in equal parts of at most `most`.
 int balanced(int n, int most) { return int(divide_up(n, divide_up(n, std::max(1, most)))); }
 
@@ -746,15 +711,6 @@ void run(WeightGradient<S>& p, Sums<S>& sums, const Tensor& like) {
 
 // ------------------------------------------------------------------------------------ host entries
 
-Activation parse(const std::string& name) {
-  constexpr const char* names[] = {"none", "relu", "leaky_relu", "tanh", "sigmoid"};
-  for (int i = 0; i < 5; ++i)
-    if (name == names[i]) return Activation(i);
-  DLK_CHECK(false, kOp, ": expected activation none, relu, leaky_relu, tanh or sigmoid, got ",
-            name);
-  return {};
-}
-
 // As torch's C++ suggests the format of an image.
 bool is_channels_last(const Tensor& x) {
   const auto size = x.sizes(), stride = x.strides();
@@ -824,7 +780,15 @@ Problem checked(const Tensor& input, const Tensor& weight, const Sizes& stride,
                 weight.size(0) <= kMostOut,
             kOp, ": expected 1 to ", kMostIn, " channels in and 1 to ", kMostOut,
             " out, got weight of shape ", shape_string(weight.sizes()));
-  Problem p{input.size(0), input.size(1), weight.size(0), {}, {}, {}, {}, parse(activation), pool};
+  Problem p{input.size(0),
+            input.size(1),
+            weight.size(0),
+            {},
+            {},
+            {},
+            {},
+            parse_activation(kOp, activation),
+            pool};
   Sizes size(2);
   for (int d = 0; d < 2; ++d) {
     const int64_t taps = weight.size(2 + d), extent = input.size(2 + d);
