@@ -48,16 +48,31 @@ def before_activation(gradient: Tensor, output: Tensor | None, activation: str) 
 
 
 def not_differentiable(op: str, *names: str) -> None:
-    """Lets the raw ops of these names refuse to be differentiated, and name ``op`` instead."""
+    """Lets the raw ops of these names refuse to be differentiated, and name ``op`` instead: in the
+    backward, and one that writes to an argument in the call already."""
     for name in names:
+        message = (
+            f"dlkernels::{name} is a raw op without a derivative;"
+            f" use dlkernels.functional.{op} or torch.ops.dlkernels.{op}"
+        )
 
-        def backward(ctx, *grads, name=name):
-            raise NotImplementedError(
-                f"dlkernels::{name} is a raw op without a derivative;"
-                f" use dlkernels.functional.{op} or torch.ops.dlkernels.{op}"
-            )
+        def backward(ctx, *grads, message=message):
+            raise NotImplementedError(message)
 
-        torch.library.register_autograd(f"dlkernels::{name}", backward)
+        raw = getattr(torch.ops.dlkernels, name).default
+        if not raw._schema.is_mutable:
+            torch.library.register_autograd(f"dlkernels::{name}", backward)
+            continue
+
+        def call(*args, raw=raw, message=message):
+            if torch.is_grad_enabled():
+                for argument in args:
+                    if isinstance(argument, Tensor) and argument.requires_grad:
+                        raise NotImplementedError(message)
+            with torch._C._AutoDispatchBelowAutograd():
+                return raw(*args)
+
+        torch.library.impl(f"dlkernels::{name}", "Autograd", call)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
@@ -85,14 +100,26 @@ def unfit(tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def has_kernel(op: str, device: str) -> bool:
+    """Whether a raw op has a kernel of ours there."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"dlkernels::{op}_forward", device.upper()
+    )
+
+
+# From the densest to the outermost dimension of what is channels_last.
+_CHANNELS_LAST = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}
+
+
 def suggests_channels_last(x: Tensor) -> bool:
-    """What torch's C++ calls ``suggest_memory_format``, of four dimensions. Where sizes of 1 leave
-    it open, and of an empty tensor, it is contiguous."""
+    """What torch's C++ calls ``suggest_memory_format``, of four or five dimensions; of others it is
+    contiguous. So it is where sizes of 1 leave it open, and of an empty tensor."""
     strides = x.stride()
-    if strides[1] == 0:
+    if len(strides) not in _CHANNELS_LAST or strides[1] == 0:
         return False
     least = 0
-    for d in (1, 3, 2, 0):
+    for d in _CHANNELS_LAST[len(strides)]:
         size, stride = x.shape[d], strides[d]
         if size == 0 or stride < least or (d == 0 and least == strides[1]):
             return False

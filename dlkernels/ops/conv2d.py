@@ -29,6 +29,7 @@ from dlkernels.ops.common import (
     active_transform,
     autocast_dtype,
     before_activation,
+    has_kernel,
     is_batched,
     is_plain,
     not_differentiable,
@@ -315,14 +316,6 @@ not_differentiable(_TRANSPOSE, "conv_transpose2d_forward", "conv_transpose2d_bac
 
 
 @torch.compiler.assume_constant_result
-def _has_kernel(device):
-    """Whether the ops have kernels of ours there: on a GPU they are Triton's."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        "dlkernels::conv2d_forward", device.upper()
-    )
-
-
-@torch.compiler.assume_constant_result
 def _is_exact(device):
     """Whether the user wants a sum of products, and nothing that rounds more."""
     backend = "cuda" if device == "cuda" else "mkldnn"
@@ -364,7 +357,7 @@ def _refusal(input, weight, bias, groups, transposed):
     if reason := unfit((input, weight, bias)):
         return reason
     device = input.device.type
-    if not _has_kernel(device):
+    if not has_kernel(_OP, device):
         return f"no kernel for device {device}"
     dtype = autocast_dtype(input, device)
     if dtype not in DTYPES:

@@ -25,6 +25,7 @@ from dlkernels.ops.common import (
     active_transform,
     autocast_dtype,
     before_activation,
+    has_kernel,
     is_batched,
     not_differentiable,
     suggests_channels_last,
@@ -211,13 +212,6 @@ not_differentiable(_OP, "conv2d_max_pool2d_forward", "conv2d_max_pool2d_backward
 # ------------------------------------------------------------------------------------------- choice
 
 
-@torch.compiler.assume_constant_result
-def _has_kernel(device):
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        "dlkernels::conv2d_max_pool2d_forward", device.upper()
-    )
-
-
 def _is_small(input, weight):
     """Whether stock would be done before our way through Python. A traced size is not asked."""
     if config.forced() != "auto" or torch.compiler.is_compiling():
@@ -232,7 +226,7 @@ def _is_small(input, weight):
 def _choose(input, weight, bias, stride, padding, dilation, groups):
     """(why the call is torch's, the settings, what more padding there is behind the image)."""
     reason, settings, behind = _settings(input, weight, bias, stride, padding, dilation, groups)
-    if reason is None and not _has_kernel(input.device.type):
+    if reason is None and not has_kernel(_OP, input.device.type):
         reason = f"no kernel for device {input.device.type}"
     if reason is None:
         height, width = _convolved(input, weight, *settings[:3])
