@@ -36,18 +36,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <optional>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "common.cuh"
 
 namespace dlkernels {
 namespace {
-
-using Optional = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
 
 constexpr const char* kOp = "batch_norm";
 constexpr int kThreads = 256;
@@ -704,37 +699,13 @@ DLK_KERNEL void __launch_bounds__(kThreads, 2) totals_kernel(const Problem p) {
 // ------------------------------------------------------------------------------------------
 // layouts
 
-// Whether the elements lie one after another: channels last, or as they are numbered.
-bool is_dense(const Tensor& x, bool last) {
-  int64_t wanted = 1;
-  const auto fits = [&](int64_t d) {
-    const bool fine = x.size(d) == 1 || x.stride(d) == wanted;
-    wanted *= x.size(d);
-    return fine;
-  };
-  bool fine = !last || fits(1);
-  for (int64_t d = x.dim() - 1; d > 1; --d) fine = fits(d) && fine;
-  return (last || fits(1)) && fits(0) && fine;
-}
-
-// x, or a copy that lies as `like` does.
-Tensor laid_out(const Tensor& x, const Tensor& like) {
-  bool same = true;
-  for (int64_t d = 0; d < x.dim(); ++d)
-    same = same && (x.size(d) == 1 || x.stride(d) == like.stride(d));
-  if (same) return x;
-  Tensor copy = torch::stable::empty_like(like);
-  torch::stable::copy_(copy, x);
-  return copy;
-}
-
 struct Layout {
   bool last;  // the channels are contiguous
   int64_t images, channels, plane;
 
-  explicit Layout(const Tensor& x) : images(x.size(0)), channels(x.size(1)), plane(1) {
+  Layout(const Tensor& x, MemoryFormat format) : images(x.size(0)), channels(x.size(1)), plane(1) {
     for (int64_t d = 2; d < x.dim(); ++d) plane *= x.size(d);
-    last = plane == 1 || (channels > 1 && !is_dense(x, false));
+    last = plane == 1 || (channels > 1 && format != MemoryFormat::Contiguous);
   }
 };
 
@@ -804,7 +775,7 @@ void for_walk(Walk walk, const Body& body) {
 
 // A double of each channel and chunk twice, and `more`.
 template <typename Problem>
-std::optional<Tensor> workspace_for(Problem& p, const Tensor& input, int64_t more) {
+Optional workspace_for(Problem& p, const Tensor& input, int64_t more) {
   const int64_t partial = p.cut.chunks > 1 ? 2 * p.cut.channels * p.cut.chunks : 0;
   if (partial + more == 0) return std::nullopt;
   Tensor made = torch::stable::new_empty(input, Sizes{partial + more}, ScalarType::Double);
@@ -878,15 +849,16 @@ Tensor none_of(const Tensor& input) { return torch::stable::new_empty(input, Siz
 class Call {
  public:
   explicit Call(const Tensor& input)
-      : input_(is_dense(input, false) || is_dense(input, true) ? input
-                                                               : torch::stable::contiguous(input)),
-        layout_(input_) {}
+      : format_(suggested_format(input)), layout_(input, format_), like_(input) {}
 
-  const Tensor& input() const { return input_; }
-
+  // A result, of the input's format.
+  Tensor made() const {
+    const Sizes sizes(like_.sizes().begin(), like_.sizes().end());
+    return empty(like_, sizes, format_, like_.scalar_type());
+  }
   template <typename S>
   const S* read(const char* name, const Tensor& x) {
-    return seen(input_pointer<S>(name, keep(laid_out(x, input_))));
+    return seen(input_pointer<S>(name, keep(torch::stable::contiguous(x, format_))));
   }
   template <typename S>
   S* write(const char* name, const Tensor& x) {
@@ -927,8 +899,9 @@ class Call {
     return pointer;
   }
 
-  Tensor input_;
+  MemoryFormat format_;
   Layout layout_;
+  const Tensor& like_;
   std::vector<Tensor> kept_;
   bool aligned_ = true;
 };
@@ -961,10 +934,6 @@ Forward<S> forward_problem(Call& call, const Arguments& a, const Tensor& output)
   return p;
 }
 
-struct Normalized {
-  Tensor output, mean, rstd, var;
-};
-
 // Statistics of the batch, one or both of rstd and var, and with an output the rest.
 template <typename S>
 void normalize(Call& call, Forward<S>& p, const Tensor& mean, const Tensor* rstd,
@@ -975,8 +944,46 @@ void normalize(Call& call, Forward<S>& p, const Tensor& mean, const Tensor* rstd
   if (var) p.made_var = output_pointer<T>("var", *var);
   p.mean = {p.made_mean, false};
   const Walk walk = call.place(p);
-  const auto workspace = workspace_for(p, call.input(), 0);
+  const auto workspace = workspace_for(p, mean, 0);
   run(p, walk, true, p.output != nullptr);
+}
+
+struct Made {
+  Tensor output, mean, rstd, var;
+};
+
+// With the running statistics and rstd, or with var.
+Made forward(const Arguments& a, const Optional& running_mean, const Optional& running_var,
+             double momentum, bool with_var) {
+  a.check();
+  const Tensor& input = a.input;
+  if (running_mean) check_parameter("running_mean", *running_mean, input);
+  if (running_var) check_parameter("running_var", *running_var, input);
+  const DeviceScope scope(input);
+  Call call(input);
+  Made made{call.made(), new_statistic(input), new_statistic(input), none_of(input)};
+  if (with_var) made.var = new_statistic(input);
+  if (input.numel() == 0) {
+    for (Tensor* statistic : {&made.mean, &made.rstd, &made.var}) torch::stable::zero_(*statistic);
+    return made;
+  }
+  for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    Forward<S> p = forward_problem<S>(call, a, made.output);
+    p.momentum = momentum;
+    p.running_mean = call.running("running_mean", running_mean);
+    p.running_var = call.running("running_var", running_var);
+    normalize(call, p, made.mean, &made.rstd, with_var ? &made.var : nullptr);
+  });
+  return made;
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm(Tensor input, Optional weight, Optional bias,
+                                              Optional residual, double eps, std::string activation,
+                                              bool) {
+  const Arguments a{input, weight, bias, residual, eps, activation};
+  const Made made = forward(a, std::nullopt, std::nullopt, 0, true);
+  return {made.output, made.mean, made.var};
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, Optional weight, Optional bias,
@@ -984,31 +991,20 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, Optional wei
                                                       Optional running_var, double momentum,
                                                       double eps, std::string activation, bool) {
   const Arguments a{input, weight, bias, residual, eps, activation};
-  a.check();
-  if (running_mean) check_parameter("running_mean", *running_mean, input);
-  if (running_var) check_parameter("running_var", *running_var, input);
-  const DeviceScope scope(input);
-  Call call(input);
-  const Tensor output = torch::stable::empty_like(call.input());
-  const Tensor mean = new_statistic(input), rstd = new_statistic(input);
-  if (input.numel() == 0) return {output, mean, rstd};
-  for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
-    using S = decltype(tag);
-    Forward<S> p = forward_problem<S>(call, a, output);
-    p.momentum = momentum;
-    p.running_mean = call.running("running_mean", running_mean);
-    p.running_var = call.running("running_var", running_var);
-    normalize(call, p, mean, &rstd, nullptr);
-  });
-  return {output, mean, rstd};
+  const Made made = forward(a, running_mean, running_var, momentum, false);
+  return {made.output, made.mean, made.rstd};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor input, bool) {
   check_input(input);
   const DeviceScope scope(input);
   Call call(input);
-  const Tensor mean = new_statistic(input), var = new_statistic(input);
-  if (input.numel() == 0) return {mean, var};
+  Tensor mean = new_statistic(input), var = new_statistic(input);
+  if (input.numel() == 0) {
+    torch::stable::zero_(mean);
+    torch::stable::zero_(var);
+    return {mean, var};
+  }
   for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     Forward<S> p{};
@@ -1026,7 +1022,7 @@ Tensor batch_norm_apply(Tensor input, Optional weight, Optional bias, Optional r
   check_parameter("var", var, input);
   const DeviceScope scope(input);
   Call call(input);
-  const Tensor output = torch::stable::empty_like(call.input());
+  const Tensor output = call.made();
   if (input.numel() == 0) return output;
   for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
@@ -1080,9 +1076,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   a.check();
   const DeviceScope scope(input);
   Call call(input);
-  const auto like_input = [&](bool wanted) {
-    return wanted ? torch::stable::empty_like(call.input()) : none_of(input);
-  };
+  const auto like_input = [&](bool wanted) { return wanted ? call.made() : none_of(input); };
   Tensor grad_weight = want_weight ? new_statistic(input) : none_of(mean);
   Tensor grad_bias = want_bias ? new_statistic(input) : none_of(mean);
   const Tensor grad_input = like_input(want_input), grad_residual = like_input(want_residual);
@@ -1102,7 +1096,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const Walk walk = call.place(p);
     const bool corrected = training && want_input;
     const int64_t channels = p.cut.channels;
-    const auto workspace = workspace_for(p, call.input(), corrected ? 2 * channels : 0);
+    const auto workspace = workspace_for(p, input, corrected ? 2 * channels : 0);
     if (corrected) {
       p.made_mean_g = reinterpret_cast<T*>(
           p.sums + (p.cut.chunks > 1 ? 2 * channels * int64_t(p.cut.chunks) : 0));
@@ -1137,7 +1131,7 @@ std::tuple<Tensor, Tensor> batch_norm_reduce(Tensor grad_output, Tensor input, O
     p.sum_g = output_pointer<T>("sum_g", sum_g);
     p.sum_g_xhat = output_pointer<T>("sum_g_xhat", sum_g_xhat);
     const Walk walk = call.place(p);
-    const auto workspace = workspace_for(p, call.input(), 0);
+    const auto workspace = workspace_for(p, input, 0);
     run(p, walk, true, false);
   });
   return {sum_g, sum_g_xhat};
@@ -1153,9 +1147,8 @@ std::tuple<Tensor, Tensor> batch_norm_gradient(Tensor grad_output, Tensor input,
   check_statistic("mean_g_xhat", mean_g_xhat, input);
   const DeviceScope scope(input);
   Call call(input);
-  const Tensor grad_input = torch::stable::empty_like(call.input());
-  const Tensor grad_residual =
-      want_residual ? torch::stable::empty_like(call.input()) : none_of(input);
+  const Tensor grad_input = call.made();
+  const Tensor grad_residual = want_residual ? call.made() : none_of(input);
   if (input.numel() == 0) return {grad_input, grad_residual};
   for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
@@ -1176,6 +1169,8 @@ std::tuple<Tensor, Tensor> batch_norm_gradient(Tensor grad_output, Tensor input,
 
 STABLE_TORCH_LIBRARY_IMPL(dlkernels, DLK_DEVICE_KEY, m) {
   using namespace dlkernels;
+  m.impl("batch_norm", TORCH_BOX(&batch_norm));
+  m.impl("batch_norm_eval", TORCH_BOX(&batch_norm_apply));
   m.impl("batch_norm_forward", TORCH_BOX(&batch_norm_forward));
   m.impl("batch_norm_statistics", TORCH_BOX(&batch_norm_statistics));
   m.impl("batch_norm_apply", TORCH_BOX(&batch_norm_apply));

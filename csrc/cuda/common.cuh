@@ -1,17 +1,20 @@
 // What every kernel file stands on beside arch.h: launches, the device and the pointers of a host
-// entry, dtypes, reductions, rows cut into vectors of 16 bytes.
+// entry, formats, dtypes, activations, reductions, rows cut into vectors of 16 bytes.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "../check.h"
 #include "arch.h"
@@ -24,8 +27,11 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, voi
 
 namespace dlkernels {
 
+using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
 
 // ---------------------------------------------------------------------------------- device, stream
 
@@ -106,6 +112,32 @@ inline void check_on_gpu(const char* op, const char* argument, const Tensor& ten
 #endif
   DLK_CHECK(tensor.get_device_index() == first.get_device_index(), op, ": expected ", argument,
             " on device ", first.get_device_index(), ", got ", tensor.get_device_index());
+}
+
+// ----------------------------------------------------------------------------------------- formats
+
+// As torch's C++ suggests the format of an image, of four or five dimensions: where sizes of 1
+// leave it open, and of an empty one or of another number of dimensions, it is contiguous.
+inline bool suggests_channels_last(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  if (last < 3 || last > 4 || x.stride(1) == 0) return false;
+  int64_t least = 0;
+  for (int64_t i = 0; i <= last; ++i) {
+    const int64_t d = i == 0 ? 1 : i == last ? 0 : last + 1 - i;  // 1, last, …, 2, 0
+    const int64_t size = x.size(d), stride = x.stride(d);
+    if (size == 0 || stride < least || (d == 0 && least == x.stride(1))) return false;
+    least = stride * size;
+  }
+  return true;
+}
+
+inline MemoryFormat suggested_format(const Tensor& x) {
+  if (!suggests_channels_last(x)) return MemoryFormat::Contiguous;
+  return x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
+inline Tensor empty(const Tensor& like, const Sizes& sizes, MemoryFormat format, ScalarType dtype) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt, format);
 }
 
 // ---------------------------------------------------------------------------------------- launches

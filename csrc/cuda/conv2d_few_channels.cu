@@ -28,18 +28,12 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <optional>
 #include <string>
-#include <vector>
 
 #include "common.cuh"
 
 namespace dlkernels {
 namespace {
-
-using torch::headeronly::MemoryFormat;
-using Optional = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
 
 constexpr const char* kOp = "conv2d_few_channels";
 constexpr int kMostIn = 16, kMostOut = 64, kMostTaps = 7, kMostStride = 2;
@@ -711,26 +705,6 @@ void run(WeightGradient<S>& p, Sums<S>& sums, const Tensor& like) {
 
 // ------------------------------------------------------------------------------------ host entries
 
-// As torch's C++ suggests the format of an image.
-bool is_channels_last(const Tensor& x) {
-  const auto size = x.sizes(), stride = x.strides();
-  if (stride[1] == 0) return false;
-  int64_t least = 0;
-  for (const int d : {1, 3, 2, 0}) {
-    if (size[d] == 0 || stride[d] < least || (d == 0 && least == stride[1])) return false;
-    least = stride[d] * size[d];
-  }
-  return true;
-}
-
-MemoryFormat format_of(bool channels_last) {
-  return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-}
-
-Tensor empty(const Tensor& like, const Sizes& sizes, MemoryFormat format, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt, format);
-}
-
 // Whether offsets along the dimensions from `first` on are ints.
 bool is_small(const Tensor& x, int first) {
   int64_t last = 0;
@@ -852,9 +826,11 @@ std::tuple<Tensor, Tensor> conv2d_few_channels_forward(Tensor input, Tensor weig
     bias = torch::stable::contiguous(*bias);
   }
   const DeviceScope scope(input);
-  const bool last = q.images > 0 && (is_channels_last(input) || is_channels_last(weight));
-  const Tensor output = empty(input, q.result, format_of(last), input.scalar_type());
-  const Tensor argmax = pool ? empty(input, q.result, format_of(last), ScalarType::Byte)
+  MemoryFormat format = MemoryFormat::Contiguous;
+  if (q.images > 0 && (suggests_channels_last(input) || suggests_channels_last(weight)))
+    format = MemoryFormat::ChannelsLast;
+  const Tensor output = empty(input, q.result, format, input.scalar_type());
+  const Tensor argmax = pool ? empty(input, q.result, format, ScalarType::Byte)
                              : torch::stable::new_empty(input, Sizes{0}, ScalarType::Byte);
   if (output.numel() == 0) return {output, argmax};
   input = placed("input", input);
@@ -898,8 +874,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_few_channels_backward(
   const auto none = [&] { return torch::stable::new_empty(input, Sizes{0}); };
   const Sizes shape(input.sizes().begin(), input.sizes().end());
   const Tensor grad_input =
-      want_input ? empty(input, shape, format_of(is_channels_last(input)), input.scalar_type())
-                 : none();
+      want_input ? empty(input, shape, suggested_format(input), input.scalar_type()) : none();
   Tensor grad_weight = want_weight ? torch::stable::empty_like(weight) : none();
   Tensor grad_bias = want_bias ? torch::stable::new_empty(input, Sizes{q.out}) : none();
   if (q.images == 0) {
@@ -909,7 +884,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_few_channels_backward(
   }
   // The three in one layout.
   const Tensor& first = pool ? argmax : activated ? output : grad_output;
-  const MemoryFormat format = format_of(is_channels_last(first));
+  const MemoryFormat format = suggested_format(first);
   grad_output = torch::stable::contiguous(grad_output, format);
   if (activated) output = torch::stable::contiguous(output, format);
   if (pool) argmax = torch::stable::contiguous(argmax, format);
