@@ -133,25 +133,12 @@ Sizes output_sizes(const Shape& shape) { return {shape.n, shape.k, shape.p, shap
 
 // ----------------------------------------------------------------------------------------- layouts
 
-// What torch's suggest_memory_format says of an image: strides that grow from channels to columns,
-// rows and batch. Where sizes of 1 leave it open, and of an empty one, it is NCHW.
-bool suggests_channels_last(const Tensor& x) {
-  if (x.stride(1) == 0) return false;
-  int64_t least = 0;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    const int64_t size = x.size(d), stride = x.stride(d);
-    if (size == 0 || stride < least || (d == 0 && least == x.stride(1))) return false;
-    least = stride * std::max<int64_t>(size, 1);
-  }
-  return true;
-}
-
 MemoryFormat format_of(const Tensor& x) {
-  return suggests_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  return layout::suggests_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
 MemoryFormat output_format(const Tensor& input, const Tensor& weight) {
-  const bool last = suggests_channels_last(input) || suggests_channels_last(weight);
+  const bool last = layout::suggests_channels_last(input) || layout::suggests_channels_last(weight);
   return last && input.size(0) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 

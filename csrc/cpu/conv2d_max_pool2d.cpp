@@ -16,6 +16,7 @@
 #include "../check.h"
 #include "activation.h"
 #include "conv2d_few_channels.h"
+#include "layout.h"
 
 namespace dlkernels {
 namespace {
@@ -94,18 +95,6 @@ void check_argmax(const Tensor& argmax) {
   uint8_t most = 0;
   for (int64_t i = 0, n = argmax.numel(); i < n; ++i) most = std::max(most, data[i]);
   DLK_CHECK(most <= 3, kOp, ": expected argmax of at most 3, got ", int(most));
-}
-
-// torch's rule: channels last where these strides say so, of a tensor of 4 dimensions.
-bool is_channels_last(const Tensor& x) {
-  if (x.stride(1) == 0) return false;
-  int64_t least = 0;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    if (x.size(d) == 0 || x.stride(d) < least) return false;
-    if (d == 0 && least == x.stride(1)) return false;
-    least = x.stride(d) * x.size(d);
-  }
-  return true;
 }
 
 Tensor make(const Tensor& like, const Sizes& shape, ScalarType dtype, bool channels_last) {
@@ -239,8 +228,8 @@ std::tuple<Tensor, Tensor> conv2d_max_pool2d_forward(Tensor input, Tensor weight
   const Settings s{stride, padding, dilation, groups};
   check_arguments(input, weight, bias, s);
   const Activation act = parse_activation(kOp, activation);
-  const bool channels_last =
-      input.size(0) != 0 && (is_channels_last(input) || is_channels_last(weight));
+  const bool channels_last = input.size(0) != 0 && (layout::suggests_channels_last(input) ||
+                                                    layout::suggests_channels_last(weight));
   const Sizes shape = pooled_shape(input, weight, s);
   const Tensor output = make(input, shape, input.scalar_type(), channels_last);
   const Tensor argmax = make(input, shape, ScalarType::Byte, channels_last);
@@ -281,9 +270,9 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_max_pool2d_backward(
   check_argmax(places);
   const Sizes none{0};
   const Tensor grad_input = make(input, want_input ? sizes_of(input) : none, input.scalar_type(),
-                                 want_input && is_channels_last(input));
+                                 want_input && layout::suggests_channels_last(input));
   const Tensor grad_weight = make(input, want_weight ? sizes_of(weight) : none, input.scalar_type(),
-                                  want_weight && is_channels_last(weight));
+                                  want_weight && layout::suggests_channels_last(weight));
   const Tensor grad_bias =
       make(input, want_bias ? Sizes{weight.size(0)} : none, input.scalar_type(), false);
   if (takes_few_channels(weight, s, own)) {
@@ -305,14 +294,14 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_max_pool2d_backward(
   const Tensor dz = make(input,
                          {input.size(0), weight.size(0), output_side(input, weight, s, 0),
                           output_side(input, weight, s, 1)},
-                         input.scalar_type(), is_channels_last(output));
+                         input.scalar_type(), layout::suggests_channels_last(output));
   for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     unpool<decltype(tag)>(grad_output, output, places, act, dz);
   });
   auto [dx, dw, db] =
       aten_convolution_backward(dz, input, weight, s, {want_input, want_weight, want_bias});
   const auto as = [](const Tensor& gradient, const Tensor& like) {
-    return torch::stable::contiguous(gradient, is_channels_last(like)
+    return torch::stable::contiguous(gradient, layout::suggests_channels_last(like)
                                                    ? torch::headeronly::MemoryFormat::ChannelsLast
                                                    : torch::headeronly::MemoryFormat::Contiguous);
   };

@@ -1,7 +1,9 @@
-// Images between NCHW and NHWC: for each image the transpose of a matrix of channels × pixels.
+// Images in NCHW and NHWC; between the two, for each image the transpose of a matrix of channels ×
+// pixels.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -10,6 +12,22 @@
 #include "simd.h"
 
 namespace dlkernels::layout {
+
+// What torch's suggest_memory_format says of four or five dimensions: strides that grow from
+// channels to columns, rows and batch. Where sizes of 1 leave it open, and of an empty tensor, it
+// is NCHW.
+inline bool suggests_channels_last(const torch::stable::Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  if ((last != 3 && last != 4) || x.stride(1) == 0) return false;
+  int64_t least = 0;
+  for (int64_t at = 0; at <= last; ++at) {
+    const int64_t d = at == 0 ? 1 : at == last ? 0 : last + 1 - at;
+    const int64_t size = x.size(d), stride = x.stride(d);
+    if (size == 0 || stride < least || (d == 0 && least == x.stride(1))) return false;
+    least = stride * std::max<int64_t>(size, 1);
+  }
+  return true;
+}
 
 // rows × columns, at most a vector of each, from rows `pitch` apart to their transpose, through a
 // square in L1.
