@@ -144,7 +144,7 @@ struct Backward {
   bool applies = false;
   double* sums = nullptr;
   const S* grad;
-  const S* input;
+  const S* input = nullptr;   // where it is read
   const S* output = nullptr;  // of an activation
   S* grad_input = nullptr;
   S* grad_residual = nullptr;
@@ -436,7 +436,7 @@ DLK_DEVICE void add_positions(const Backward<S>& p, Walker<S, kWalk>& walker,
   for (int u = 0; u < U; ++u) {
     spot[u] = walker.next();
     g_raw[u] = load(p.grad, spot[u], walker, p.aligned);
-    x_raw[u] = load(p.input, spot[u], walker, p.aligned);
+    x_raw[u] = p.input ? load(p.input, spot[u], walker, p.aligned) : Load<S, kWalk>{};
     if (p.output) y_raw[u] = load(p.output, spot[u], walker, p.aligned);
   }
 #pragma unroll
@@ -817,8 +817,8 @@ ScalarType wide_of(const Tensor& input) {
 void check_input(const Tensor& input) {
   check_on_gpu(kOp, "input", input, input);
   check_floating(kOp, "input", input);
-  DLK_CHECK(input.dim() >= 2, kOp, ": expected input of at least 2 dimensions, got shape ",
-            shape_string(input.sizes()));
+  DLK_CHECK(input.dim() >= 2 && input.dim() <= 5, kOp,
+            ": expected input with 2 to 5 dimensions, got shape ", shape_string(input.sizes()));
 }
 
 void check_like(const char* argument, const Tensor& x, const Tensor& input) {
@@ -957,6 +957,9 @@ Made forward(const Arguments& a, const Optional& running_mean, const Optional& r
              double momentum, bool with_var) {
   a.check();
   const Tensor& input = a.input;
+  DLK_CHECK(input.numel() == 0 || input.numel() > input.size(1), kOp,
+            ": expected more than 1 value per channel when training, got input size ",
+            shape_string(input.sizes()));
   if (running_mean) check_parameter("running_mean", *running_mean, input);
   if (running_var) check_parameter("running_var", *running_var, input);
   const DeviceScope scope(input);
@@ -964,7 +967,9 @@ Made forward(const Arguments& a, const Optional& running_mean, const Optional& r
   Made made{call.made(), new_statistic(input), new_statistic(input), none_of(input)};
   if (with_var) made.var = new_statistic(input);
   if (input.numel() == 0) {
-    for (Tensor* statistic : {&made.mean, &made.rstd, &made.var}) torch::stable::zero_(*statistic);
+    torch::stable::zero_(made.mean);
+    torch::stable::fill_(made.rstd, 1 / std::sqrt(a.eps));
+    torch::stable::zero_(made.var);
     return made;
   }
   for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
@@ -1047,21 +1052,20 @@ struct Gradients {
     if (weight) check_parameter("weight", *weight, input);
     check_statistic("mean", mean, input);
     check_statistic("rstd", rstd, input);
-    if (parse_activation(kOp, activation) == Activation::kNone) return;
-    DLK_CHECK(output, kOp, ": expected the output, whose sign or value activation ", activation,
-              " needs, got none");
-    check_like("output", *output, input);
+    DLK_CHECK((parse_activation(kOp, activation) != Activation::kNone) == output.has_value(), kOp,
+              ": expected the output where there is an activation, and only there");
+    if (output) check_like("output", *output, input);
   }
 };
 
 template <typename S>
-Backward<S> backward_problem(Call& call, const Gradients& a) {
+Backward<S> backward_problem(Call& call, const Gradients& a, bool reads) {
   using T = accumulate_t<S>;
   Backward<S> p{};
   p.activation = parse_activation(kOp, a.activation);
   p.grad = call.read<S>("grad_output", a.grad_output);
-  p.input = call.read<S>("input", a.input);
-  if (p.activation != Activation::kNone) p.output = call.read<S>("output", *a.output);
+  if (reads) p.input = call.read<S>("input", a.input);
+  if (a.output) p.output = call.read<S>("output", *a.output);
   p.weight = call.parameter("weight", a.weight);
   p.mean = call.statistic<T>("mean", a.mean);
   p.rstd = call.statistic<T>("rstd", a.rstd);
@@ -1088,13 +1092,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     using T = accumulate_t<S>;
-    Backward<S> p = backward_problem<S>(call, a);
+    const bool corrected = training && want_input;
+    Backward<S> p = backward_problem<S>(call, a, corrected || want_weight);
     if (want_input) p.grad_input = call.write<S>("grad_input", grad_input);
     if (want_residual) p.grad_residual = call.write<S>("grad_residual", grad_residual);
     if (want_weight) p.sum_g_xhat = output_pointer<T>("grad_weight", grad_weight);
     if (want_bias) p.sum_g = output_pointer<T>("grad_bias", grad_bias);
     const Walk walk = call.place(p);
-    const bool corrected = training && want_input;
     const int64_t channels = p.cut.channels;
     const auto workspace = workspace_for(p, input, corrected ? 2 * channels : 0);
     if (corrected) {
@@ -1127,7 +1131,7 @@ std::tuple<Tensor, Tensor> batch_norm_reduce(Tensor grad_output, Tensor input, O
   for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     using T = accumulate_t<S>;
-    Backward<S> p = backward_problem<S>(call, a);
+    Backward<S> p = backward_problem<S>(call, a, true);
     p.sum_g = output_pointer<T>("sum_g", sum_g);
     p.sum_g_xhat = output_pointer<T>("sum_g_xhat", sum_g_xhat);
     const Walk walk = call.place(p);
@@ -1153,7 +1157,7 @@ std::tuple<Tensor, Tensor> batch_norm_gradient(Tensor grad_output, Tensor input,
   for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     using T = accumulate_t<S>;
-    Backward<S> p = backward_problem<S>(call, a);
+    Backward<S> p = backward_problem<S>(call, a, true);
     p.mean_g = call.statistic<T>("mean_g", mean_g);
     p.mean_g_xhat = call.statistic<T>("mean_g_xhat", mean_g_xhat);
     p.grad_input = call.write<S>("grad_input", grad_input);
