@@ -29,7 +29,7 @@ PATHS = {
     "odd_channels_of_several_blocks": ((9, 77), False),
     "one_column": ((300, 1), False),
     "planes": ((3, 5, 8, 8), False),
-    "planes_in_pieces": ((9, 2, 64, 64), False),
+    "planes_in_pieces": ((5, 3, 64, 64), False),
     "one_image": ((1, 12, 4, 6), False),
     "planes_3d": ((2, 3, 4, 2, 8), False),
     "cut_planes": ((3, 5, 7, 7), False),

@@ -50,7 +50,7 @@ else:
 
 # ------------------------------------------------------------------------------------------ kernels
 # Arguments that Triton would compile for anew where they are 1 or divisible by 16; what is known of
-# the latter is ALIGN, by which row_step and channel_step are divided.
+# the latter is ALIGN, by which columns, row_step and channel_step are divided.
 _NUMBERS = ["rows", "columns", "row_step", "channel_step", "channels", "groups", "tiles", "steps"]
 _NUMBERS += ["probe_1", "probe_2", "probe_step", "chunks", "trips_", "count", "eps", "momentum"]
 
@@ -73,6 +73,7 @@ def _tile(
 ):  # fmt: skip
     """Offsets and mask of tile t of a group: a block of channels, or one channel."""
     i, j = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    columns = columns * ALIGN
     if LAST:
         row = t.to(tl.int64) * ROWS + i
         column = group * BLOCK + j
@@ -308,7 +309,7 @@ class _Problem:
         self.steps = min(max(self.groups * self.tiles // _PROGRAMS, 1), _STEPS)
         self.chunks = triton.cdiv(self.tiles, self.steps)
         steps = (row_step // align, channel_step if last else channel_step // align)
-        self.geometry = (rows, columns, *steps, self.channels, self.groups, self.tiles)
+        self.geometry = (rows, columns // align, *steps, self.channels, self.groups, self.tiles)
         middle, end = (images // 2, plane // 2), (images - 1, plane - 1)
         by_image, by_pixel = self.count // images * self.channels, self.channels if last else 1
         self.probes = (
