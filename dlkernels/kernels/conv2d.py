@@ -55,21 +55,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dlkernels.kernels.common import (
     INTERPRETED,
+    SLOPE,
+    activate,
     alignment,
     check,
+    check_activation,
     check_tensor,
-    exp,
     launch,
     narrow,
     register_kernels,
-    tanh,
     trips,
     widen,
 )
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh", "sigmoid")
-_SLOPE = 0.01  # of leaky_relu: torch's default
 _LAST = torch.channels_last
 
 # ------------------------------------------------------------------------------------------ kernels
@@ -92,19 +91,6 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
     if INTERPRETED:  # its product of bfloat16 is of bits
         a, b = widen(a), widen(b)
     return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _activate(v, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "leaky_relu":
-        v = tl.where(v > 0, v, v * 0.01)
-    elif ACTIVATION == "tanh":
-        v = tanh(v)
-    elif ACTIVATION == "sigmoid":
-        v = 1.0 / (1.0 + exp(-v))
-    return v
 
 
 @triton.jit
@@ -277,7 +263,7 @@ def _tile_of(
     mask = exists[:, None] & is_column[None, :]
     if residual is not None:
         acc += widen(tl.load(residual + pointers, mask=mask, other=0.0))
-    tl.store(y + pointers, narrow(_activate(acc, ACTIVATION), dtype), mask=mask)
+    tl.store(y + pointers, narrow(activate(acc, ACTIVATION), dtype), mask=mask)
 
 
 @_jit
@@ -1109,11 +1095,6 @@ def _check_settings(op, input, weight, stride, padding, dilation, groups) -> Set
     return Settings(tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
-def _check_activation(op, activation):
-    known = f"{op}: expected activation to be one of {', '.join(_ACTIVATIONS)}"
-    check(activation in _ACTIVATIONS, f"{known}, got {activation}")
-
-
 def _check_conv(op, input, weight, bias, stride, padding, dilation, groups):
     settings = _check_settings(op, input, weight, stride, padding, dilation, groups)
     k, c = weight.shape[:2]
@@ -1154,7 +1135,7 @@ def _apply(y: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return torch.relu_(y)
     if activation == "leaky_relu":
-        return torch.nn.functional.leaky_relu_(y, _SLOPE)
+        return torch.nn.functional.leaky_relu_(y, SLOPE.value)
     if activation == "tanh":
         return torch.tanh_(y)
     return torch.sigmoid_(y) if activation == "sigmoid" else y
@@ -1165,7 +1146,7 @@ def _before_activation(d: Tensor, output: Tensor | None, activation: str) -> Ten
     if activation == "relu":
         return _aten.threshold_backward(d, output, 0)
     if activation == "leaky_relu":
-        return _aten.leaky_relu_backward(d, output, _SLOPE, True)
+        return _aten.leaky_relu_backward(d, output, SLOPE.value, True)
     if activation == "tanh":
         return _aten.tanh_backward(d, output)
     return _aten.sigmoid_backward(d, output) if activation == "sigmoid" else d
@@ -1176,7 +1157,7 @@ def _conv2d(
 ):  # fmt: skip
     op = "conv2d"
     settings, size = _check_conv(op, input, weight, bias, stride, padding, dilation, groups)
-    _check_activation(op, activation)
+    check_activation(op, activation)
     algorithm = _algorithm(input, weight, size, settings, own)
     if algorithm == _FEW:
         return _ops.conv2d_few_channels_forward(
@@ -1207,7 +1188,7 @@ def _conv2d_backward(
 ):  # fmt: skip
     op = "conv2d_backward"
     settings, size = _check_conv(op, input, weight, None, stride, padding, dilation, groups)
-    _check_activation(op, activation)
+    check_activation(op, activation)
     _check_gradient(op, grad_output, input, weight.shape[0], size)
     if activation != "none":
         check(output is not None, f"{op}: activation {activation} needs the output")
