@@ -154,8 +154,7 @@ def _statistics(
     x, partial, rows, channels,
     ALIGN: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of STEPS × ROWS rows count, mean and Σ (x - mean)², by sums about the first of them: so no
-    more is lost than the count of them is in units of the last place."""
+    """Of STEPS × ROWS rows count, mean and Σ (x - mean)², by sums about the first tile's mean."""
     channels = channels * ALIGN
     blocks = tl.cdiv(channels, BLOCK)
     part = (tl.program_id(0) // blocks).to(tl.int64)
@@ -163,14 +162,17 @@ def _statistics(
     is_channel = c < channels
     T: tl.constexpr = partial.dtype.element_ty
     begin = part * (STEPS * ROWS)
-    first = widen(tl.load(x + begin * channels + c, mask=is_channel, other=0.0))
+    row = begin + tl.arange(0, ROWS)
+    mask = (row < rows)[:, None] & is_channel[None, :]
+    z = widen(tl.load(x + row[:, None] * channels + c[None, :], mask=mask, other=0.0))
+    about = tl.sum(z, 0) / tl.minimum(rows - begin, ROWS).to(T)
     total = tl.zeros([ROWS, BLOCK], T)
     square = tl.zeros([ROWS, BLOCK], T)
     for step in range(STEPS):
         row = begin + step * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & is_channel[None, :]
         d = widen(tl.load(x + row[:, None] * channels + c[None, :], mask=mask, other=0.0))
-        d = tl.where(mask, d - first[None, :], 0.0)
+        d = tl.where(mask, d - about[None, :], 0.0)
         total += d
         square += d * d
     count = tl.minimum(rows - begin, STEPS * ROWS).to(T)
@@ -178,7 +180,7 @@ def _statistics(
     mean = off / count
     to = partial + part * (3 * channels) + c
     tl.store(to, tl.broadcast_to(count, mean.shape), mask=is_channel)
-    tl.store(to + channels, first + mean, mask=is_channel)
+    tl.store(to + channels, about + mean, mask=is_channel)
     tl.store(to + 2 * channels, tl.sum(square, 0) - off * mean, mask=is_channel)
 
 
