@@ -1,11 +1,12 @@
-// The checks of every host entry, and its switch over dtypes. A message names the op, the argument,
-// what was wanted and what was got.
+// The checks of every host entry, its switch over dtypes, and the type of its `str` arguments. A
+// message names the op, the argument, what was wanted and what was got.
 //
 // DLK_CHECK raises RuntimeError, DLK_CHECK_INDEX IndexError (std::out_of_range crosses the stable
 // ABI as that). Use them on the calling thread only: an exception that leaves a parallel region
 // loses its text.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <sstream>
@@ -90,6 +91,12 @@ inline void check_cpu(const char* op, const char* argument, const torch::stable:
   DLK_CHECK(tensor.is_cpu(), op, ": expected ", argument, " on the CPU");
 }
 
+// An argument that is `str` in the schema. As a std::string it would leak: torch's conversion, up
+// to 2.13, gives a copy of one that nobody frees.
+struct Text : std::string {
+  using std::string::string;
+};
+
 inline void check_contiguous(const char* op, const char* argument,
                              const torch::stable::Tensor& tensor) {
   DLK_CHECK(tensor.is_contiguous(), op, ": expected a contiguous ", argument, ", got strides ",
@@ -97,3 +104,17 @@ inline void check_contiguous(const char* op, const char* argument,
 }
 
 }  // namespace dlkernels
+
+template <>
+struct torch::stable::detail::ToImpl<dlkernels::Text> {
+  static dlkernels::Text call(StableIValue value, uint64_t, bool) {
+    const auto handle = to<StringHandle>(value);
+    size_t length = 0;
+    const char* data = nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    const dlkernels::Text text(data, length);
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};

@@ -6,6 +6,7 @@ Every other public name of ``torch.nn.functional`` is here too: this module can 
 import torch
 
 from dlkernels.ops import conv2d_few_channels as _  # noqa: F401  raw ops: schemas and fakes
+from dlkernels.ops.batch_norm import batch_norm
 from dlkernels.ops.conv2d import conv2d, conv_transpose2d
 from dlkernels.ops.conv2d_max_pool2d import conv2d_max_pool2d
 from dlkernels.ops.cross_entropy import cross_entropy
@@ -13,6 +14,7 @@ from dlkernels.ops.linear import linear
 from dlkernels.ops.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
+    "batch_norm",
     "conv2d",
     "conv2d_max_pool2d",
     "conv_transpose2d",

@@ -16,6 +16,7 @@ from hypothesis import assume, given
 from hypothesis import settings as drawing
 from hypothesis import strategies as st
 from layouts import every_second, expanded, offset, same_memory, sliced_columns, sliced_rows
+from memory import assert_nothing_is_kept
 from threads import (
     assert_same_for_any_number_of_threads,
     assert_same_in_a_forked_child,
@@ -659,6 +660,16 @@ def test_no_gradient_work_where_none_is_needed(own):
     names = {event.key for event in profile.key_averages()}
     assert {"dlkernels::conv2d_forward", "dlkernels::conv_transpose2d_forward"} <= names
     assert not names & {"_Conv2d", "_ConvTranspose2d"}
+
+
+def test_a_call_keeps_no_memory():
+    x, weight, bias = problem(Shape((1, 2, 3, 3), 2, THREE), torch.float32)
+    for ours in (True, False):
+        settings = [1, 1], [0, 0], [1, 1], 1, "relu", False, ours
+        output = ops.conv2d_forward(x, weight, bias, *settings)
+        gradients = output, x, weight, output, *settings, True, True, True
+        assert_nothing_is_kept(lambda: ops.conv2d_forward(x, weight, bias, *settings))  # noqa: B023
+        assert_nothing_is_kept(lambda: ops.conv2d_backward(*gradients))  # noqa: B023
 
 
 def test_raw_ops_refuse_to_be_differentiated():

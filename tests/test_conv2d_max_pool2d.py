@@ -1,6 +1,6 @@
 """conv2d_max_pool2d against torch's three: outputs, argmax, gradients, layouts, refusals, threads.
 
-In auto few channels take ours and the rest torch's convolution with our pool; "own" takes ours for
+In auto few channels take the fused kernel and the rest conv2d and torch's pool; "own" takes it for
 every count of channels.
 """
 
@@ -11,6 +11,7 @@ import torch
 from compare import assert_no_worse
 from graphs import check_second_backward
 from layouts import every_second, expanded, offset, same_memory, sliced_columns, transposed
+from memory import assert_nothing_is_kept
 from threads import (
     assert_same_for_any_number_of_threads,
     assert_same_in_a_forked_child,
@@ -178,28 +179,32 @@ def test_layouts(layout, dtype, own, poisoned):
         check(draw, padding=padding, activation="tanh")
 
 
-@pytest.mark.parametrize("channels", [5, 37], ids=["few", "many"])
 @pytest.mark.parametrize(
     "settings",
     [{"stride": 2}, {"dilation": 2}, {"groups": 2}, {"stride": (1, 2), "padding": (2, 0)}],
     ids=str,
 )
-def test_what_goes_through_torchs_convolution(settings, channels, poisoned, monkeypatch):
-    monkeypatch.setattr(contract, "_SMALL", 0)
-    dlkernels.config.kernels = "auto"
+def test_what_goes_through_conv2d(settings, own, poisoned, monkeypatch):
+    """And through torch's pool, which is said."""
     groups = settings.get("groups", 1)
-    kernel = (8, channels, 3, 3)
     for dtype, form in itertools.product(DTYPES, (same_memory, channels_last)):
 
         def draw(dtype=dtype, form=form):
-            x, weight, bias = problem((3, channels * groups, 11, 14), kernel, dtype)
+            x, weight, bias = problem((3, 5 * groups, 11, 14), (8, 5, 3, 3), dtype)
             return form(x), weight, bias
 
         check(draw, activation="relu", **settings)
-    x, weight, bias = problem((3, channels * groups, 11, 14), kernel, torch.float32)
-    dlkernels.config.kernels = "own"
-    with pytest.raises(NotImplementedError, match="torch does the convolution"):
-        conv2d_max_pool2d(x, weight, bias, **settings)
+    monkeypatch.setattr(contract, "_SMALL", 0)
+    name, value = next(iter(settings.items()))
+    for kernels, kernel in (("own", dlkernels.config.owner("cpu")), ("auto", "stock")):
+        dlkernels.config.kernels = kernels
+        with dlkernels.config.recording() as choices:
+            conv2d_max_pool2d(*draw(), **settings)
+        assert [choice[:2] for choice in choices] == [
+            ("conv2d_max_pool2d", "stock"),
+            ("conv2d", kernel),
+        ]
+        assert choices[0].reason == f"torch's max_pool2d behind conv2d: {name}={value}"
 
 
 def test_unbatched_and_padding_in_words(own, poisoned):
@@ -211,16 +216,13 @@ def test_unbatched_and_padding_in_words(own, poisoned):
 
 @pytest.mark.parametrize("channels", [3, 40])
 def test_argmax_of_ties_and_nan_is_torchs(channels):
-    """The first of equals, the last NaN; by our kernel and behind torch's convolution."""
-    dlkernels.config.kernels = "auto"
+    """The first of equals, the last NaN."""
     x = torch.randint(-1, 2, (20, channels, 9, 10)).float()
     x[torch.rand(x.shape) < 0.1] = float("nan")
     weight = torch.zeros(channels, channels, 1, 1)
     weight.flatten(1).diagonal().fill_(1)
     x[:, 1:] = 0  # a NaN would be in every output
-    output, argmax = ops.conv2d_max_pool2d_forward(
-        x, weight, None, [1, 1], [0, 0], [1, 1], 1, "none", False, False
-    )
+    output, argmax = ops.conv2d_max_pool2d_forward(x, weight, None, [0, 0], "none")
     wanted, places = F.max_pool2d(F.conv2d(x, weight), 2, return_indices=True)
     torch.testing.assert_close(output, wanted, equal_nan=True, atol=0, rtol=0)
     row, column = places // 10, places % 10
@@ -305,15 +307,10 @@ def test_gradcheck_and_gradgradcheck(activation, own):
             )
 
 
-@pytest.mark.parametrize("kernels", ["own", "auto"])
 @pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3))[:-1], ids=str)
-def test_only_the_wanted_gradients_are_kept_for(wanted, kernels, poisoned, monkeypatch):
-    """By the few channels' kernel, and behind torch's convolution (two groups)."""
-    monkeypatch.setattr(contract, "_SMALL", 0)
-    dlkernels.config.kernels = kernels
-    groups = 1 if kernels == "own" else 2
-    tensors = problem((6, 4, 20, 20), (8, 4 // groups, 5, 5), torch.float32)
-    upstream = upstream_of(tensors, groups=groups)
+def test_only_the_wanted_gradients_are_kept_for(wanted, own, poisoned):
+    tensors = problem((6, 4, 20, 20), (8, 4, 5, 5), torch.float32)
+    upstream = upstream_of(tensors)
     for activation in (None, "relu"):
 
         def run(function, activation=activation):
@@ -324,13 +321,13 @@ def test_only_the_wanted_gradients_are_kept_for(wanted, kernels, poisoned, monke
             with torch.autograd.graph.saved_tensors_hooks(
                 lambda x: kept.append(tuple(x.shape)) or x, lambda x: x
             ):
-                output = function(*leaves, groups=groups, activation=activation)
+                output = function(*leaves, activation=activation)
             leaves = [x for x in leaves if x.requires_grad]
             return torch.autograd.grad(output, leaves, upstream.float()), kept
 
         (ours, kept), (theirs, _) = run(conv2d_max_pool2d), run(stock)
         pooled = (6, 8, 8, 8)
-        shapes = ((6, 4, 20, 20), wanted[1]), ((8, 4 // groups, 5, 5), wanted[0])
+        shapes = ((6, 4, 20, 20), wanted[1]), ((8, 4, 5, 5), wanted[0])
         shapes = *shapes, (pooled, activation), (pooled, True)
         assert kept == [shape for shape, needed in shapes if needed]
         for got, want in zip(ours, theirs, strict=True):
@@ -373,11 +370,20 @@ def test_changes_in_place_are_refused_where_they_would_be_wrong(own):
             output.sum().backward()
 
 
+def test_a_call_keeps_no_memory():
+    x, weight, bias = problem((1, 2, 4, 4), (2, 2, 3, 3), torch.float32)
+    settings = [0, 0], "relu"
+    output, argmax = ops.conv2d_max_pool2d_forward(x, weight, bias, *settings)
+    gradients = output, x, weight, output, argmax, *settings, True, True, True
+    assert_nothing_is_kept(lambda: ops.conv2d_max_pool2d_forward(x, weight, bias, *settings))
+    assert_nothing_is_kept(lambda: ops.conv2d_max_pool2d_backward(*gradients))
+
+
 def test_raw_ops_refuse_to_be_differentiated():
     x, weight, bias = [
         x.requires_grad_() for x in problem((2, 3, 8, 8), (4, 3, 3, 3), torch.float32)
     ]
-    settings = [1, 1], [0, 0], [1, 1], 1, "none", False, False
+    settings = [0, 0], "none"
     output, argmax = ops.conv2d_max_pool2d_forward(x, weight, bias, *settings)
     with pytest.raises(NotImplementedError, match="raw op"):
         output.sum().backward()
@@ -392,11 +398,10 @@ def test_raw_ops_refuse_to_be_differentiated():
 # ------------------------------------------------------------------------- the rest of torch
 
 
-@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("form", [same_memory, channels_last])
-def test_opcheck(form, groups):
-    x, weight, bias = problem((3, 4, 9, 8), (6, 4 // groups, 3, 2), torch.float32)
-    settings = [1, 1], [1, 0], [1, 1], groups, "tanh", False, False
+def test_opcheck(form):
+    x, weight, bias = problem((3, 4, 9, 8), (6, 4, 3, 2), torch.float32)
+    settings = [1, 0], "tanh"
     inputs = form(x), form(weight), bias
     output, argmax = ops.conv2d_max_pool2d_forward(*inputs, *settings)
     torch.library.opcheck(ops.conv2d_max_pool2d_forward.default, (*inputs, *settings))
@@ -538,26 +543,25 @@ def test_an_unknown_activation_names_the_known():
 def test_refusals_of_raw_ops():
     """No path into a kernel is unchecked."""
     x, weight, bias = problem((2, 4, 8, 8), (6, 4, 3, 3), torch.float32)
-    ones = [1, 1], [0, 0], [1, 1], 1, "relu", False, False
+    plain = [0, 0], "relu"
     bad = {
-        "input with 4 dimensions": (x[0], weight, bias, *ones),
-        "weight with 4 dimensions": (x, weight[0], bias, *ones),
-        "weight of dtype Float, got Double": (x, weight.double(), bias, *ones),
-        "input of dtype float32": (x.int(), weight.int(), None, *ones),
-        "weight of shape .* got \\[6, 3, 3, 3\\]": (x, weight[:, :3], bias, *ones),
-        "bias of shape \\[6\\], got \\[5\\]": (x, weight, bias[:5], *ones),
-        "a kernel that fits": (x[:, :, :2], weight, bias, *ones),
-        "2 pixels to pool": (x[:, :, :3], weight, bias, *ones),
-        "stride": (x, weight, bias, [0, 1], *ones[1:]),
-        "padding": (x, weight, bias, [1, 1], [-1, 0], *ones[2:]),
-        "groups": (x, weight, bias, *ones[:3], 0, *ones[4:]),
-        "activation": (x, weight, bias, *ones[:4], "gelu", False, False),
+        "input with 4 dimensions": (x[0], weight, bias, *plain),
+        "weight with 4 dimensions": (x, weight[0], bias, *plain),
+        "weight of dtype Float, got Double": (x, weight.double(), bias, *plain),
+        "input of dtype float32": (x.int(), weight.int(), None, *plain),
+        "weight of shape .* got \\[6, 3, 3, 3\\]": (x, weight[:, :3], bias, *plain),
+        "bias of shape \\[6\\], got \\[5\\]": (x, weight, bias[:5], *plain),
+        "a kernel that fits": (x[:, :, :2], weight, bias, *plain),
+        "2 pixels to pool": (x[:, :, :3], weight, bias, *plain),
+        "padding": (x, weight, bias, [-1, 0], "relu"),
+        "padding .* got \\[0, 1099511627776\\]": (x, weight, bias, [0, 2**40], "relu"),
+        "activation": (x, weight, bias, [0, 0], "gelu"),
     }
     for message, arguments in bad.items():
         with pytest.raises(RuntimeError, match=f"conv2d_max_pool2d: expected .*{message}"):
             ops.conv2d_max_pool2d_forward(*arguments)
-    output, argmax = ops.conv2d_max_pool2d_forward(x, weight, bias, *ones)
-    good = [torch.ones_like(output), x, weight, output, argmax, *ones, True, True, True]
+    output, argmax = ops.conv2d_max_pool2d_forward(x, weight, bias, *plain)
+    good = [torch.ones_like(output), x, weight, output, argmax, *plain, True, True, True]
     ops.conv2d_max_pool2d_backward(*good)
     for at, value, message in (
         (0, output.double(), "grad_output of dtype Float, got Double"),
@@ -583,15 +587,11 @@ def test_choice():
         dlkernels.config.kernels = kernels
         with dlkernels.config.recording() as choices:
             conv2d_max_pool2d(*tensors, **keywords)
-        assert [choice.op for choice in choices] in (
-            ["conv2d_max_pool2d"],
-            ["conv2d_max_pool2d", "conv2d"],
-        )
+        assert [choice.op for choice in choices] == ["conv2d_max_pool2d"]
         return choices[0].kernel, choices[0].reason
 
     assert chosen("auto", x, weight, bias) == (ours, "few_channels")
     assert chosen("own", x[:1], weight) == (ours, "few_channels")
-    assert chosen("auto", x, weight, bias, stride=2) == ("reference", "aten")
     small = "reference", "too small for our call overhead"
     assert chosen("auto", x[:1, :, :6, :6], weight, bias) == small
     forced = "reference", "dlkernels.config.kernels is 'stock'"
@@ -707,9 +707,9 @@ def test_many_channels_are_conv2ds():
     x, weight, bias = problem((4, 64, 16, 16), (96, 64, 3, 3), torch.float32)
     with dlkernels.config.recording() as choices:
         output = conv2d_max_pool2d(x, weight, bias, padding=1, activation="relu")
-    assert [(choice.op, choice.kernel) for choice in choices] == [
-        ("conv2d", dlkernels.config.owner("cpu"))
-    ]
-    assert "forward: winograd" in choices[0].reason
+    pool, convolution = choices
+    assert pool.kernel == "stock" and "max_pool2d behind conv2d: 64 channels to 96" in pool.reason
+    assert convolution[:2] == ("conv2d", dlkernels.config.owner("cpu"))
+    assert "forward: winograd" in convolution.reason
     wanted = stock(x, weight, bias, padding=1, activation="relu")
     torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-4)

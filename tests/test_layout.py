@@ -275,6 +275,13 @@ def csrc_stands_on_the_stable_abi(root):
 
 
 @rule
+def strings_come_as_text(root):
+    """Take a `str` argument as check.h's Text: torch's conversion to std::string leaks."""
+    paths = under(root, "csrc", suffixes=[".cpp", ".cu"])
+    return matches(root, paths, re.compile(r"\bstd::string\s+\w+\s*[,)]"), code)
+
+
+@rule
 def intrinsics_stand_in_simd_h_only(root):
     """Give csrc/cpu/simd.h a function for it; no vector type or intrinsic stands elsewhere."""
     paths = under(root, "csrc", suffixes=[".h", ".cpp", ".cu", ".cuh"])
@@ -526,6 +533,8 @@ PLANTED = [
     (csrc_stands_on_the_stable_abi, "csrc/cuda/common.cuh", "#include <c10/cuda/CUDAStream.h>"),
     (csrc_stands_on_the_stable_abi, "csrc/check.h", "#include <torch/library.h>"),
     (csrc_stands_on_the_stable_abi, "csrc/check.h", "#include <Python.h>"),
+    (strings_come_as_text, "csrc/cpu/conv2d.cpp", "Tensor f(Tensor x, std::string activation) {"),
+    (strings_come_as_text, "csrc/cuda/conv2d_backward.cu", "    std::string name, bool own);"),
     (intrinsics_stand_in_simd_h_only, "csrc/cpu/conv2d.cpp", "x = _mm512_add_ps(x, y);"),
     (intrinsics_stand_in_simd_h_only, "csrc/cpu/conv2d.cpp", "__m256 x;"),
     (intrinsics_stand_in_simd_h_only, "csrc/check.h", "#include <immintrin.h>"),

@@ -18,6 +18,7 @@ from layouts import (
     sliced_rows,
     transposed,
 )
+from memory import assert_nothing_is_kept
 from threads import (
     assert_same_for_any_number_of_threads,
     assert_same_in_a_forked_child,
@@ -438,6 +439,14 @@ def test_no_gradient_work_where_none_is_needed(own):
         linear(x, weight.detach(), bias)
     names = {event.key for event in profile.key_averages()}
     assert "dlkernels::linear_forward" in names and "_Linear" not in names
+
+
+def test_a_call_keeps_no_memory():
+    x, weight, bias = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)
+    output = ops.linear_forward(x, weight, bias, "relu")
+    assert_nothing_is_kept(lambda: ops.linear_forward(x, weight, bias, "relu"))
+    wanted = True, True, True
+    assert_nothing_is_kept(lambda: ops.linear_backward(output, x, weight, output, "relu", *wanted))
 
 
 def test_raw_ops_refuse_to_be_differentiated():

@@ -7,7 +7,6 @@
 #include "conv2d.h"
 
 #include <torch/csrc/stable/c/shim.h>
-#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -36,7 +35,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
-using Sizes = std::array<int64_t, 4>;
+using layout::empty;
+using layout::empty_gradient;
+using layout::format_of;
+using layout::Sizes;
+using layout::sizes_of;
 
 constexpr const char* kConvolution = "conv2d";
 constexpr const char* kTranspose = "conv_transpose2d";
@@ -133,34 +136,6 @@ Sizes output_sizes(const Shape& shape) { return {shape.n, shape.k, shape.p, shap
 
 // ----------------------------------------------------------------------------------------- layouts
 
-// What torch's suggest_memory_format says of an image: strides that grow from channels to columns,
-// rows and batch. Where sizes of 1 leave it open, and of an empty one, it is NCHW.
-bool suggests_channels_last(const Tensor& x) {
-  if (x.stride(1) == 0) return false;
-  int64_t least = 0;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    const int64_t size = x.size(d), stride = x.stride(d);
-    if (size == 0 || stride < least || (d == 0 && least == x.stride(1))) return false;
-    least = stride * std::max<int64_t>(size, 1);
-  }
-  return true;
-}
-
-MemoryFormat format_of(const Tensor& x) {
-  return suggests_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-}
-
-MemoryFormat output_format(const Tensor& input, const Tensor& weight) {
-  const bool last = suggests_channels_last(input) || suggests_channels_last(weight);
-  return last && input.size(0) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-}
-
-Tensor empty(const Tensor& like, const Sizes& sizes, MemoryFormat format) {
-  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                              std::nullopt, format);
-}
-
 // Whether x lies without gaps in the order of dimensions `order`, the last the fastest.
 bool is_dense(const Tensor& x, const std::array<int, 4>& order) {
   int64_t wanted = 1;
@@ -180,7 +155,7 @@ const S* channels_last(const Tensor& x, Tensor& keep) {
   if (is_nhwc(x)) {
     keep = x;
   } else if (is_nchw(x)) {
-    keep = empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, MemoryFormat::ChannelsLast);
+    keep = empty(x, sizes_of(x), MemoryFormat::ChannelsLast);
     layout::transpose(static_cast<const S*>(x.const_data_ptr()),
                       static_cast<S*>(keep.mutable_data_ptr()), x.size(0), x.size(1),
                       x.size(2) * x.size(3));
@@ -293,7 +268,7 @@ struct Epilogue {
 Tensor forward(const Settings& set, const Tensor& input, const Tensor& weight, const Optional& bias,
                Activation act) {
   const Shape shape = check_arguments(set, input, weight, bias);
-  const MemoryFormat format = output_format(input, weight);
+  const MemoryFormat format = layout::output_format(input, weight);
   const Sizes sizes = set.transposed ? input_sizes(shape) : output_sizes(shape);
   if (shape.n == 0) return empty(input, sizes, format);
   const ScalarType dtype = input.scalar_type();
@@ -366,12 +341,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Settings& set, const Tensor& g
   Tensor grad_input = torch::stable::new_empty(input, none),
          grad_weight = torch::stable::new_empty(input, none),
          grad_bias = torch::stable::new_empty(input, want.bias ? Ints{sizes[1]} : none);
-  const Sizes of_input{input.size(0), input.size(1), input.size(2), input.size(3)};
-  const Sizes of_weight{weight.size(0), weight.size(1), weight.size(2), weight.size(3)};
   if (shape.n == 0) {
-    if (want.input) grad_input = empty(input, of_input, format_of(input));
+    if (want.input) grad_input = empty_gradient(input);
     if (want.weight) {
-      grad_weight = empty(input, of_weight, format_of(weight));
+      grad_weight = empty_gradient(weight);
       torch::stable::zero_(grad_weight);
     }
     torch::stable::zero_(grad_bias);
@@ -398,7 +371,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Settings& set, const Tensor& g
     if (!by_planes && (own_input || own_weight || want.bias)) d = channels_last<S>(grad, keep_grad);
     if (own_input) {
       const Epilogue<S> identity{nullptr, Activation::kNone};
-      const Result<S> result(input, of_input, format_of(input));
+      const Result<S> result(input, sizes_of(input), format_of(input));
       const auto w = weight_of<S>(weight);
       if (set.transposed)
         conv2d::forward<S>(shape, for_input, d, w, result.data(), identity);
@@ -408,7 +381,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Settings& set, const Tensor& g
     }
     if (own_weight) {
       const S* const x = channels_last<S>(input, keep_input);
-      grad_weight = empty(input, of_weight, format_of(weight));
+      grad_weight = empty_gradient(weight);
       const auto dw = weight_of<S>(grad_weight, grad_weight.mutable_data_ptr());
       conv2d::weight_gradient<S>(shape, for_weight, set.transposed ? x : d, set.transposed ? d : x,
                                  dw);
@@ -426,17 +399,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Settings& set, const Tensor& g
 }
 
 Tensor conv2d_forward(Tensor input, Tensor weight, Optional bias, Ints stride, Ints padding,
-                      Ints dilation, int64_t groups, std::string activation, bool exact, bool own) {
+                      Ints dilation, int64_t groups, Text activation, bool exact, bool own) {
   const Settings set{kConvolution, stride, padding, dilation, {0, 0}, groups, false, exact, own};
   return forward(set, input, weight, bias, parse_activation(kConvolution, activation));
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor input, Tensor weight,
                                                    Optional output, Ints stride, Ints padding,
-                                                   Ints dilation, int64_t groups,
-                                                   std::string activation, bool exact, bool own,
-                                                   bool want_input, bool want_weight,
-                                                   bool want_bias) {
+                                                   Ints dilation, int64_t groups, Text activation,
+                                                   bool exact, bool own, bool want_input,
+                                                   bool want_weight, bool want_bias) {
   const Settings set{kConvolution, stride, padding, dilation, {0, 0}, groups, false, exact, own};
   return backward(set, grad_output, input, weight, output,
                   parse_activation(kConvolution, activation), {want_input, want_weight, want_bias});
@@ -463,8 +435,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_transpose2d_backward(Tensor grad_output,
 }
 
 std::string conv2d_algorithm(Tensor input, Tensor weight, Optional bias, Ints stride, Ints padding,
-                             Ints dilation, int64_t groups, std::string activation, bool exact,
-                             bool own) {
+                             Ints dilation, int64_t groups, Text activation, bool exact, bool own) {
   const Settings set{kConvolution, stride, padding, dilation, {0, 0}, groups, false, exact, own};
   const Shape shape = check_arguments(set, input, weight, bias);
   parse_activation(kConvolution, activation);

@@ -76,7 +76,7 @@ namespace detail {
 
 // The 3×3 weight as float in order of k, c, r, s: itself, or a copy that `keep` holds.
 template <typename S>
-const float* as_float(const Shape& shape, const Weight<const S>& w, Aligned<float>& keep) {
+const float* as_float(const Shape& shape, const Weight<const S>& w, const Aligned<float>& keep) {
   if constexpr (std::is_same_v<S, float>)
     if (w.stride[0] == shape.c * 9 && w.stride[1] == 9 && w.stride[2] == 3 && w.stride[3] == 1)
       return w.data;
@@ -94,20 +94,45 @@ constexpr bool has_winograd = !std::is_same_v<S, double>;
 
 }  // namespace detail
 
+// By Winograd, of sources in place of x and dy: see conv2d_winograd.h.
+template <typename S, typename Source, typename Epilogue>
+void winograd_forward(const Shape& shape, const Source& x, Weight<const S> w, S* y,
+                      const Epilogue& epilogue) {
+  const Aligned<float> keep(shape.k * shape.c * 9);
+  const winograd::Filters filters{detail::as_float(shape, w, keep), shape.c, shape.k, false};
+  winograd::Correlation<Source, S, Epilogue>{
+      x, shape.n, shape.h, shape.w, filters, {shape.padding[0], shape.padding[1]},
+      y, shape.p, shape.q, epilogue}
+      .run();
+}
+
+template <typename S, typename Source, typename Epilogue>
+void winograd_input_gradient(const Shape& shape, const Source& dy, Weight<const S> w, S* dx,
+                             const Epilogue& epilogue) {
+  const Aligned<float> keep(shape.k * shape.c * 9);
+  const winograd::Filters filters{detail::as_float(shape, w, keep), shape.k, shape.c, true};
+  winograd::Correlation<Source, S, Epilogue>{
+      dy, shape.n, shape.p, shape.q, filters, {2 - shape.padding[0], 2 - shape.padding[1]},
+      dx, shape.h, shape.w, epilogue}
+      .run();
+}
+
+template <typename S, typename Y, typename X>
+void winograd_weight_gradient(const Shape& shape, const Y& dy, const X& x, Weight<S> dw) {
+  winograd::WeightGradient<X, Y, S>{
+      x,  shape.n, shape.h, shape.w, shape.c, {shape.padding[0], shape.padding[1]},
+      dy, shape.p, shape.q, shape.k, dw}
+      .run();
+}
+
 // y = epilogue(conv(x, w)); epilogue(value, channel, lanes) takes vectors of channels.
 template <typename S, typename Epilogue>
 void forward(const Shape& shape, Algorithm algorithm, const S* x, Weight<const S> w, S* y,
              const Epilogue& epilogue) {
   if (algorithm == Algorithm::kDepthwise) return depthwise::forward(shape, x, w, y, epilogue);
   if constexpr (detail::has_winograd<S>)
-    if (algorithm == Algorithm::kWinograd) {
-      Aligned<float> keep(shape.k * shape.c * 9);
-      const winograd::Filters filters{detail::as_float(shape, w, keep), shape.c, shape.k, false};
-      return winograd::Correlation<S, Epilogue>{
-          x, shape.n, shape.h, shape.w, filters, {shape.padding[0], shape.padding[1]},
-          y, shape.p, shape.q, epilogue}
-          .run();
-    }
+    if (algorithm == Algorithm::kWinograd)
+      return winograd_forward(shape, winograd::Pixels<S>{x, shape.c}, w, y, epilogue);
   direct_forward(shape, x, w, y, epilogue);
 }
 
@@ -118,14 +143,8 @@ void input_gradient(const Shape& shape, Algorithm algorithm, const S* dy, Weight
   if (algorithm == Algorithm::kDepthwise)
     return depthwise::input_gradient(shape, dy, w, dx, epilogue);
   if constexpr (detail::has_winograd<S>)
-    if (algorithm == Algorithm::kWinograd) {
-      Aligned<float> keep(shape.k * shape.c * 9);
-      const winograd::Filters filters{detail::as_float(shape, w, keep), shape.k, shape.c, true};
-      return winograd::Correlation<S, Epilogue>{
-          dy, shape.n, shape.p, shape.q, filters, {2 - shape.padding[0], 2 - shape.padding[1]},
-          dx, shape.h, shape.w, epilogue}
-          .run();
-    }
+    if (algorithm == Algorithm::kWinograd)
+      return winograd_input_gradient(shape, winograd::Pixels<S>{dy, shape.k}, w, dx, epilogue);
   direct_input_gradient(shape, dy, w, dx, epilogue);
 }
 
@@ -135,10 +154,8 @@ void weight_gradient(const Shape& shape, Algorithm algorithm, const S* dy, const
   if (algorithm == Algorithm::kDepthwise) return depthwise::weight_gradient(shape, dy, x, dw);
   if constexpr (detail::has_winograd<S>)
     if (algorithm == Algorithm::kWinograd)
-      return winograd::WeightGradient<S>{
-          x,  shape.n, shape.h, shape.w, shape.c, {shape.padding[0], shape.padding[1]},
-          dy, shape.p, shape.q, shape.k, dw}
-          .run();
+      return winograd_weight_gradient(shape, winograd::Pixels<S>{dy, shape.k},
+                                      winograd::Pixels<S>{x, shape.c}, dw);
   direct_weight_gradient(shape, dy, x, dw);
 }
 

@@ -155,74 +155,84 @@ struct Tiles {
         count(n * rows * columns) {}
 };
 
-// size × size pixels of an image stack, from `row`, `column` on, zeros beyond the image's edges.
-template <typename S>
+// size × size pixels of an image stack, zeros beyond the image's edges.
 struct Window {
-  const S* corner;  // of (row, column), though it may not be there
-  int64_t row_stride, column_stride;
+  int64_t pixel;           // of its corner, though it may not be there
   int64_t y0, y1, x0, x1;  // what is there: [y0, y1) × [x0, x1) of the window
+  bool whole;
 
-  Window(const S* image, int64_t height, int64_t width, int64_t channels, int64_t row,
-         int64_t column, int64_t size)
-      : corner(image + (row * width + column) * channels),
-        row_stride(width * channels),
-        column_stride(channels),
+  Window(int64_t image, int64_t height, int64_t width, int64_t row, int64_t column, int64_t size)
+      : pixel(image * height * width + row * width + column),
         y0(std::max<int64_t>(0, -row)),
         y1(std::min(size, height - row)),
         x0(std::max<int64_t>(0, -column)),
         x1(std::min(size, width - column)),
         whole(y0 == 0 && x0 == 0 && y1 == size && x1 == size) {}
   bool has(int64_t y, int64_t x) const { return y >= y0 && y < y1 && x >= x0 && x < x1; }
-  // What the window below has and this one has not, for the columns that no neighbour asks for.
-  // Beyond the image's last row lies the next image.
-  void prefetch_below(int64_t size, int64_t c) const {
-    for (int64_t y = size; y < size + kTile; ++y)
-      for (int64_t x = 1; x <= kTile; ++x)
-        __builtin_prefetch(corner + y * row_stride + x * column_stride + c, 0, 2);
+};
+
+// What a transform reads: the pixels of an image stack as they are. Other sources make what they
+// give from several stacks: at() for a window's corner and a vector of channels, whose (i, j) is
+// the pixel so many rows and columns on.
+template <typename S>
+struct Pixels {
+  using Element = S;
+  const S* data;
+  int64_t channels;
+
+  struct At {
+    const S* corner;
+    int64_t row, column, lanes;
+    V operator()(int i, int j) const { return load(corner + i * row + j * column); }
+    V first(int i, int j) const { return load(corner + i * row + j * column, lanes); }
+    V or_zero(bool there, int i, int j) const {
+      static constexpr S kZeros[kLanes] = {};
+      return load(there ? corner + i * row + j * column : kZeros);
+    }
+  };
+  At at(int64_t pixel, int64_t width, int64_t c, int64_t lanes) const {
+    return {data + pixel * channels + c, width * channels, channels, lanes};
   }
-  bool whole;
+  void prefetch(int64_t pixel, int64_t c) const {
+    __builtin_prefetch(data + pixel * channels + c, 0, 2);
+  }
 };
 
 // The points of a window's channels [c, c + lanes): point i·6 + j goes to to + (i·6 + j)·stride.
-template <typename Transform, typename S>
-inline void transform_window(const Window<S>& window, int64_t c, int64_t lanes, float* to,
-                             int64_t stride) {
-  static constexpr S kZeros[kLanes] = {};
+template <typename Transform, typename Source>
+inline void transform_window(const Source& source, const Window& window, int64_t width, int64_t c,
+                             int64_t lanes, float* to, int64_t stride) {
   const auto put = [&](int i, int j, V value) {
     float* const at = to + (i * kPatch + j) * stride;
     __builtin_prefetch(at + 4 * kLanes, 1, 3);
     store(at, value);
   };
-  const S* const from = window.corner + c;
-  const int64_t dy = window.row_stride, dx = window.column_stride;
-  const auto place = [&](int i, int j) {
-    return window.has(i, j) ? from + i * dy + j * dx : kZeros;
-  };
+  const auto at = source.at(window.pixel, width, c, lanes);
   if (lanes < kLanes)
-    both_ways<Transform>([&](int i, int j) { return load(place(i, j), lanes); }, put);
+    both_ways<Transform>([&](int i, int j) { return window.has(i, j) ? at.first(i, j) : V(0.0f); },
+                         put);
   else if (!window.whole)
-    both_ways<Transform>([&](int i, int j) { return load(place(i, j)); }, put);
+    both_ways<Transform>([&](int i, int j) { return at.or_zero(window.has(i, j), i, j); }, put);
   else
-    both_ways<Transform>([&](int i, int j) { return load(from + i * dy + j * dx); }, put);
+    both_ways<Transform>([&](int i, int j) { return at(i, j); }, put);
 }
 
 // V of tiles [t0, t0 + tiles) of an image stack whose first tile's window begins at (row0,
 // column0).
-template <typename Transform, typename S>
-void transform_tiles(const S* x, int64_t height, int64_t width, int64_t channels, const Tiles& grid,
-                     int64_t row0, int64_t column0, int64_t t0, int64_t tiles, int64_t pitch,
-                     float* to) {
-  const int64_t image = height * width * channels;
-  const auto window_of = [&](int64_t t) {
-    const int64_t column = t % grid.columns, row = t / grid.columns % grid.rows;
-    return Window<S>(x + t / (grid.columns * grid.rows) * image, height, width, channels,
-                     row * kTile + row0, column * kTile + column0, Transform::in);
-  };
+template <typename Transform, typename Source>
+void transform_tiles(const Source& source, int64_t height, int64_t width, int64_t channels,
+                     const Tiles& grid, int64_t row0, int64_t column0, int64_t t0, int64_t tiles,
+                     int64_t pitch, float* to) {
   for (int64_t t = 0; t < tiles; ++t) {
-    const Window<S> window = window_of(t0 + t);
+    const int64_t at = t0 + t, column = at % grid.columns, row = at / grid.columns % grid.rows;
+    const Window window(at / (grid.columns * grid.rows), height, width, row * kTile + row0,
+                        column * kTile + column0, Transform::in);
     for (int64_t c = 0; c < channels; c += kLanes) {
-      window.prefetch_below(Transform::in, c);
-      transform_window<Transform>(window, c, std::min(kLanes, channels - c),
+      // What the window below has and this one has not, for the columns that no neighbour asks for.
+      // Beyond the image's last row lies the next image.
+      for (int64_t y = Transform::in; y < Transform::in + kTile; ++y)
+        for (int64_t x = 1; x <= kTile; ++x) source.prefetch(window.pixel + y * width + x, c);
+      transform_window<Transform>(source, window, width, c, std::min(kLanes, channels - c),
                                   to + (c / kLanes * kPoints * pitch + t) * kLanes, pitch * kLanes);
     }
   }
@@ -278,6 +288,36 @@ inline int64_t point_stride(int64_t channels) { return channels * kPanel + kLane
 
 // ---------------------------------------------------------------------------------------- products
 
+// An epilogue is called with (value, channel, lanes), or has tile(t, channel, lanes) instead: an
+// object for a vector of channels of tile t that is called with (value, pixel) for each of its
+// pixels, and then finishes. A thread has kTogether tiles, from a multiple of that on, in turn.
+constexpr int64_t kTogether = 4;
+
+template <typename Epilogue, typename = void>
+constexpr bool has_tiles = false;
+template <typename Epilogue>
+constexpr bool has_tiles<Epilogue, std::void_t<decltype(&Epilogue::tile)>> = true;
+
+template <typename Epilogue>
+auto tile_of(const Epilogue& epilogue, int64_t t, int64_t channel, int64_t lanes) {
+  if constexpr (has_tiles<Epilogue>)
+    return epilogue.tile(t, channel, lanes);
+  else
+    return
+        [&epilogue, channel, lanes](V value, int64_t) { return epilogue(value, channel, lanes); };
+}
+
+// How tiles are cut into parts.
+struct Parts {
+  int64_t count, tiles, most;
+  Parts(int64_t tiles, int64_t wanted, int64_t multiple)
+      : count(gemm::round_up((tiles + wanted - 1) / wanted, multiple)), tiles(tiles) {
+    most = ((units() + count - 1) / count) * kTogether;
+  }
+  int64_t units() const { return (tiles + kTogether - 1) / kTogether; }
+  int64_t begin(int64_t part) const { return std::min(tiles, part * units() / count * kTogether); }
+};
+
 // Y of tiles [t0, t0 + tiles) and channels [o, o + kPanel) from M.
 template <typename S, typename Epilogue>
 void write_tiles(const float* m, int64_t m_stride, S* y, int64_t height, int64_t width,
@@ -286,8 +326,8 @@ void write_tiles(const float* m, int64_t m_stride, S* y, int64_t height, int64_t
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t at = t0 + t, column = at % grid.columns * kTile,
                   row = at / grid.columns % grid.rows * kTile;
-    S* const corner =
-        y + ((at / (grid.columns * grid.rows) * height + row) * width + column) * channels;
+    const int64_t pixel = (at / (grid.columns * grid.rows) * height + row) * width + column;
+    S* const corner = y + pixel * channels;
     const int64_t rows = std::min(kTile, height - row), columns = std::min(kTile, width - column);
     for (int64_t v = 0; v < kPanel && o + v < channels; v += kLanes) {
       for (int64_t i = kTile; i < 2 * kTile; ++i)  // of the tile below, to be written
@@ -295,24 +335,26 @@ void write_tiles(const float* m, int64_t m_stride, S* y, int64_t height, int64_t
           __builtin_prefetch(corner + (i * width + j) * channels + o + v, 1, 2);
       const float* const from = m + t * kPanel + v;
       const int64_t lanes = std::min(kLanes, channels - o - v);
+      auto of_tile = tile_of(epilogue, at, o + v, lanes);
       both_ways<TileOfPoints>(
           [&](int i, int j) { return load(from + (i * kPatch + j) * m_stride); },
           [&](int i, int j, V value) {
-            if (i < rows && j < columns)
-              store(corner + (i * width + j) * channels + o + v, epilogue(value, o + v, lanes),
-                    lanes);
+            if (i >= rows || j >= columns) return;
+            const int64_t place = pixel + i * width + j;
+            store(y + place * channels + o + v, of_tile(value, place), lanes);
           });
+      if constexpr (has_tiles<Epilogue>) of_tile.finish();
     }
   }
 }
 
 // ------------------------------------------------------------------------------------------- whole
 
-// x (n × height × width × inputs) → y (n × rows × columns × outputs), the window of whose first
-// tile begins at −padding.
-template <typename S, typename Epilogue>
+// A source of n × height × width × inputs → y (n × rows × columns × outputs), the window of whose
+// first tile begins at −padding.
+template <typename Source, typename S, typename Epilogue>
 struct Correlation {
-  const S* x;
+  Source x;
   int64_t n, height, width;
   Filters filters;
   int64_t padding[2];
@@ -346,8 +388,8 @@ struct Correlation {
     const int64_t fit = kBytes / (kPoints * (blocks * kLanes + kPanel) * int64_t(sizeof(float)));
     const int64_t most =
         std::clamp<int64_t>(fit / gemm::kRows * gemm::kRows, gemm::kRows, 4 * gemm::kRows);
-    const int64_t parts = gemm::round_up((grid.count + most - 1) / most, threads);
-    const int64_t pitch = ((grid.count + parts - 1) / parts) | 1;
+    const Parts parts(grid.count, most, threads);
+    const int64_t pitch = parts.most | 1;
     const int64_t u_stride = point_stride(inputs), u_size = kPoints * u_stride;
     const int64_t v_size = blocks * kPoints * pitch * kLanes;
     const int64_t m_stride = pitch * kPanel, m_size = kPoints * m_stride;
@@ -359,12 +401,11 @@ struct Correlation {
         filters.transform(panel * kPanel, 0, inputs, u + panel * u_size, u_stride);
     });
     std::atomic<int64_t> callers{0};
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
       float* const v = u + panels * u_size + callers.fetch_add(1) * (v_size + m_size);
       float* const m = v + v_size;
       for (int64_t part = begin; part < end; ++part) {
-        const int64_t t0 = part * grid.count / parts;
-        const int64_t tiles = (part + 1) * grid.count / parts - t0;
+        const int64_t t0 = parts.begin(part), tiles = parts.begin(part + 1) - t0;
         if (tiles == 0) continue;
         transform_tiles<PatchPoints>(x, height, width, inputs, grid, -padding[0], -padding[1], t0,
                                      tiles, pitch, v);
@@ -380,10 +421,10 @@ struct Correlation {
   void by_panels() const {
     constexpr int64_t kTiles = 96, kChannels = 64;  // M, and U of so many channels, stay in L2
     static_assert(kChannels % kLanes == 0);
-    const int64_t parts = (grid.count + kTiles - 1) / kTiles;
+    const Parts parts(grid.count, kTiles, 1);
     const int64_t pitch = grid.count | 1, u_stride = point_stride(kChannels);
     const int64_t v_size = blocks * kPoints * pitch * kLanes, u_size = kPoints * u_stride;
-    const int64_t m_stride = ((grid.count + parts - 1) / parts | 1) * kPanel;
+    const int64_t m_stride = (parts.most | 1) * kPanel;
     const int64_t m_size = kPoints * m_stride;
     const Aligned<float> memory(v_size + threads * (u_size + m_size));
     float* const v = memory.get();
@@ -397,9 +438,8 @@ struct Correlation {
       float* const u = v + v_size + callers.fetch_add(1) * (u_size + m_size);
       float* const m = u + u_size;
       for (int64_t panel = begin; panel < end; ++panel)
-        for (int64_t part = 0; part < parts; ++part) {
-          const int64_t t0 = part * grid.count / parts;
-          const int64_t tiles = (part + 1) * grid.count / parts - t0;
+        for (int64_t part = 0; part < parts.count; ++part) {
+          const int64_t t0 = parts.begin(part), tiles = parts.begin(part + 1) - t0;
           for (int64_t c = 0; c < inputs; c += kChannels) {
             const int64_t channels = std::min(kChannels, inputs - c);
             filters.transform(panel * kPanel, c, c + channels, u, u_stride);
@@ -450,12 +490,12 @@ inline void add_outer_products(const float* a, const float* b, int64_t b_step, i
 // takes whole groups: what it transforms nobody else reads. Otherwise, or with more threads than
 // groups, threads share the tiles of a chunk for the transforms, then parts of dU for the products.
 // Either way a sum runs over the same tiles in the same order.
-template <typename S>
+template <typename X, typename Y, typename S>
 struct WeightGradient {
-  const S* x;
+  X x;
   int64_t n, height, width, inputs;
   int64_t padding[2];
-  const S* dy;
+  Y dy;
   int64_t rows, columns, outputs;
   Weight<S> dw;
 
@@ -602,9 +642,9 @@ struct WeightGradient {
 };
 
 // One point of a block of dU += dY's points · V.
-template <typename S>
-void WeightGradient<S>::Points::multiply(int64_t tiles, int64_t point, const Block& block,
-                                         bool first, float* to) const {
+template <typename X, typename Y, typename S>
+void WeightGradient<X, Y, S>::Points::multiply(int64_t tiles, int64_t point, const Block& block,
+                                               bool first, float* to) const {
   constexpr int kHeight = kLanes / 2;
   const int64_t piece = pitch * kLanes, step = kPoints * piece, row = block.pitch();
   for (int64_t t = 0; t < tiles; t += kDepth, first = false) {

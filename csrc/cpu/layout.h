@@ -1,15 +1,64 @@
-// Images between NCHW and NHWC: for each image the transpose of a matrix of channels × pixels.
+// Memory formats of images, and images between NCHW and NHWC: for each image the transpose of a
+// matrix of channels × pixels.
 #pragma once
 
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 
 #include "simd.h"
 
 namespace dlkernels::layout {
+
+using torch::headeronly::MemoryFormat;
+using torch::stable::Tensor;
+using Sizes = std::array<int64_t, 4>;
+
+inline Sizes sizes_of(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
+
+// What torch's suggest_memory_format says of four or five dimensions: strides that grow from
+// channels to columns, rows and batch. Where sizes of 1 leave it open, and of an empty tensor, it
+// is NCHW.
+inline bool suggests_channels_last(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  if ((last != 3 && last != 4) || x.stride(1) == 0) return false;
+  int64_t least = 0;
+  for (int64_t at = 0; at <= last; ++at) {
+    const int64_t d = at == 0 ? 1 : at == last ? 0 : last + 1 - at;
+    const int64_t size = x.size(d), stride = x.stride(d);
+    if (size == 0 || stride < least || (d == 0 && least == x.stride(1))) return false;
+    least = stride * std::max<int64_t>(size, 1);
+  }
+  return true;
+}
+
+// Of the gradient of x.
+inline MemoryFormat format_of(const Tensor& x) {
+  return suggests_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+// Of a convolution's output.
+inline MemoryFormat output_format(const Tensor& input, const Tensor& weight) {
+  const bool last = suggests_channels_last(input) || suggests_channels_last(weight);
+  return last && input.size(0) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+inline Tensor empty(const Sizes& sizes, torch::headeronly::ScalarType dtype, MemoryFormat format) {
+  return torch::stable::empty(sizes, dtype, std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                              std::nullopt, format);
+}
+inline Tensor empty(const Tensor& like, const Sizes& sizes, MemoryFormat format) {
+  return empty(sizes, like.scalar_type(), format);
+}
+// For the gradient of x.
+inline Tensor empty_gradient(const Tensor& x) { return empty(x, sizes_of(x), format_of(x)); }
 
 // rows × columns, at most a vector of each, from rows `pitch` apart to their transpose, through a
 // square in L1.

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -85,7 +84,7 @@ std::vector<int64_t> output_shape(const Tensor& input, const Tensor& weight) {
 
 // ------------------------------------------------------------------------------------ host entries
 
-Tensor linear_forward(Tensor input, Tensor weight, Optional bias, std::string activation) {
+Tensor linear_forward(Tensor input, Tensor weight, Optional bias, Text activation) {
   check_arguments(input, weight, bias);
   const Activation act = parse_activation(kOp, activation);
   const Tensor output = torch::stable::new_empty(input, output_shape(input, weight));
@@ -126,7 +125,7 @@ Tensor before_activation(const Tensor& grad_output, const Tensor& output, Activa
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor input, Tensor weight,
-                                                   Optional output, std::string activation,
+                                                   Optional output, Text activation,
                                                    bool want_input, bool want_weight,
                                                    bool want_bias) {
   check_arguments(input, weight, std::nullopt);

@@ -1,5 +1,6 @@
-// The stages of the residual block between which its batch norms' statistics are known: see
-// ops/residual_block.py. Convolutions are conv2d's, by its own choice; images are dense NHWC.
+// The stages of the residual block: see ops/residual_block.py. Images are dense NHWC. A convolution
+// is by the algorithm that conv2d takes for it. Winograd's read and write what lies around them;
+// beside the others, it is a pass over memory of its own.
 #include "residual_block.h"
 
 #include <torch/csrc/stable/c/shim.h>
@@ -17,6 +18,7 @@
 
 #include "../check.h"
 #include "activation.h"
+#include "conv2d.h"
 #include "memory.h"
 
 namespace dlkernels {
@@ -27,6 +29,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
+using conv2d::Direction;
+using conv2d::Shape;
 
 constexpr const char* kOp = "residual_block";
 
@@ -70,12 +74,13 @@ Tensor channels_last(const Tensor& x) {
   return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
 }
 
+Tensor empty_image(const Tensor& like, const Ints& sizes) {
+  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                              std::nullopt, MemoryFormat::ChannelsLast);
+}
 Tensor empty_image(const Tensor& like) {
-  const Tensor made = torch::stable::empty(
-      Ints{like.size(0), like.size(1), like.size(2), like.size(3)}, like.scalar_type(),
-      std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU), std::nullopt,
-      MemoryFormat::ChannelsLast);
-  return made;
+  return empty_image(like, {like.size(0), like.size(1), like.size(2), like.size(3)});
 }
 
 Tensor empty_sums(const Tensor& image, int64_t channels) {
@@ -106,6 +111,52 @@ struct Settings {
   bool exact, own;
 };
 
+// The geometry of a convolution.
+Shape check_convolution(const Settings& set, const Tensor& input, const Tensor& weight) {
+  check_image("weight", weight);
+  check_dtype(kOp, "weight", weight, input.scalar_type());
+  for (const Ints* pair : {&set.stride, &set.padding, &set.dilation})
+    DLK_CHECK(pair->size() == 2, kOp, ": expected pairs of stride, padding and dilation, got ",
+              shape_string(*pair));
+  DLK_CHECK(set.groups >= 1 && weight.size(1) * set.groups == input.size(1), kOp,
+            ": expected input with ", weight.size(1) * set.groups, " channels for weight of shape ",
+            shape_string(weight.sizes()), " and ", set.groups, " groups, got shape ",
+            shape_string(input.sizes()));
+  Shape shape{};
+  shape.n = input.size(0), shape.c = input.size(1), shape.h = input.size(2);
+  shape.w = input.size(3), shape.k = weight.size(0), shape.r = weight.size(2);
+  shape.s = weight.size(3), shape.groups = set.groups;
+  int64_t sizes[2];
+  for (int d = 0; d < 2; ++d) {
+    const int64_t step = set.stride[size_t(d)], around = set.padding[size_t(d)],
+                  apart = set.dilation[size_t(d)];
+    DLK_CHECK(step >= 1 && around >= 0 && apart >= 1, kOp,
+              ": expected stride and dilation of at least 1 and padding of at least 0, got ", step,
+              ", ", apart, " and ", around);
+    shape.stride[d] = step, shape.padding[d] = around, shape.dilation[d] = apart;
+    const int64_t room = input.size(2 + d) + 2 * around - apart * (weight.size(2 + d) - 1) - 1;
+    DLK_CHECK(room >= 0, kOp, ": expected a larger input than ", shape_string(input.sizes()),
+              " for weight of shape ", shape_string(weight.sizes()));
+    sizes[d] = room / step + 1;
+  }
+  shape.p = sizes[0], shape.q = sizes[1];
+  return shape;
+}
+
+template <typename S>
+constexpr bool kHasWinograd = conv2d::detail::has_winograd<S>;
+
+bool is_winograd(const Settings& set, const Shape& shape, const Tensor& x, Direction direction) {
+  return conv2d::choose(shape, x.scalar_type(), direction, set.exact, set.own) ==
+         conv2d::Algorithm::kWinograd;
+}
+
+template <typename S, typename Pointer>
+conv2d::Weight<S> weight_of(const Tensor& weight, Pointer data) {
+  return {static_cast<S*>(data),
+          {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}};
+}
+
 Tensor convolve(const Tensor& input, const Tensor& weight, const Optional& bias,
                 const Settings& set) {
   using torch::stable::detail::from;
@@ -135,54 +186,24 @@ std::array<Tensor, 2> convolution_gradients(const Tensor& grad, const Tensor& in
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
-// -------------------------------------------------------------------------------------------
-// stages
+// ------------------------------------------------------------------------------------------ passes
 
 // relu(scale·x + shift).
 template <typename S>
 Tensor normalised(const Tensor& x, const Tensor& scale, const Tensor& shift) {
   using T = accumulate_t<S>;
-  using V = Vec<T>;
   const Tensor result = empty_image(x);
   const int64_t channels = x.size(1);
   const S* const from = data_of<S>(x);
   S* const to = to_write<S>(result);
-  const T *const s = data_of<T>(scale), *const t = data_of<T>(shift);
-  residual_block::for_vectors<T>(
-      x.numel() / channels, channels, [=](int64_t row, int64_t c, int64_t lanes) {
-        const int64_t at = row * channels + c;
-        const V v = fma(load(s + c, lanes), load(from + at, lanes), load(t + c, lanes));
-        store(to + at, activate(Activation::kRelu, v), lanes);
-      });
+  const residual_block::Normalise<T> normalise{data_of<T>(scale), data_of<T>(shift)};
+  residual_block::for_vectors<T>(x.numel() / channels, channels,
+                                 [=](int64_t row, int64_t c, int64_t lanes) {
+                                   const int64_t at = row * channels + c;
+                                   const Vec<T> y = load(from + at, lanes);
+                                   store(to + at, normalise.at(c, lanes)(y), lanes);
+                                 });
   return result;
-}
-
-std::tuple<Tensor, Tensor, Tensor> convolution(Tensor input, Optional scale, Optional shift,
-                                               Tensor weight, Optional bias, Optional about,
-                                               Ints stride, Ints padding, Ints dilation,
-                                               int64_t groups, bool statistics, bool exact,
-                                               bool own) {
-  check_image("input", input);
-  check_floating(kOp, "input", input);
-  DLK_CHECK(scale.has_value() == shift.has_value(), kOp, ": expected scale and shift, or neither");
-  if (scale) {
-    check_channels("scale", *scale, input);
-    check_channels("shift", *shift, input);
-  }
-  const Settings set{stride, padding, dilation, groups, exact, own};
-  Tensor x = channels_last(input);
-  Tensor output, mean = empty_sums(x, statistics ? weight.size(0) : 0),
-                 var = empty_sums(x, statistics ? weight.size(0) : 0);
-  for_dtype<bf16, f16>(x.scalar_type(), [&](auto tag) {
-    using S = decltype(tag);
-    using T = accumulate_t<S>;
-    if (scale) x = normalised<S>(x, *scale, *shift);
-    output = channels_last(convolve(x, weight, bias, set));
-    if (statistics)
-      residual_block::statistics<S>(data_of<S>(output), output.numel() / output.size(1),
-                                    output.size(1), to_write<T>(mean), to_write<T>(var));
-  });
-  return {output, mean, var};
 }
 
 // A vector of parameters of any dtype, as double; `otherwise` where there is none.
@@ -199,6 +220,78 @@ std::vector<double> numbers(const char* argument, const Optional& x, int64_t cou
       result[size_t(c)] = double(widen(data_of<S>(*x)[c * x->stride(0)]));
   });
   return result;
+}
+
+// The same as T; zeros where there is none.
+template <typename T>
+std::vector<T> numbers_as(const char* argument, const Optional& x, int64_t count) {
+  const std::vector<double> values = numbers(argument, x, count, 0);
+  return {values.begin(), values.end()};
+}
+
+// ----------------------------------------------------------------------------------------- forward
+
+std::tuple<Tensor, Tensor, Tensor> convolution(Tensor input, Optional scale, Optional shift,
+                                               Tensor weight, Optional bias, Optional about,
+                                               Ints stride, Ints padding, Ints dilation,
+                                               int64_t groups, bool statistics, bool exact,
+                                               bool own) {
+  check_image("input", input);
+  check_floating(kOp, "input", input);
+  DLK_CHECK(scale.has_value() == shift.has_value(), kOp, ": expected scale and shift, or neither");
+  if (scale) {
+    check_channels("scale", *scale, input);
+    check_channels("shift", *shift, input);
+  }
+  const Settings set{stride, padding, dilation, groups, exact, own};
+  const Shape shape = check_convolution(set, input, weight);
+  const Tensor x = channels_last(input);
+  Tensor output;
+  const Tensor mean = empty_sums(x, statistics ? shape.k : 0),
+               var = empty_sums(x, statistics ? shape.k : 0);
+  for_dtype<bf16, f16>(x.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    using T = accumulate_t<S>;
+    const std::vector<T> centre = numbers_as<T>("about", about, shape.k),
+                         added = numbers_as<T>("bias", bias, shape.k);
+    T *const to_mean = static_cast<T*>(mean.mutable_data_ptr()), *const to_var = static_cast<T*>(
+                                                                     var.mutable_data_ptr());
+    const int64_t rows = shape.pixels();
+    bool near = true;
+    if (is_winograd(set, shape, x, Direction::kForward)) {
+      if constexpr (kHasWinograd<S>) {
+        output = empty_image(x, {shape.n, shape.k, shape.p, shape.q});
+        S* const y = to_write<S>(output);
+        const auto run = [&](const auto& epilogue) {
+          const conv2d::winograd::Pixels<S> pixels{data_of<S>(x), shape.c};
+          const auto w = weight_of<const S>(weight, weight.const_data_ptr());
+          if (!scale) return conv2d::winograd_forward(shape, pixels, w, y, epilogue);
+          const residual_block::NormalisedPixels<S> z{
+              pixels, {data_of<float>(*scale), data_of<float>(*shift)}};
+          conv2d::winograd_forward(shape, z, w, y, epilogue);
+        };
+        if (!statistics)
+          return run([&](Vec<float> value, int64_t c, int64_t lanes) {
+            return value + load(added.data() + c, lanes);
+          });
+        const int64_t tiles = conv2d::winograd::Tiles(shape.n, shape.p, shape.q).count;
+        const residual_block::TileSums sums(tiles, shape.k);
+        run(residual_block::WithStatistics{sums, added.data(), centre.data()});
+        std::vector<double> totals(size_t(2 * shape.k));
+        sums.total(shape.k, totals.data());
+        near = residual_block::statistics_of(totals.data(), rows, shape.k, centre.data(), to_mean,
+                                             to_var);
+      }
+    } else {
+      const Tensor z = scale ? normalised<S>(x, *scale, *shift) : x;
+      output = channels_last(convolve(z, weight, bias, set));
+      if (statistics)
+        near = residual_block::statistics(data_of<S>(output), rows, shape.k, centre.data(), to_mean,
+                                          to_var);
+    }
+    if (!near) residual_block::statistics_again(data_of<S>(output), rows, shape.k, to_mean, to_var);
+  });
+  return {output, mean, var};
 }
 
 // running = (1 − momentum)·running + momentum·now
@@ -295,32 +388,49 @@ Tensor folded(Tensor input, Tensor weight, Tensor scale, Tensor shift, Optional 
   check_image("input", input);
   check_floating(kOp, "input", input);
   const Settings set{stride, padding, dilation, groups, exact, own};
-  const Tensor y = channels_last(convolve(channels_last(input), weight, std::nullopt, set));
-  check_channels("scale", scale, y);
-  check_channels("shift", shift, y);
-  Tensor x;
-  if (residual) {
-    check_like("residual", *residual, y);
-    x = channels_last(*residual);
+  const Shape shape = check_convolution(set, input, weight);
+  const Ints sizes{shape.n, shape.k, shape.p, shape.q};
+  for (const auto& [argument, x] : {std::pair{"scale", &scale}, std::pair{"shift", &shift}}) {
+    check_cpu(kOp, argument, *x);
+    check_dtype(kOp, argument, *x, sums_dtype(input));
+    check_shape(kOp, argument, *x, Ints{shape.k});
+    check_contiguous(kOp, argument, *x);
   }
-  for_dtype<bf16, f16>(y.scalar_type(), [&](auto tag) {
+  const Tensor x = channels_last(input);
+  Tensor y, more;
+  if (residual) {
+    check_cpu(kOp, "residual", *residual);
+    check_dtype(kOp, "residual", *residual, input.scalar_type());
+    check_shape(kOp, "residual", *residual, sizes);
+    more = channels_last(*residual);
+  }
+  for_dtype<bf16, f16>(x.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     using T = accumulate_t<S>;
-    using V = Vec<T>;
-    const int64_t channels = y.size(1);
-    const S* const other = residual ? data_of<S>(x) : nullptr;
+    const S* const other = residual ? data_of<S>(more) : nullptr;
+    const residual_block::Folded<S> fold{data_of<T>(scale), data_of<T>(shift), other, shape.k,
+                                         relu};
+    if (is_winograd(set, shape, x, Direction::kForward)) {
+      if constexpr (kHasWinograd<S>) {
+        y = empty_image(x, sizes);
+        conv2d::winograd_forward(shape, conv2d::winograd::Pixels<S>{data_of<S>(x), shape.c},
+                                 weight_of<const S>(weight, weight.const_data_ptr()),
+                                 to_write<S>(y), fold);
+      }
+      return;
+    }
+    y = channels_last(convolve(x, weight, std::nullopt, set));
     S* const to = static_cast<S*>(y.mutable_data_ptr());
-    const T *const s = data_of<T>(scale), *const t = data_of<T>(shift);
-    residual_block::for_vectors<T>(
-        y.numel() / channels, channels, [=](int64_t row, int64_t c, int64_t lanes) {
-          const int64_t at = row * channels + c;
-          V v = fma(load(s + c, lanes), load(to + at, lanes), load(t + c, lanes));
-          if (other) v = v + load(other + at, lanes);
-          store(to + at, relu ? activate(Activation::kRelu, v) : v, lanes);
-        });
+    residual_block::for_vectors<T>(shape.pixels(), shape.k,
+                                   [=](int64_t row, int64_t c, int64_t lanes) {
+                                     S* const at = to + row * fold.channels + c;
+                                     store(at, fold.tile(0, c, lanes)(load(at, lanes), row), lanes);
+                                   });
   });
   return y;
 }
+
+// ---------------------------------------------------------------------------------------- backward
 
 std::tuple<Tensor, Tensor, Tensor> reduce(Tensor grad_output, Tensor signs, Tensor input,
                                           Tensor mean, Tensor rstd, Optional residual,
@@ -441,70 +551,116 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradient(
   if (skip_signs) check_signs("skip_signs", *skip_signs, input);
 
   const Settings set{stride, padding, dilation, groups, exact, own};
+  const Shape shape = check_convolution(set, input, weight);
+  check_shape(kOp, "output", output, Ints{shape.n, shape.k, shape.p, shape.q});
   const Tensor g = channels_last(grad), y = channels_last(output), x = channels_last(input);
-  Tensor grad_input, grad_weight;
-  const int64_t channels = x.size(1), outputs = y.size(1), rows = x.numel() / channels;
+  const Ints none{0};
+  Tensor grad_input = torch::stable::new_empty(x, none),
+         grad_weight = torch::stable::new_empty(x, none);
+  const int64_t channels = shape.c, rows = shape.n * shape.h * shape.w;
   const bool sums = inner && want_input;
   const Tensor sum = empty_sums(x, sums ? channels : 0),
                product = empty_sums(x, sums ? channels : 0);
+  const Tensor more = skip ? channels_last(*skip) : x;
+  const bool whole = (!want_input || is_winograd(set, shape, x, Direction::kInputGradient)) &&
+                     (!want_weight || is_winograd(set, shape, x, Direction::kWeightGradient));
   for_dtype<bf16, f16>(x.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     using T = accumulate_t<S>;
     using V = Vec<T>;
-    const Tensor dy = empty_image(y);
-    {
-      const S *const from = data_of<S>(g), *const raw = data_of<S>(y);
-      S* const to = to_write<S>(dy);
-      const T *const a = data_of<T>(coefficients), *const b = a + outputs, *const d = b + outputs;
-      const T* const mu = data_of<T>(output_mean);
-      const uint8_t* const bytes = data_of<uint8_t>(signs);
-      const int64_t row_bytes = residual_block::sign_bytes(outputs);
-      residual_block::for_vectors<T>(
-          y.numel() / outputs, outputs, [=](int64_t row, int64_t c, int64_t lanes) {
-            const int64_t at = row * outputs + c;
-            V v = load(from + at, lanes);
-            if (bytes) v = residual_block::where_set(bytes + row * row_bytes, c, v, lanes);
-            const V deviation = load(raw + at, lanes) - load(mu + c, lanes);
-            v = fma(load(a + c, lanes), v, fma(load(b + c, lanes), deviation, load(d + c, lanes)));
-            store(to + at, v, lanes);
-          });
+    const S *const from = data_of<S>(g), *const raw = data_of<S>(y), *const before = data_of<S>(x);
+    const T* const a = data_of<T>(coefficients);
+    const residual_block::BatchNormGradient<T> of_norm{a, a + shape.k, a + 2 * shape.k,
+                                                       data_of<T>(output_mean)};
+    const uint8_t* const bytes = data_of<uint8_t>(signs);
+    const int64_t row_bytes = residual_block::sign_bytes(shape.k);
+    const residual_block::WithSkip<S> with_skip{data_of<S>(more), channels,
+                                                data_of<uint8_t>(skip_signs),
+                                                residual_block::sign_bytes(channels)};
+    const auto write_sums = [&](const double* totals) {
+      for (int64_t c = 0; c < channels; ++c) {
+        static_cast<T*>(sum.mutable_data_ptr())[c] = T(totals[c]);
+        static_cast<T*>(product.mutable_data_ptr())[c] =
+            T(totals[channels + c] * double(data_of<T>(*rstd)[c]));
+      }
+    };
+    std::vector<double> totals(size_t(2 * channels));
+    if (whole) {
+      if constexpr (kHasWinograd<S>) {
+        const conv2d::winograd::Pixels<S> pixels{before, channels};
+        const auto run = [&](const auto& dy) {
+          if (want_input) {
+            grad_input = empty_image(x);
+            S* const to = to_write<S>(grad_input);
+            const auto w = weight_of<const S>(weight, weight.const_data_ptr());
+            if (inner) {
+              const residual_block::TileSums parts(
+                  conv2d::winograd::Tiles(shape.n, shape.h, shape.w).count, channels);
+              const residual_block::WithGradientSums<S> epilogue{
+                  parts, before, channels, data_of<T>(scale), data_of<T>(shift), data_of<T>(mean)};
+              conv2d::winograd_input_gradient(shape, dy, w, to, epilogue);
+              parts.total(channels, totals.data());
+              write_sums(totals.data());
+            } else if (skip) {
+              conv2d::winograd_input_gradient(shape, dy, w, to, with_skip);
+            } else {
+              conv2d::winograd_input_gradient(shape, dy, w, to,
+                                              [](V value, int64_t, int64_t) { return value; });
+            }
+          }
+          if (!want_weight) return;
+          grad_weight = torch::stable::empty_like(weight);
+          const auto dw = weight_of<S>(grad_weight, grad_weight.mutable_data_ptr());
+          if (inner)
+            conv2d::winograd_weight_gradient(
+                shape, dy,
+                residual_block::NormalisedPixels<S>{pixels, {data_of<T>(scale), data_of<T>(shift)}},
+                dw);
+          else
+            conv2d::winograd_weight_gradient(shape, dy, pixels, dw);
+        };
+        const conv2d::winograd::Pixels<S> of_g{from, shape.k}, of_y{raw, shape.k};
+        if (bytes)
+          run(residual_block::GradientPixels<S, true>{of_g, of_y, of_norm, bytes, row_bytes});
+        else
+          run(residual_block::GradientPixels<S, false>{of_g, of_y, of_norm, nullptr, 0});
+      }
+      return;
     }
+
+    const Tensor dy = empty_image(y);
+    S* const d = to_write<S>(dy);
+    residual_block::for_vectors<T>(
+        shape.pixels(), shape.k, [=](int64_t row, int64_t c, int64_t lanes) {
+          const int64_t at = row * shape.k + c;
+          V value = load(from + at, lanes);
+          if (bytes) value = residual_block::where_set(bytes + row * row_bytes, c, value, lanes);
+          store(d + at, of_norm.at(c, lanes)(value, load(raw + at, lanes)), lanes);
+        });
     const Tensor z = inner && want_weight ? normalised<S>(x, *scale, *shift) : x;
     const auto made = convolution_gradients(dy, z, weight, set, want_input, want_weight);
-    grad_input = made[0], grad_weight = made[1];
+    if (want_weight) grad_weight = made[1];
     if (!want_input) return;
-    grad_input = channels_last(grad_input);
+    grad_input = channels_last(made[0]);
     S* const to = static_cast<S*>(grad_input.mutable_data_ptr());
     if (inner) {
-      const S* const raw = data_of<S>(x);
-      const T *const s = data_of<T>(*scale), *const t = data_of<T>(*shift);
-      const T* const mu = data_of<T>(*mean);
-      std::vector<double> totals(size_t(2 * channels));
+      const T *const s = data_of<T>(scale), *const t = data_of<T>(shift);
+      const T* const mu = data_of<T>(mean);
       residual_block::sum_vectors<2, T>(
           rows, channels, totals.data(), [=](int64_t row, int64_t c, int64_t lanes, V* sums) {
             const int64_t at = row * channels + c;
-            const V value = load(raw + at, lanes);
+            const V value = load(before + at, lanes);
             const V z = fma(load(s + c, lanes), value, load(t + c, lanes));
             const V masked = select(exceeds(z, V(T(0))), load(to + at, lanes), V(T(0)));
             store(to + at, masked, lanes);
             sums[0] = sums[0] + masked;
             sums[1] = fma(masked, value - load(mu + c, lanes), sums[1]);
           });
-      for (int64_t c = 0; c < channels; ++c) {
-        static_cast<T*>(sum.mutable_data_ptr())[c] = T(totals[size_t(c)]);
-        static_cast<T*>(product.mutable_data_ptr())[c] =
-            T(totals[size_t(channels + c)] * double(data_of<T>(*rstd)[c]));
-      }
+      write_sums(totals.data());
     } else if (skip) {
-      const Tensor more = channels_last(*skip);
-      const S* const other = data_of<S>(more);
-      const uint8_t* const bytes = data_of<uint8_t>(skip_signs);
-      const int64_t row_bytes = residual_block::sign_bytes(channels);
       residual_block::for_vectors<T>(rows, channels, [=](int64_t row, int64_t c, int64_t lanes) {
-        const int64_t at = row * channels + c;
-        V v = load(other + at, lanes);
-        if (bytes) v = residual_block::where_set(bytes + row * row_bytes, c, v, lanes);
-        store(to + at, load(to + at, lanes) + v, lanes);
+        S* const at = to + row * channels + c;
+        store(at, with_skip.tile(0, c, lanes)(load(at, lanes), row), lanes);
       });
     }
   });

@@ -1,5 +1,6 @@
-// The passes of the residual block over images that are rows of channels: what lies between its
-// convolutions.
+// What lies between the convolutions of the residual block: as passes over images, which are rows
+// of channels, and as the sources and epilogues of Winograd's convolutions, which make it where
+// they read and write anyway.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,6 +9,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "activation.h"
+#include "conv2d_winograd.h"
 #include "memory.h"
 #include "simd.h"
 
@@ -100,24 +103,285 @@ void sum_vectors(int64_t rows, int64_t channels, double* totals, const Body& bod
     }
 }
 
-// Mean and biased variance of each channel: sums about the first row.
+// ---------------------------------------------------------------------------------------- elements
+
+template <typename T>
+Vec<T> rectified(Vec<T> x) {
+  return activate(Activation::kRelu, x);
+}
+
+// relu(scale·y + shift), of which there are `lanes` channels from c on.
+template <typename T>
+struct Normalise {
+  const T *scale, *shift;
+
+  struct At {
+    Vec<T> scale, shift;
+    Vec<T> operator()(Vec<T> y) const { return rectified(fma(scale, y, shift)); }
+  };
+  At at(int64_t c, int64_t lanes) const { return {load(scale + c, lanes), load(shift + c, lanes)}; }
+};
+
+// dy = a·g + b·(y − μ) + c
+template <typename T>
+struct BatchNormGradient {
+  const T *a, *b, *c, *mean;
+
+  struct At {
+    Vec<T> a, b, c, mean;
+    Vec<T> operator()(Vec<T> g, Vec<T> y) const { return fma(a, g, fma(b, y - mean, c)); }
+  };
+  At at(int64_t channel, int64_t lanes) const {
+    return {load(a + channel, lanes), load(b + channel, lanes), load(c + channel, lanes),
+            load(mean + channel, lanes)};
+  }
+};
+
+// ----------------------------------------------------------------------------------------- sources
+
+// z of the layer before, from its y.
 template <typename S>
-void statistics(const S* x, int64_t rows, int64_t channels, accumulate_t<S>* mean,
-                accumulate_t<S>* var) {
-  using T = accumulate_t<S>;
+struct NormalisedPixels {
+  using F = Vec<float>;
+  conv2d::winograd::Pixels<S> y;
+  Normalise<float> normalise;
+
+  struct At {
+    typename conv2d::winograd::Pixels<S>::At y;
+    Normalise<float>::At normalise;
+    F operator()(int i, int j) const { return normalise(y(i, j)); }
+    F first(int i, int j) const { return normalise(y.first(i, j)); }
+    F or_zero(bool there, int i, int j) const { return there ? (*this)(i, j) : F(0.0f); }
+  };
+  At at(int64_t pixel, int64_t width, int64_t c, int64_t lanes) const {
+    return {y.at(pixel, width, c, lanes), normalise.at(c, lanes)};
+  }
+  void prefetch(int64_t pixel, int64_t c) const { y.prefetch(pixel, c); }
+};
+
+// dy of a layer, from its g, as it is or where the signs are set, and its y.
+template <typename S, bool masked>
+struct GradientPixels {
+  using F = Vec<float>;
+  conv2d::winograd::Pixels<S> g, y;
+  BatchNormGradient<float> gradient;
+  const uint8_t* signs;
+  int64_t sign_bytes;
+
+  struct At {
+    typename conv2d::winograd::Pixels<S>::At g, y;
+    BatchNormGradient<float>::At gradient;
+    const uint8_t* signs;
+    int64_t row, column, c, lanes;
+    F mask(F value, int i, int j) const {
+      if constexpr (masked) return where_set(signs + i * row + j * column, c, value, lanes);
+      return value;
+    }
+    F operator()(int i, int j) const { return gradient(mask(g(i, j), i, j), y(i, j)); }
+    F first(int i, int j) const { return gradient(mask(g.first(i, j), i, j), y.first(i, j)); }
+    F or_zero(bool there, int i, int j) const { return there ? (*this)(i, j) : F(0.0f); }
+  };
+  At at(int64_t pixel, int64_t width, int64_t c, int64_t lanes) const {
+    return {g.at(pixel, width, c, lanes),
+            y.at(pixel, width, c, lanes),
+            gradient.at(c, lanes),
+            masked ? signs + pixel * sign_bytes : nullptr,
+            width * sign_bytes,
+            sign_bytes,
+            c,
+            lanes};
+  }
+  void prefetch(int64_t pixel, int64_t c) const {
+    g.prefetch(pixel, c);
+    y.prefetch(pixel, c);
+  }
+};
+
+// --------------------------------------------------------------------------------------- epilogues
+
+// Two sums for each channel and kTogether tiles, which add up in double.
+class TileSums {
+ public:
+  TileSums(int64_t tiles, int64_t channels)
+      : groups_((tiles + kTogether - 1) / kTogether),
+        width_((channels + F::size - 1) / F::size * F::size),
+        memory_(groups_ * 2 * width_) {}
+
+  // Adds those of tile t, from channel c on.
+  void add(int64_t t, int64_t c, F first, F second) const {
+    float* const at = memory_.get() + t / kTogether * 2 * width_ + c;
+    const bool again = t % kTogether != 0;
+    store(at, again ? load(at) + first : first);
+    store(at + width_, again ? load(at + width_) + second : second);
+  }
+
+  // 2 × channels.
+  void total(int64_t channels, double* totals) const {
+    using D = Vec<double>;
+    const int64_t vectors = 2 * width_ / D::size;
+    const Aligned<double> sums(2 * width_);
+    torch::stable::parallel_for(
+        0, vectors, std::max<int64_t>(1, kPart / groups_), [&](int64_t begin, int64_t end) {
+          std::fill(sums.get() + begin * D::size, sums.get() + end * D::size, 0.0);
+          for (int64_t group = 0; group < groups_; ++group)
+            for (int64_t v = begin; v < end; ++v) {
+              double* const at = sums.get() + v * D::size;
+              store(at, load(at) + load_double(memory_.get() + group * 2 * width_ + v * D::size));
+            }
+        });
+    for (int i = 0; i < 2; ++i)
+      std::copy_n(sums.get() + i * width_, channels, totals + i * channels);
+  }
+
+ private:
+  using F = Vec<float>;
+  static constexpr int64_t kTogether = conv2d::winograd::kTogether;
+  int64_t groups_, width_;
+  Aligned<float> memory_;
+};
+
+// y + bias, and Σ (y − about), Σ (y − about)².
+struct WithStatistics {
+  using F = Vec<float>;
+  const TileSums& sums;
+  const float *bias, *about;  // or null
+
+  struct Tile {
+    const TileSums& sums;
+    int64_t t, c;
+    F bias, about, first, second;
+    F operator()(F value, int64_t) {
+      const F y = value + bias, d = y - about;
+      first = first + d;
+      second = fma(d, d, second);
+      return y;
+    }
+    void finish() const { sums.add(t, c, first, second); }
+  };
+  Tile tile(int64_t t, int64_t c, int64_t lanes) const {
+    const F zero(0.0f);
+    return {
+        sums, t,   c, bias ? load(bias + c, lanes) : zero, about ? load(about + c, lanes) : zero,
+        zero, zero};
+  }
+};
+
+// g of the layer before, from the gradient of its z and its y, and Σ g, Σ g·(y − μ).
+template <typename S>
+struct WithGradientSums {
+  using F = Vec<float>;
+  const TileSums& sums;
+  const S* y;
+  int64_t channels;
+  const float *scale, *shift, *mean;
+
+  struct Tile {
+    const WithGradientSums& of;
+    int64_t t, c, lanes;
+    F scale, shift, mean, first, second;
+    F operator()(F value, int64_t pixel) {
+      const F y = load(of.y + pixel * of.channels + c, lanes);
+      const F g = select(exceeds(fma(scale, y, shift), F(0.0f)), value, F(0.0f));
+      first = first + g;
+      second = fma(g, y - mean, second);
+      return g;
+    }
+    void finish() const { of.sums.add(t, c, first, second); }
+  };
+  Tile tile(int64_t t, int64_t c, int64_t lanes) const {
+    const F zero(0.0f);
+    return {
+        *this, t,   c, lanes, load(scale + c, lanes), load(shift + c, lanes), load(mean + c, lanes),
+        zero,  zero};
+  }
+};
+
+// dx + the shortcut's gradient, where the signs, if there are some, are set.
+template <typename S>
+struct WithSkip {
+  using F = Vec<accumulate_t<S>>;
+  const S* skip;
+  int64_t channels;
+  const uint8_t* signs;
+  int64_t sign_bytes;
+
+  struct Tile {
+    const WithSkip& of;
+    int64_t c, lanes;
+    F operator()(F value, int64_t pixel) const {
+      F more = load(of.skip + pixel * of.channels + c, lanes);
+      if (of.signs) more = where_set(of.signs + pixel * of.sign_bytes, c, more, lanes);
+      return value + more;
+    }
+    void finish() const {}
+  };
+  Tile tile(int64_t, int64_t c, int64_t lanes) const { return {*this, c, lanes}; }
+};
+
+// f(scale·y + shift + residual)
+template <typename S>
+struct Folded {
+  using F = Vec<accumulate_t<S>>;
+  const accumulate_t<S>*scale, *shift;
+  const S* residual;  // or null
+  int64_t channels;
+  bool relu;
+
+  struct Tile {
+    const Folded& of;
+    int64_t c, lanes;
+    F scale, shift;
+    F operator()(F value, int64_t pixel) const {
+      F v = fma(scale, value, shift);
+      if (of.residual) v = v + load(of.residual + pixel * of.channels + c, lanes);
+      return of.relu ? rectified(v) : v;
+    }
+    void finish() const {}
+  };
+  Tile tile(int64_t, int64_t c, int64_t lanes) const {
+    return {*this, c, lanes, load(scale + c, lanes), load(shift + c, lanes)};
+  }
+};
+
+// -------------------------------------------------------------------------------------- statistics
+
+// Mean and biased variance from Σ (y − about), Σ (y − about)² of `rows` numbers. False where about
+// was too far from the mean for the second to say much.
+template <typename T>
+bool statistics_of(const double* totals, int64_t rows, int64_t channels, const T* about, T* mean,
+                   T* var) {
+  constexpr double kFar = 64;  // of variances: float's rounding of the sum grows with it
+  bool near = true;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double d = totals[c] / double(rows), square = totals[channels + c] / double(rows);
+    mean[c] = T((about ? double(about[c]) : 0) + d);
+    var[c] = T(std::max(0.0, square - d * d));
+    near = near && !(d * d > kFar * (square - d * d));
+  }
+  return near;
+}
+
+// Of x, by a pass about `about`, or about 0.
+template <typename S, typename T = accumulate_t<S>>
+bool statistics(const S* x, int64_t rows, int64_t channels, const T* about, T* mean, T* var) {
   using V = Vec<T>;
   std::vector<double> totals(size_t(2 * channels));
   sum_vectors<2, T>(rows, channels, totals.data(),
                     [=](int64_t row, int64_t c, int64_t lanes, V* sums) {
-                      const V d = load(x + row * channels + c, lanes) - load(x + c, lanes);
+                      V d = load(x + row * channels + c, lanes);
+                      if (about) d = d - load(about + c, lanes);
                       sums[0] = sums[0] + d;
                       sums[1] = fma(d, d, sums[1]);
                     });
-  for (int64_t c = 0; c < channels; ++c) {
-    const double d = totals[size_t(c)] / double(rows);
-    mean[c] = T(double(widen(x[c])) + d);
-    var[c] = T(std::max(0.0, totals[size_t(channels + c)] / double(rows) - d * d));
-  }
+  return statistics_of(totals.data(), rows, channels, about, mean, var);
+}
+
+// Mean and variance of x, where a first try about `about` found neither: about the mean that it
+// gave, which a second pass has exact.
+template <typename S, typename T = accumulate_t<S>>
+void statistics_again(const S* x, int64_t rows, int64_t channels, T* mean, T* var) {
+  const std::vector<T> about(mean, mean + channels);
+  statistics(x, rows, channels, about.data(), mean, var);
 }
 
 }  // namespace dlkernels::residual_block

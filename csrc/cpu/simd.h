@@ -8,6 +8,7 @@
 //                    first n lanes (1 ≤ n ≤ size), touching no byte beyond them
 //   load_double      D::size numbers of float or double as Vec<double>; store_rounded is its
 //                    inverse
+//   to_doubles       a vector as the one or two of double that hold its lanes in order
 //   load_pieces      16 bytes from each of the places p, p + stride, …; store_pieces is its inverse
 //   transpose_pieces the small square matrices that the same piece of several vectors makes
 //   bits_of, mask_of a comparison's result as a bit for each lane, and its inverse
@@ -240,6 +241,10 @@ inline void store_pieces(double* p, int64_t stride, D a) {
 
 inline D load_double(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
 inline void store_rounded(float* p, D a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a.v)); }
+inline void to_doubles(F a, D (&halves)[2]) {
+  halves[0] = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v));
+  halves[1] = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
+}
 
 inline F widen(bf16, __m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -407,6 +412,10 @@ inline void store_pieces(double* p, int64_t stride, D a) {
 
 inline D load_double(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
 inline void store_rounded(float* p, D a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a.v)); }
+inline void to_doubles(F a, D (&halves)[2]) {
+  halves[0] = _mm256_cvtps_pd(_mm256_castps256_ps128(a.v));
+  halves[1] = _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1));
+}
 
 // The first n of 8 numbers of 16 bits: AVX2 has no mask for these, and a memcpy of n bytes is a
 // call. From 4 on, two overlapping words of 8 bytes.
@@ -663,11 +672,15 @@ inline D load_double(const float* p) {
 inline void store_rounded(float* p, D a) {
   for (int64_t i = 0; i < D::size; ++i) p[i] = float(a.v[i]);
 }
+inline void to_doubles(F a, D (&halves)[2]) {
+  for (int64_t i = 0; i < F::size; ++i) halves[i / D::size].v[i % D::size] = double(a.v[i]);
+}
 
 #endif
 
 inline D load_double(const double* p) { return load(p); }
 inline void store_rounded(double* p, D a) { store(p, a); }
+inline void to_doubles(D a, D (&whole)[1]) { whole[0] = a; }
 
 // ------------------------------------------------------------------------ functions, for every set
 

@@ -878,8 +878,8 @@ void set_result(Convolution<S, Source>& p, const char* name, const Tensor& resul
 }
 
 std::tuple<Tensor, Tensor> conv2d_few_channels_forward(Tensor input, Tensor weight, Optional bias,
-                                                       Sizes stride, Sizes padding,
-                                                       std::string activation, bool pool) {
+                                                       Sizes stride, Sizes padding, Text activation,
+                                                       bool pool) {
   const Problem q = checked(input, weight, stride, padding, activation, pool);
   if (bias) {
     check_on_gpu(kOp, "bias", *bias, input);
@@ -918,8 +918,7 @@ std::tuple<Tensor, Tensor> conv2d_few_channels_forward(Tensor input, Tensor weig
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_few_channels_backward(
     Tensor grad_output, Tensor input, Tensor weight, Tensor output, Tensor argmax, Sizes stride,
-    Sizes padding, std::string activation, bool pool, bool want_input, bool want_weight,
-    bool want_bias) {
+    Sizes padding, Text activation, bool pool, bool want_input, bool want_weight, bool want_bias) {
   const Problem q = checked(input, weight, stride, padding, activation, pool);
   const bool activated = q.activation != Activation::kNone;
   const auto check = [&](const char* argument, const Tensor& x, ScalarType dtype) {

@@ -1,5 +1,6 @@
 """What the contracts of the ops share: what a kernel of ours takes, where a call or a backward can
-only be torch's, and that a raw op has no derivative."""
+only be torch's, what is kept for a backward, layouts of images, and that a raw op has no
+derivative."""
 
 import torch
 from torch import Tensor
@@ -48,16 +49,31 @@ def before_activation(gradient: Tensor, output: Tensor | None, activation: str) 
 
 
 def not_differentiable(op: str, *names: str) -> None:
-    """Lets the raw ops of these names refuse to be differentiated, and name ``op`` instead."""
+    """Lets the raw ops of these names refuse to be differentiated, and name ``op`` instead: in the
+    backward, and one that writes to an argument in the call already."""
     for name in names:
+        message = (
+            f"dlkernels::{name} is a raw op without a derivative;"
+            f" use dlkernels.functional.{op} or torch.ops.dlkernels.{op}"
+        )
 
-        def backward(ctx, *grads, name=name):
-            raise NotImplementedError(
-                f"dlkernels::{name} is a raw op without a derivative;"
-                f" use dlkernels.functional.{op} or torch.ops.dlkernels.{op}"
-            )
+        def backward(ctx, *grads, message=message):
+            raise NotImplementedError(message)
 
-        torch.library.register_autograd(f"dlkernels::{name}", backward)
+        raw = getattr(torch.ops.dlkernels, name).default
+        if not raw._schema.is_mutable:
+            torch.library.register_autograd(f"dlkernels::{name}", backward)
+            continue
+
+        def call(*args, raw=raw, message=message):
+            if torch.is_grad_enabled():
+                for argument in args:
+                    if isinstance(argument, Tensor) and argument.requires_grad:
+                        raise NotImplementedError(message)
+            with torch._C._AutoDispatchBelowAutograd():
+                return raw(*args)
+
+        torch.library.impl(f"dlkernels::{name}", "Autograd", call)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
@@ -85,19 +101,94 @@ def unfit(tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
+# From the densest to the outermost dimension of what is channels_last.
+_CHANNELS_LAST = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}
+
+
 def suggests_channels_last(x: Tensor) -> bool:
-    """What torch's C++ calls ``suggest_memory_format``, of four dimensions. Where sizes of 1 leave
-    it open, and of an empty tensor, it is contiguous."""
+    """What torch's C++ calls ``suggest_memory_format``, of four or five dimensions; of others it is
+    contiguous. So it is where sizes of 1 leave it open, and of an empty tensor."""
     strides = x.stride()
-    if strides[1] == 0:
+    if len(strides) not in _CHANNELS_LAST or strides[1] == 0:
         return False
     least = 0
-    for d in (1, 3, 2, 0):
+    for d in _CHANNELS_LAST[len(strides)]:
         size, stride = x.shape[d], strides[d]
         if size == 0 or stride < least or (d == 0 and least == strides[1]):
             return False
         least = stride * size
     return True
+
+
+def format_of(x: Tensor) -> torch.memory_format:
+    """The memory format of an image's gradient."""
+    return torch.channels_last if suggests_channels_last(x) else torch.contiguous_format
+
+
+def empty_image(input: Tensor, weight: Tensor, channels, size, dtype=None) -> Tensor:
+    """The output of a convolution: channels_last if input or weight is, but for an empty batch."""
+    shape = (input.shape[0], channels, *size)
+    last = shape[0] != 0 and (suggests_channels_last(input) or suggests_channels_last(weight))
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype or input.dtype, device=input.device, memory_format=layout)
+
+
+def empty_gradients(input: Tensor, weight: Tensor, channels, wanted) -> tuple[Tensor, ...]:
+    """Those of a convolution's input, weight and bias; of shape (0) where one is not wanted."""
+    want_input, want_weight, want_bias = wanted
+
+    def like(x, want):
+        return torch.empty_like(x, memory_format=format_of(x)) if want else x.new_empty(0)
+
+    bias = input.new_empty(channels if want_bias else 0)
+    return like(input, want_input), like(weight, want_weight), bias
+
+
+def keep(ctx, input: Tensor, weight: Tensor, *others: Tensor | None) -> None:
+    """Keeps what the wanted gradients of a product read, as stock does: no input for a frozen
+    weight, and no weight, which may then be changed before the backward, for an input without a
+    gradient. Of what is not kept only the layout counts."""
+    of_input, of_weight, *_ = ctx.needs_input_grad
+    ctx.set_materialize_grads(False)
+    ctx.of_input = None if of_weight else (input.shape, input.stride())
+    ctx.of_weight = None if of_input else (weight.shape, weight.stride())
+    ctx.save_for_backward(input if of_weight else None, weight if of_input else None, *others)
+
+
+def kept(ctx, grad_output: Tensor) -> list[Tensor | None]:
+    """Input, weight and the others, or what stands in for the first two."""
+    input, weight, *others = ctx.saved_tensors
+    if input is None:
+        input = grad_output.new_empty_strided(*ctx.of_input)
+    if weight is None:
+        weight = grad_output.new_empty_strided(*ctx.of_weight)
+    return [input, weight, *others]
+
+
+def wanted_ones(gradients, wanted) -> tuple[Tensor | None, ...]:
+    """None in place of the gradients that are not wanted."""
+    return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
+
+
+def is_torchs(grad_output: Tensor) -> bool:
+    """Whether a backward is differentiated again, or batched: the formula is then in torch ops."""
+    return torch.is_grad_enabled() or is_batched(grad_output)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see a call."""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:  # a loop, as in unfit
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+@torch.compiler.assume_constant_result
+def has_kernel(op: str, device: str) -> bool:
+    """Whether a raw op has a kernel on a type of device: on a GPU some are Triton's."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"dlkernels::{op}", device.upper())
 
 
 def is_batched(gradient: Tensor | None) -> bool:
@@ -127,3 +218,12 @@ def autocast_dtype(tensor: Tensor, device: str) -> torch.dtype:
         if tensor.dtype != torch.float64:
             return torch.get_autocast_dtype(device)
     return tensor.dtype
+
+
+def cast(input: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The arguments of a product, in autocast's dtype where that is enabled."""
+    device = input.device.type
+    if not torch.is_autocast_enabled(device):
+        return input, *others
+    dtype = autocast_dtype(input, device)
+    return input.to(dtype), *(None if x is None else x.to(dtype) for x in others)

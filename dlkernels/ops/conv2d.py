@@ -29,11 +29,18 @@ from dlkernels.ops.common import (
     active_transform,
     autocast_dtype,
     before_activation,
-    is_batched,
+    cast,
+    empty_gradients,
+    empty_image,
+    has_kernel,
     is_plain,
+    is_torchs,
+    keep,
+    kept,
+    needs_gradient,
     not_differentiable,
-    suggests_channels_last,
     unfit,
+    wanted_ones,
 )
 
 _OP, _TRANSPOSE = "conv2d", "conv_transpose2d"
@@ -74,20 +81,10 @@ for _schema in (
 _ops = torch.ops.dlkernels
 
 
-def _format(channels_last):
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _image(input, weight, channels, size):
-    """An empty output."""
-    shape = (input.shape[0], channels, *size)
-    last = shape[0] != 0 and (suggests_channels_last(input) or suggests_channels_last(weight))
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_format(last))
-
-
-def _size(input, weight, stride, padding, dilation):
+def output_size(input, weight, stride, padding, dilation):
+    """Height and width of a convolution's output."""
     return [
-        (input.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1)
+        (input.shape[d - 2] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1)
         // stride[d]
         + 1
         for d in range(2)
@@ -105,25 +102,11 @@ def _transposed_size(input, weight, stride, padding, output_padding, dilation):
     ]
 
 
-def _empty_gradients(input, weight, channels, want_input, want_weight, want_bias):
-    def like(x, wanted):
-        if not wanted:
-            return x.new_empty(0)
-        last = suggests_channels_last(x)
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_format(last))
-
-    return (
-        like(input, want_input),
-        like(weight, want_weight),
-        input.new_empty(channels if want_bias else 0),
-    )
-
-
 @torch.library.register_fake("dlkernels::conv2d")
 @torch.library.register_fake("dlkernels::conv2d_forward")
 def _(input, weight, bias, stride, padding, dilation, groups, activation, exact, own):
-    size = _size(input, weight, stride, padding, dilation)
-    return _image(input, weight, weight.shape[0], size)
+    size = output_size(input, weight, stride, padding, dilation)
+    return empty_image(input, weight, weight.shape[0], size)
 
 
 @torch.library.register_fake("dlkernels::conv2d_backward")
@@ -132,14 +115,14 @@ def _(
     want_input, want_weight, want_bias,
 ):  # fmt: skip
     channels = weight.shape[0]
-    return _empty_gradients(input, weight, channels, want_input, want_weight, want_bias)
+    return empty_gradients(input, weight, channels, (want_input, want_weight, want_bias))
 
 
 @torch.library.register_fake("dlkernels::conv_transpose2d")
 @torch.library.register_fake("dlkernels::conv_transpose2d_forward")
 def _(input, weight, bias, stride, padding, output_padding, groups, dilation, exact, own):
     size = _transposed_size(input, weight, stride, padding, output_padding, dilation)
-    return _image(input, weight, weight.shape[1] * groups, size)
+    return empty_image(input, weight, weight.shape[1] * groups, size)
 
 
 @torch.library.register_fake("dlkernels::conv_transpose2d_backward")
@@ -148,7 +131,7 @@ def _(
     want_input, want_weight, want_bias,
 ):  # fmt: skip
     channels = weight.shape[1] * groups
-    return _empty_gradients(input, weight, channels, want_input, want_weight, want_bias)
+    return empty_gradients(input, weight, channels, (want_input, want_weight, want_bias))
 
 
 # ---------------------------------------------------------------------------------------- reference
@@ -163,31 +146,6 @@ def conv2d_reference(input, weight, bias, stride, padding, dilation, groups, act
 # ----------------------------------------------------------------------------------------- backward
 
 
-def _save(ctx, input, weight, output, activation):
-    """Keeps what the wanted gradients read: no input for a frozen weight, and no weight, which may
-    then be changed before the backward, for an input without a gradient."""
-    of_input, of_weight, *_ = ctx.needs_input_grad
-    ctx.set_materialize_grads(False)
-    # Of what is not kept only the layout counts.
-    ctx.of_input = None if of_weight else (input.shape, input.stride())
-    ctx.of_weight = None if of_input else (weight.shape, weight.stride())
-    ctx.save_for_backward(
-        input if of_weight else None,
-        weight if of_input else None,
-        output if activation != "none" else None,
-    )
-
-
-def _kept(ctx, grad_output):
-    """Input, weight and output, or what stands in for them."""
-    input, weight, output = ctx.saved_tensors
-    if input is None:
-        input = grad_output.new_empty_strided(*ctx.of_input)
-    if weight is None:
-        weight = grad_output.new_empty_strided(*ctx.of_weight)
-    return input, weight, output
-
-
 def _gradients(d, input, weight, transposed, stride, padding, dilation, output_padding, groups, of):
     """The formulas at the head of this file, in torch ops."""
     of_input, of_weight, of_bias = of
@@ -198,40 +156,31 @@ def _gradients(d, input, weight, transposed, stride, padding, dilation, output_p
     return of_input, of_weight, d.sum((0, 2, 3)) if of_bias else None
 
 
-def _is_torchs(grad_output):
-    """Whether a backward is differentiated again, or batched."""
-    return torch.is_grad_enabled() or is_batched(grad_output)
-
-
-def _wanted_ones(gradients, wanted):
-    return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
-
-
 def _backward(ctx, grad_output):
     """The three gradients by the kernel; in torch ops where they are differentiated again."""
     if grad_output is None:
         return None, None, None
-    input, weight, output = _kept(ctx, grad_output)
+    input, weight, output = kept(ctx, grad_output)
     wanted = ctx.needs_input_grad[:3]
     stride, padding, dilation, groups, activation, *_ = ctx.settings
-    if _is_torchs(grad_output):
+    if is_torchs(grad_output):
         d = before_activation(grad_output, output, activation)
         return _gradients(
             d, input, weight, False, stride, padding, dilation, (0, 0), groups, wanted
         )
     with torch._C._AutoDispatchBelowAutograd():
         gradients = _ops.conv2d_backward(grad_output, input, weight, output, *ctx.settings, *wanted)
-    return _wanted_ones(gradients, wanted)
+    return wanted_ones(gradients, wanted)
 
 
 def _backward_of_transpose(ctx, grad_output):
     """The same of conv_transpose2d."""
     if grad_output is None:
         return None, None, None
-    input, weight, _ = _kept(ctx, grad_output)
+    input, weight = kept(ctx, grad_output)
     wanted = ctx.needs_input_grad[:3]
     stride, padding, output_padding, groups, dilation, *_ = ctx.settings
-    if _is_torchs(grad_output):
+    if is_torchs(grad_output):
         return _gradients(
             grad_output, input, weight, True, stride, padding, dilation, output_padding, groups,
             wanted,
@@ -240,7 +189,7 @@ def _backward_of_transpose(ctx, grad_output):
         gradients = _ops.conv_transpose2d_backward(
             grad_output, input, weight, *ctx.settings, *wanted
         )
-    return _wanted_ones(gradients, wanted)
+    return wanted_ones(gradients, wanted)
 
 
 def _forward(*arguments):
@@ -258,7 +207,7 @@ class _Conv2d(torch.autograd.Function):
     def forward(ctx, input, weight, bias, *settings):
         output = _forward(input, weight, bias, *settings)
         ctx.settings = settings
-        _save(ctx, input, weight, output, settings[4])
+        keep(ctx, input, weight, output if settings[4] != "none" else None)
         return output
 
     @staticmethod
@@ -271,7 +220,7 @@ class _ConvTranspose2d(torch.autograd.Function):
     def forward(ctx, input, weight, bias, *settings):
         output = _forward_of_transpose(input, weight, bias, *settings)
         ctx.settings = settings
-        _save(ctx, input, weight, None, "none")
+        keep(ctx, input, weight)
         return output
 
     @staticmethod
@@ -284,7 +233,7 @@ class _ConvTranspose2d(torch.autograd.Function):
 
 def _setup_context(ctx, inputs, output):
     input, weight, _, *ctx.settings = inputs
-    _save(ctx, input, weight, output, ctx.settings[4])
+    keep(ctx, input, weight, output if ctx.settings[4] != "none" else None)
 
 
 def _backward_of_op(ctx, grad_output):
@@ -293,7 +242,7 @@ def _backward_of_op(ctx, grad_output):
 
 def _setup_context_of_transpose(ctx, inputs, output):
     input, weight, _, *ctx.settings = inputs
-    _save(ctx, input, weight, None, "none")
+    keep(ctx, input, weight)
 
 
 def _backward_of_transposed_op(ctx, grad_output):
@@ -312,14 +261,6 @@ not_differentiable(_TRANSPOSE, "conv_transpose2d_forward", "conv_transpose2d_bac
 
 
 # ------------------------------------------------------------------------------------------- choice
-
-
-@torch.compiler.assume_constant_result
-def _has_kernel(device):
-    """Whether the ops have kernels of ours there: on a GPU they are Triton's."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        "dlkernels::conv2d_forward", device.upper()
-    )
 
 
 @torch.compiler.assume_constant_result
@@ -364,7 +305,7 @@ def _refusal(input, weight, bias, groups, transposed):
     if reason := unfit((input, weight, bias)):
         return reason
     device = input.device.type
-    if not _has_kernel(device):
+    if not has_kernel("conv2d_forward", device):
         return f"no kernel for device {device}"
     dtype = autocast_dtype(input, device)
     if dtype not in DTYPES:
@@ -393,7 +334,7 @@ def _refusal(input, weight, bias, groups, transposed):
 _NO_PAIR = "a stride, padding or dilation that is not two numbers in range"
 
 
-def _settings(input, weight, bias, stride, padding, dilation, groups):
+def settings_of(input, weight, bias, stride, padding, dilation, groups):
     """(why no kernel of ours takes these arguments, (stride, padding, dilation, groups), what more
     padding there is behind the image)."""
     if reason := _refusal(input, weight, bias, groups, transposed=False):
@@ -479,14 +420,14 @@ def _note(op, device, algorithms):
     config.record(op, "stock" if algorithms[0] == "aten" else owner, reason)
 
 
-def _torchs_reason():
+def torchs_reason():
     """Why a call is torch's before its arguments are looked at, if it is."""
     if transform := active_transform():
         return transform
     return "dlkernels.config.kernels is 'stock'" if config.forced() == "stock" else None
 
 
-def _refused(op, reason, stocks):
+def refused(op, reason, stocks):
     """The call that our kernels do not take, by torch: ``stocks()``. Bad input is its to refuse."""
     if config.forced() == "own":
         stocks()
@@ -497,25 +438,15 @@ def _refused(op, reason, stocks):
 # ------------------------------------------------------------------------------------------- public
 
 
-def _cast(input, weight, bias):
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = autocast_dtype(input, device)
-        input, weight = input.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    return input, weight, bias
-
-
-def _call(public, function, raw, input, weight, bias, *settings):
-    """The kernel, with a derivative where one is needed."""
+def run_kernel(public, function, raw, input, weight, bias, *settings):
+    """The output of a kernel for batches, with a derivative where one is needed: by the public op
+    while compiling, by an autograd.Function, or by the raw op."""
     batched = input.dim() == 4
     if not batched:
         input = input.unsqueeze(0)
     if torch.compiler.is_compiling():
         output = public(input, weight, bias, *settings)
-    elif torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    elif needs_gradient(input, weight, bias):
         output = function.apply(input, weight, bias, *settings)
     else:
         output = raw(input, weight, bias, *settings)
@@ -568,16 +499,16 @@ def conv2d(
         if config.is_recording():
             config.record(_OP, torchs, "too small for our call overhead")
         return stocks()
-    if reason := _torchs_reason():
+    if reason := torchs_reason():
         config.record(_OP, torchs, reason)
         return stocks()
-    reason, settings, behind = _settings(input, weight, bias, stride, padding, dilation, groups)
+    reason, settings, behind = settings_of(input, weight, bias, stride, padding, dilation, groups)
     if reason is not None:
         config.record(_OP, torchs, reason)
-        return _refused(_OP, reason, stocks)
+        return refused(_OP, reason, stocks)
     if behind != (0, 0):
         input = F.pad(input, (0, behind[0], 0, behind[1]))
-    input, weight, bias = _cast(input, weight, bias)
+    input, weight, bias = cast(input, weight, bias)
     device = input.device.type
     own = config.forced() == "own"
     settings = (*settings, activation, _is_exact(device), own)
@@ -586,7 +517,7 @@ def conv2d(
         if own:
             _refuse_torchs(_OP, algorithms, input, weight)
         _note(_OP, device, algorithms)
-    return _call(_ops.conv2d, _Conv2d, _forward, input, weight, bias, *settings)
+    return run_kernel(_ops.conv2d, _Conv2d, _forward, input, weight, bias, *settings)
 
 
 def conv_transpose2d(
@@ -626,7 +557,7 @@ def conv_transpose2d(
         if config.is_recording():
             config.record(_TRANSPOSE, "stock", "too small for our call overhead")
         return stocks()
-    if reason := _torchs_reason():
+    if reason := torchs_reason():
         config.record(_TRANSPOSE, "stock", reason)
         return stocks()
     reason, settings, size = _settings_of_transpose(
@@ -634,8 +565,8 @@ def conv_transpose2d(
     )
     if reason is not None:
         config.record(_TRANSPOSE, "stock", reason)
-        return _refused(_TRANSPOSE, reason, stocks)
-    input, weight, bias = _cast(input, weight, bias)
+        return refused(_TRANSPOSE, reason, stocks)
+    input, weight, bias = cast(input, weight, bias)
     device = input.device.type
     own, exact = config.forced() == "own", _is_exact(device)
     if (own or config.is_recording()) and not torch.compiler.is_compiling():
@@ -650,7 +581,7 @@ def conv_transpose2d(
         if own:
             _refuse_torchs(_TRANSPOSE, algorithms, input, weight)
         _note(_TRANSPOSE, device, algorithms)
-    return _call(
+    return run_kernel(
         _ops.conv_transpose2d,
         _ConvTranspose2d,
         _forward_of_transpose,

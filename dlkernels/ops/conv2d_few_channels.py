@@ -10,7 +10,7 @@ the last NaN. Without, it is an empty tensor of shape (0).
 
 import torch
 
-from dlkernels.ops.common import not_differentiable, suggests_channels_last
+from dlkernels.ops.common import empty_image, format_of, not_differentiable
 
 _SETTINGS = "SymInt[2] stride, SymInt[2] padding, str activation, bool pool"
 
@@ -26,19 +26,15 @@ for _schema in (
     torch.library.define(f"dlkernels::{_schema.split('(')[0]}", _schema[_schema.index("(") :])
 
 
-def _format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
 @torch.library.register_fake("dlkernels::conv2d_few_channels_forward")
 def _(input, weight, bias, stride, padding, activation, pool):
-    shape = [input.shape[0], weight.shape[0]]
-    for d in (0, 1):
-        size = (input.shape[2 + d] + 2 * padding[d] - weight.shape[2 + d]) // stride[d] + 1
-        shape.append(size // 2 if pool else size)
-    last = suggests_channels_last(input) or suggests_channels_last(weight)
-    layout = _format(last and input.shape[0] > 0)
-    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+    size = [
+        (input.shape[2 + d] + 2 * padding[d] - weight.shape[2 + d]) // stride[d] + 1
+        for d in range(2)
+    ]
+    if pool:
+        size = [side // 2 for side in size]
+    output = empty_image(input, weight, weight.shape[0], size)
     if not pool:
         return output, input.new_empty(0, dtype=torch.uint8)
     return output, torch.empty_like(output, dtype=torch.uint8)
@@ -49,9 +45,10 @@ def _(
     grad_output, input, weight, output, argmax, stride, padding, activation, pool,
     want_input, want_weight, want_bias,
 ):  # fmt: skip
-    layout = _format(suggests_channels_last(input))
     return (
-        torch.empty_like(input, memory_format=layout) if want_input else input.new_empty(0),
+        torch.empty_like(input, memory_format=format_of(input))
+        if want_input
+        else input.new_empty(0),
         torch.empty_like(weight) if want_weight else input.new_empty(0),
         input.new_empty(weight.shape[0]) if want_bias else input.new_empty(0),
     )

@@ -10,9 +10,9 @@ For the convolution z = x * w + b of ``conv2d``, of P × Q pixels, and a monoton
 f before the pool gives the same: it keeps the order. What it makes equal without being 0 in the
 derivative, as rounding does, it may give another of the equals.
 
-Raw ops: ``conv2d_max_pool2d_forward``, which gives y and a, and ``conv2d_max_pool2d_backward`` for
-those of the three gradients that are wanted. ``conv2d_max_pool2d_algorithm`` says what the host
-entry takes: "few_channels", or "aten", torch's convolution and our pool.
+Raw ops, of a stride of 1, no dilation and no groups: ``conv2d_max_pool2d_forward``, which gives y
+and a, and ``conv2d_max_pool2d_backward`` for those of the three gradients that are wanted. Other
+settings, and many channels, which have better algorithms, are ``conv2d``'s and torch's pool's.
 """
 
 import torch
@@ -22,14 +22,26 @@ from torch.nn import functional as F
 from dlkernels import config
 from dlkernels.ops.common import (
     activation_named,
-    active_transform,
-    autocast_dtype,
     before_activation,
-    is_batched,
+    cast,
+    empty_gradients,
+    empty_image,
+    has_kernel,
+    is_torchs,
+    keep,
+    kept,
     not_differentiable,
-    suggests_channels_last,
+    wanted_ones,
 )
-from dlkernels.ops.conv2d import _is_exact, _settings, conv2d, conv2d_reference, is_small
+from dlkernels.ops.conv2d import (
+    conv2d,
+    conv2d_reference,
+    output_size,
+    refused,
+    run_kernel,
+    settings_of,
+    torchs_reason,
+)
 
 _OP = "conv2d_max_pool2d"
 
@@ -38,10 +50,7 @@ _SMALL = 2**18
 
 # ------------------------------------------------------------------------------------------ schemas
 
-_SETTINGS = (
-    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, str activation,"
-    " bool exact, bool own"
-)
+_SETTINGS = "SymInt[2] padding, str activation"
 _ARGUMENTS = f"Tensor input, Tensor weight, Tensor? bias, {_SETTINGS}"
 
 for _schema in (
@@ -52,50 +61,34 @@ for _schema in (
     "conv2d_max_pool2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output,"
     f" Tensor argmax, {_SETTINGS}, bool want_input, bool want_weight, bool want_bias)"
     " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
-    f"conv2d_max_pool2d_algorithm({_ARGUMENTS}) -> str",
 ):
     torch.library.define(f"dlkernels::{_schema.split('(')[0]}", _schema[_schema.index("(") :])
 
 _ops = torch.ops.dlkernels
 
 
-def _convolved(input, weight, stride, padding, dilation):
+def _convolved(input, weight, padding):
     """Height and width of the convolution's result."""
-    return [
-        (input.shape[d] + 2 * padding[d] - dilation[d] * (weight.shape[d] - 1) - 1) // stride[d] + 1
-        for d in (-2, -1)
-    ]
-
-
-def _empty(like, shape, dtype, channels_last):
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
+    return output_size(input, weight, (1, 1), padding, (1, 1))
 
 
 @torch.library.register_fake("dlkernels::conv2d_max_pool2d")
 @torch.library.register_fake("dlkernels::conv2d_max_pool2d_forward")
-def _(input, weight, bias, stride, padding, dilation, groups, activation, exact, own):
-    height, width = _convolved(input, weight, stride, padding, dilation)
-    shape = (input.shape[0], weight.shape[0], height // 2, width // 2)
-    last = shape[0] != 0 and (suggests_channels_last(input) or suggests_channels_last(weight))
-    return _empty(input, shape, input.dtype, last), _empty(input, shape, torch.uint8, last)
+def _(input, weight, bias, padding, activation):
+    size = [side // 2 for side in _convolved(input, weight, padding)]
+    output, argmax = (
+        empty_image(input, weight, weight.shape[0], size, dtype) for dtype in (None, torch.uint8)
+    )
+    return output, argmax
 
 
 @torch.library.register_fake("dlkernels::conv2d_max_pool2d_backward")
 def _(
-    grad_output, input, weight, output, argmax, stride, padding, dilation, groups, activation,
-    exact, own, want_input, want_weight, want_bias,
+    grad_output, input, weight, output, argmax, padding, activation,
+    want_input, want_weight, want_bias,
 ):  # fmt: skip
-    def like(x, wanted):
-        if not wanted:
-            return x.new_empty(0)
-        return _empty(x, x.shape, x.dtype, suggests_channels_last(x))
-
-    return (
-        like(input, want_input),
-        like(weight, want_weight),
-        input.new_empty(weight.shape[0] if want_bias else 0),
-    )
+    wanted = want_input, want_weight, want_bias
+    return empty_gradients(input, weight, weight.shape[0], wanted)
 
 
 # ---------------------------------------------------------------------------------------- reference
@@ -110,33 +103,13 @@ def conv2d_max_pool2d_reference(input, weight, bias, stride, padding, dilation, 
 # ----------------------------------------------------------------------------------------- backward
 
 
-def _save(ctx, input, weight, output, argmax):
-    """Keeps what the wanted gradients read: no input for a frozen weight, and no weight, which may
-    then be changed before the backward, for an input without a gradient."""
-    of_input, of_weight, *_ = ctx.needs_input_grad
-    ctx.set_materialize_grads(False)
-    # Of what is not kept only the layout counts.
-    ctx.of_input = None if of_weight else (input.shape, input.stride())
-    ctx.of_weight = None if of_input else (weight.shape, weight.stride())
-    ctx.save_for_backward(
-        input if of_weight else None,
-        weight if of_input else None,
-        output if ctx.settings[4] != "none" else None,
-        argmax,
-    )
-
-
 def _backward(ctx, grad_output):
     """The three gradients by the kernel; in torch ops where they are differentiated again."""
     if grad_output is None:
         return None, None, None
-    input, weight, output, argmax = ctx.saved_tensors
-    if input is None:
-        input = grad_output.new_empty_strided(*ctx.of_input)
-    if weight is None:
-        weight = grad_output.new_empty_strided(*ctx.of_weight)
+    input, weight, argmax, output = kept(ctx, grad_output)
     wanted = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled() or is_batched(grad_output):
+    if is_torchs(grad_output):
         return _gradients(grad_output, input, weight, output, argmax, ctx.settings, wanted)
     with torch._C._AutoDispatchBelowAutograd():
         gradients = _ops.conv2d_max_pool2d_backward(
@@ -148,15 +121,15 @@ def _backward(ctx, grad_output):
             *ctx.settings,
             *wanted,
         )
-    return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
+    return wanted_ones(gradients, wanted)
 
 
 def _gradients(grad_output, input, weight, output, argmax, settings, wanted):
     """The formulas at the head of this file, in torch ops."""
-    stride, padding, dilation, groups, activation, *_ = settings
+    padding, activation = settings
     of_input, of_weight, of_bias = wanted
     d = before_activation(grad_output, output, activation)
-    height, width = _convolved(input, weight, stride, padding, dilation)
+    height, width = _convolved(input, weight, padding)
     rows = 2 * torch.arange(d.shape[-2], device=d.device)[:, None]
     columns = 2 * torch.arange(d.shape[-1], device=d.device)
     taken = argmax.long()
@@ -165,10 +138,14 @@ def _gradients(grad_output, input, weight, output, argmax, settings, wanted):
     of_z = d.new_zeros(*planes[:2], height * width)
     of_z = of_z.scatter(2, taken.reshape(planes), d.reshape(planes))
     of_input, of_weight, _ = torch.ops.aten.convolution_backward(
-        of_z.reshape(*planes[:2], height, width), input, weight, None, stride, padding, dilation,
-        False, (0, 0), groups, [of_input, of_weight, False],
+        of_z.reshape(*planes[:2], height, width), input, weight, None, (1, 1), padding, (1, 1),
+        False, (0, 0), 1, [of_input, of_weight, False],
     )  # fmt: skip
     return of_input, of_weight, d.sum((0, 2, 3)) if of_bias else None
+
+
+def _save(ctx, input, weight, output, argmax):
+    keep(ctx, input, weight, argmax, output if ctx.settings[1] != "none" else None)
 
 
 def _forward(*arguments):
@@ -211,13 +188,6 @@ not_differentiable(_OP, "conv2d_max_pool2d_forward", "conv2d_max_pool2d_backward
 # ------------------------------------------------------------------------------------------- choice
 
 
-@torch.compiler.assume_constant_result
-def _has_kernel(device):
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        "dlkernels::conv2d_max_pool2d_forward", device.upper()
-    )
-
-
 def _is_small(input, weight):
     """Whether stock would be done before our way through Python. A traced size is not asked."""
     if config.forced() != "auto" or torch.compiler.is_compiling():
@@ -229,30 +199,22 @@ def _is_small(input, weight):
     return input.numel() * weight.numel() < _SMALL * input.shape[-3]
 
 
-def _choose(input, weight, bias, stride, padding, dilation, groups):
-    """(why the call is torch's, the settings, what more padding there is behind the image)."""
-    reason, settings, behind = _settings(input, weight, bias, stride, padding, dilation, groups)
-    if reason is None and not _has_kernel(input.device.type):
-        reason = f"no kernel for device {input.device.type}"
-    if reason is None:
-        height, width = _convolved(input, weight, *settings[:3])
-        if height + behind[1] < 2 or width + behind[0] < 2:
-            reason = "a convolution of less than 2 pixels to pool"
-    return reason, settings, behind
+# Channels in and out that the fused kernel is the faster for, measured on 2 cores of AVX-512.
+_MOST_INPUTS, _MOST_OUTPUTS = 32, 64
 
 
-def _has_many_channels(weight, settings):
-    """Whether conv2d may have an algorithm that is worth more than the fused pool."""
-    stride, _, dilation, groups = settings
-    outputs, channels, *_ = weight.shape
-    return stride == dilation == (1, 1) and groups == 1 and (channels > 32 or outputs > 64)
-
-
-def _algorithm(input, weight, *settings):
-    image = input if input.dim() == 4 else input.unsqueeze(0)
-    # Autocast has still to come: the choice is that of its dtype.
-    dtype = autocast_dtype(input, input.device.type)
-    return _ops.conv2d_max_pool2d_algorithm(image.to(dtype), weight.to(dtype), None, *settings)
+def _unfused(input, weight, stride, padding, dilation, groups):
+    """Why the call is conv2d's and torch's pool's, if it is; no kernel of ours pools on its own."""
+    if not has_kernel("conv2d_max_pool2d_forward", input.device.type):
+        return f"no fused kernel for device {input.device.type}"
+    for name, value in (("stride", stride), ("dilation", dilation), ("groups", (groups, groups))):
+        if value != (1, 1):
+            return f"{name}={value[0] if value[0] == value[1] else value}"
+    if config.forced() != "own" and (
+        weight.shape[1] > _MOST_INPUTS or weight.shape[0] > _MOST_OUTPUTS
+    ):
+        return f"{weight.shape[1]} channels to {weight.shape[0]}"
+    return None
 
 
 # ------------------------------------------------------------------------------------------- public
@@ -290,52 +252,36 @@ def conv2d_max_pool2d(
         tensor. ValueError for another activation. NotImplementedError under
         ``dlkernels.config.kernels = "own"``, where there is no kernel of ours.
     """
-    activation = activation_named(_OP, activation)
-    reason = transform = active_transform()
-    kernels = config.forced()
-    if transform is None and kernels == "stock":
-        reason = "dlkernels.config.kernels is 'stock'"
-    elif transform is None and _is_small(input, weight):
+    named, activation = activation, activation_named(_OP, activation)
+    convolution = stride, padding, dilation, groups
+
+    def stocks():
+        return conv2d_max_pool2d_reference(input, weight, bias, *convolution, activation)
+
+    reason = torchs_reason()
+    if reason is None and _is_small(input, weight):
         reason = "too small for our call overhead"
-    if reason is None:
-        reason, settings, behind = _choose(input, weight, bias, stride, padding, dilation, groups)
     if reason is not None:
         config.record(_OP, "reference", reason)
-        output = conv2d_max_pool2d_reference(
-            input, weight, bias, stride, padding, dilation, groups, activation
-        )
-        if transform is None and kernels == "own":  # bad input is torch's to refuse
-            raise NotImplementedError(f"{_OP}: no kernel of ours: {reason}")
-        return output
-
-    own = kernels == "own"
-    if not own and _has_many_channels(weight, settings) and not is_small(input, weight, stride):
-        named = None if activation == "none" else activation
-        output = conv2d(input, weight, bias, stride, padding, dilation, groups, activation=named)
-        return F.max_pool2d(output, 2)
+        return stocks()
+    reason, settings, behind = settings_of(input, weight, bias, *convolution)
+    if reason is not None:
+        config.record(_OP, "reference", reason)
+        return refused(_OP, reason, stocks)
+    if reason := _unfused(input, weight, *settings):
+        config.record(_OP, "stock", f"torch's max_pool2d behind conv2d: {reason}")
+        return F.max_pool2d(conv2d(input, weight, bias, *convolution, activation=named), 2)
     if behind != (0, 0):
         input = F.pad(input, (0, behind[0], 0, behind[1]))
-    device = input.device.type
-    settings = (*settings, activation, _is_exact(device), own)
-    if (own or config.is_recording()) and not torch.compiler.is_compiling():
-        algorithm = _algorithm(input, weight, *settings)
-        if own and algorithm == "aten":
-            raise NotImplementedError(f"{_OP}: no kernel of ours: torch does the convolution")
-        owner = "reference" if algorithm == "aten" else config.owner(device)
-        config.record(_OP, owner, algorithm)
-    if torch.is_autocast_enabled(device):
-        dtype = autocast_dtype(input, device)
-        input, weight = input.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    batched = input.dim() == 4
-    if not batched:
-        input = input.unsqueeze(0)
-    if torch.compiler.is_compiling():
-        output, _ = _ops.conv2d_max_pool2d(input, weight, bias, *settings)
-    elif torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        output = _Conv2dMaxPool2d.apply(input, weight, bias, *settings)
-    else:
-        output, _ = _forward(input, weight, bias, *settings)
-    return output if batched else output.squeeze(0)
+    padding = settings[1]
+    if min(_convolved(input, weight, padding)) < 2:
+        return refused(_OP, "a convolution of less than 2 pixels to pool", stocks)
+    config.record(_OP, config.owner(input.device.type), "few_channels")
+    return run_kernel(
+        lambda *arguments: _ops.conv2d_max_pool2d(*arguments)[0],
+        _Conv2dMaxPool2d,
+        lambda *arguments: _forward(*arguments)[0],
+        *cast(input, weight, bias),
+        padding,
+        activation,
+    )

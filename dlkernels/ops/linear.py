@@ -26,9 +26,12 @@ from dlkernels.ops.common import (
     active_transform,
     autocast_dtype,
     before_activation,
-    is_batched,
+    cast,
     is_plain,
+    is_torchs,
+    needs_gradient,
     not_differentiable,
+    wanted_ones,
 )
 
 _OP = "linear"
@@ -103,7 +106,7 @@ def _backward(ctx, grad_output):
         return None, None, None
     input, weight, output = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled() or is_batched(grad_output) or grad_output.is_cuda:
+    if is_torchs(grad_output) or grad_output.is_cuda:
         return _gradients(grad_output, input, weight, output, ctx.activation, wanted)
     # Of what was not kept only the shape counts.
     features = weight.shape[1] if weight is not None else 0 if input is None else input.shape[-1]
@@ -115,7 +118,7 @@ def _backward(ctx, grad_output):
         gradients = _ops.linear_backward(
             grad_output.contiguous(), input, weight, output, ctx.activation, *wanted
         )
-    return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
+    return wanted_ones(gradients, wanted)
 
 
 def _gradients(grad_output, input, weight, output, activation, wanted):
@@ -291,15 +294,9 @@ def linear(
     ):
         return linear_reference(input, weight, bias, activation)
 
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = autocast_dtype(input, device)
-        input, weight = input.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    input, weight, bias = cast(input, weight, bias)
     if torch.compiler.is_compiling():
         return _ops.linear(input, weight, bias, activation)
-    if torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if needs_gradient(input, weight, bias):
         return _Linear.apply(input, weight, bias, activation)
     return _forward(input, weight, bias, activation)

@@ -36,6 +36,7 @@ from dlkernels.ops.common import (
     is_batched,
     not_differentiable,
     unfit,
+    wanted_ones,
 )
 from dlkernels.ops.cross_entropy import (
     REDUCTIONS,
@@ -141,10 +142,6 @@ def _save(ctx, inputs, ahead, gradients):
     ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, *gradients)
 
 
-def _wanted(gradients, wants):
-    return tuple(g if want else None for g, want in zip(gradients, wants, strict=True))
-
-
 def _backward(ctx, grad_loss, inputs):
     """(gradients of input, weight, bias; of the target) by the kernel, in one more pass over the
     logits; in torch ops where they are differentiated again."""
@@ -155,7 +152,7 @@ def _backward(ctx, grad_loss, inputs):
         gradients = _ops.linear_cross_entropy_backward(
             grad_loss.contiguous(), *inputs, *ctx.options, *ctx.wants
         )
-    return _wanted(gradients, ctx.wants), None
+    return wanted_ones(gradients, ctx.wants), None
 
 
 def _gradients(ctx, grad_loss, input, linear_weight, linear_bias, target, weight, want_target):
@@ -207,7 +204,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradients is None:
                 _, *gradients = _ops.linear_cross_entropy(*inputs, *ctx.options, *ctx.wants)
             _ops.linear_cross_entropy_scale_(*gradients, grad_loss)
-        return *_wanted(gradients, ctx.wants), None, None, None, None
+        return *wanted_ones(gradients, ctx.wants), None, None, None, None
 
 
 # The public op: functional, for export, opcheck and compile. With a gradient wanted from it, it is

@@ -205,7 +205,8 @@ class _Norm(NamedTuple):
 
 
 def _normalise(y, statistics, parameters, running, at, s):
-    """The _Norm behind a convolution, of its statistics or of the running ones."""
+    """The _Norm behind a convolution, of its statistics or of the running ones; the variance; and
+    how many elements they are of."""
     _, _, gamma, beta = parameters
     count = y.numel() // y.shape[1]
     if not s.training:
@@ -213,20 +214,20 @@ def _normalise(y, statistics, parameters, running, at, s):
         scale, shift, rstd = _ops.residual_block_finalize(
             mean, var, count, gamma, beta, None, None, 0.0, s.eps[at]
         )
-        return _Norm(scale, shift, mean, rstd), count
+        return _Norm(scale, shift, mean, rstd), var, count
     mean, var = statistics
     if s.group is not None:
         mean, var, count = combined_statistics(mean, var, count, s.group)
     scale, shift, rstd = _ops.residual_block_finalize(
         mean, var, count, gamma, beta, *running, s.momenta[at], s.eps[at]
     )
-    return _Norm(scale, shift, mean, rstd), count
+    return _Norm(scale, shift, mean, rstd), var, count
 
 
 def _forward(input, parameters, running, s, want_signs=True):
-    """(out, its signs, y of each layer, _Norm of each, elements that each one's statistics are of);
-    the shortcut's last."""
-    outputs, norms, counts = [], [], []
+    """(out, its signs, y of each layer, _Norm of each, its variance, elements that it is of); the
+    shortcut's last."""
+    outputs, norms, variances, counts = [], [], [], []
     layers = len(parameters) - s.projects
     for at, tensors in enumerate(parameters):
         first = at in (0, layers)
@@ -236,16 +237,17 @@ def _forward(input, parameters, running, s, want_signs=True):
             input if first else outputs[-1], scale, shift, weight, bias, running[at][0],
             *s.convolutions[at], s.training, s.exact, s.own,
         )  # fmt: skip
-        norm, count = _normalise(y, statistics, tensors, running[at], at, s)
+        norm, var, count = _normalise(y, statistics, tensors, running[at], at, s)
         outputs.append(y)
         norms.append(norm)
+        variances.append(var)
         counts.append(count)
     last = norms[layers - 1]
     residual = (outputs[-1], *norms[-1][:2]) if s.projects else (input, None, None)
     output, signs = _ops.residual_block_output(
         outputs[layers - 1], last.scale, last.shift, *residual, want_signs
     )
-    return output, signs, outputs, norms, counts
+    return output, signs, outputs, norms, variances, counts
 
 
 def _inference(input, parameters, running, s):
@@ -365,16 +367,15 @@ def _again(grad, input, flat, running, s, wanted):
     return [next(gradients) if want else None for want in wanted]
 
 
-def _save(ctx, input, flat, running, s, signs, outputs, norms):
+def _keep(ctx, input, flat, running, s, signs, outputs, norms):
     ctx.set_materialize_grads(False)
     ctx.s, ctx.layers = s, len(outputs)
     given = [] if s.training else [x for pair in running for x in pair]
-    ctx.save_for_backward(input, signs, *flat, *given, *outputs, *(x for n in norms for x in n))
+    ctx.save_for_backward(input, signs, *flat, *given, *outputs, *norms)
 
 
-def _gradients(ctx, grad):
+def _gradients(ctx, grad, wanted):
     """Of input and parameters, by the kernels or by the definition."""
-    wanted = ctx.wanted
     if grad is None:
         return [None] * len(wanted)
     s, count = ctx.s, ctx.layers
@@ -384,13 +385,14 @@ def _gradients(ctx, grad):
     if not s.training:
         running = list(zip(rest[: 2 * count : 2], rest[1 : 2 * count : 2], strict=True))
         rest = rest[2 * count :]
-    if torch.is_grad_enabled() or is_batched(grad):
+    if is_torchs(grad):
         return _again(grad, input, flat, running, s, wanted)
     outputs, rest = rest[:count], rest[count:]
     norms = [_Norm(*rest[at : at + 4]) for at in range(0, 4 * count, 4)]
+    counts = getattr(ctx, "counts", None) or [y.numel() // y.shape[1] for y in outputs]
     with torch._C._AutoDispatchBelowAutograd():
         of_input, of_layers = _backward(
-            grad.contiguous(memory_format=_LAST), input, signs, outputs, norms, ctx.counts,
+            grad.contiguous(memory_format=_LAST), input, signs, outputs, norms, counts,
             _layers_of(flat), s, wanted[0], wanted[1::_PARAMETERS],
         )  # fmt: skip
     gradients = [of_input, *(x for layer in of_layers for x in layer)]
@@ -401,13 +403,290 @@ class _ResidualBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, s, running, input, *flat):
         with torch._C._AutoDispatchBelowAutograd():
-            output, signs, outputs, norms, ctx.counts = _forward(
+            output, signs, outputs, norms, _, ctx.counts = _forward(
                 input, _layers_of(flat), running, s
             )
-        _save(ctx, input, flat, running, s, signs, outputs, norms)
+        _keep(ctx, input, flat, running, s, signs, outputs, [x for norm in norms for x in norm])
         return output
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.wanted = ctx.needs_input_grad[2:]
-        return None, None, *_gradients(ctx, grad)
+        return None, None, *_gradients(ctx, grad, ctx.needs_input_grad[2:])
+
+
+# The public op: functional, for export, opcheck and compile. ``parameters`` are weight, bias, γ and
+# β of each layer, ``running`` its running mean and variance, which it reads where it is not
+# training, ``convolutions`` stride, padding, dilation and groups; the shortcut's are last.
+# ``outputs``, ``norms`` and ``signs`` are what the backward reads.
+
+torch.library.define(
+    "dlkernels::residual_block",
+    "(Tensor input, Tensor?[] parameters, Tensor?[] running, SymInt[] convolutions, float[] eps,"
+    f" bool projects, bool training, {_CHOICE}) -> (Tensor output, Tensor signs, Tensor[] outputs,"
+    " Tensor[] norms, Tensor[] variances)",
+)
+
+
+def _of_op(running, convolutions, eps, projects, training, exact, own):
+    """(running statistics by layer, settings)."""
+    settings = []
+    for at in range(0, len(convolutions), 7):
+        *pairs, groups = convolutions[at : at + 7]
+        settings.append((*(tuple(pairs[i : i + 2]) for i in (0, 2, 4)), groups))
+    pairs = list(zip(running[::2], running[1::2], strict=True))
+    momenta = (0.0,) * len(settings)
+    return pairs, _Settings(
+        tuple(settings), momenta, tuple(eps), projects, training, None, exact, own
+    )
+
+
+@torch.library.impl("dlkernels::residual_block", "CompositeExplicitAutograd")
+@torch.library.register_fake("dlkernels::residual_block")
+def _(input, parameters, running, *settings):
+    running, s = _of_op(running, *settings)
+    if s.training:
+        running = [(None, None)] * len(running)
+    output, signs, outputs, norms, variances, _ = _forward(
+        input, _layers_of(parameters), running, s
+    )
+    if not s.training:  # nothing that is given may come back
+        variances = [var.clone() for var in variances]
+        norms = [norm._replace(mean=norm.mean.clone()) for norm in norms]
+    return output, signs, outputs, [x for norm in norms for x in norm], variances
+
+
+def _setup_context(ctx, inputs, output):
+    input, parameters, running, *settings = inputs
+    running, s = _of_op(running, *settings)
+    _, signs, outputs, norms, _ = output
+    _keep(ctx, input, parameters, running, s, signs, outputs, norms)
+    ctx.given = len(inputs)
+
+
+def _backward_of_op(ctx, grad, *_):
+    of_input, of_parameters, *_ = ctx.needs_input_grad
+    gradients = _gradients(ctx, grad, [of_input, *of_parameters])
+    return gradients[0], gradients[1:], [None] * 2 * ctx.layers, *(None,) * (ctx.given - 3)
+
+
+torch.library.register_autograd(
+    "dlkernels::residual_block", _backward_of_op, setup_context=_setup_context
+)
+
+not_differentiable(
+    _OP,
+    "residual_block_convolution",
+    "residual_block_finalize",
+    "residual_block_output",
+    "residual_block_folded",
+    "residual_block_reduce",
+    "residual_block_coefficients",
+    "residual_block_gradient",
+)
+
+
+# ------------------------------------------------------------------------------------------- choice
+
+
+def _is_pair(value, least):
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(isinstance(number, (int, torch.SymInt)) and number >= least for number in value)
+    )
+
+
+def _refusal_of_layer(shape, layer, dtype, training):
+    """(why our kernels do not take a layer behind an image of this shape, its output's shape)."""
+    weight, device = layer.weight, layer.weight.device.type
+    if weight.dim() != 4 or autocast_dtype(weight, device) != dtype:
+        return f"a weight of {weight.dtype} and shape {tuple(weight.shape)}", None
+    channels, groups = weight.shape[0], layer.groups
+    if weight.shape[1] * groups != shape[1] or channels % groups:
+        return f"weight of shape {tuple(weight.shape)} for {shape[1]} channels", None
+    if layer.bias is not None and (
+        layer.bias.shape != (channels,) or autocast_dtype(layer.bias, device) != dtype
+    ):
+        return f"bias of {layer.bias.dtype} and shape {tuple(layer.bias.shape)}", None
+    for least, value in ((1, layer.stride), (0, layer.padding), (1, layer.dilation)):
+        if not _is_pair(value, least):
+            return "a stride, padding or dilation that is not two numbers", None
+    size = output_size(torch.Size(shape), weight.shape, layer.stride, layer.padding, layer.dilation)
+    if min(size) < 1:
+        return f"an image of {tuple(shape)} below the kernel's size", None
+    norm = (layer.norm_weight, layer.norm_bias, layer.running_mean, layer.running_var)
+    for tensor in norm:
+        if tensor is None:
+            continue
+        if tensor.shape != (channels,) or tensor.dtype not in (torch.float32, dtype):
+            return f"a batch norm of {tensor.dtype} and shape {tuple(tensor.shape)}", None
+        if tensor.dtype != norm[0].dtype if norm[0] is not None else False:
+            return "a batch norm of several dtypes", None
+    if (layer.running_mean is None) != (layer.running_var is None):
+        return "one running statistic without the other", None
+    if layer.running_mean is None and not training:
+        return "no running statistics in eval", None
+    if training and shape[0] * size[0] * size[1] <= 1:
+        return "one value per channel", None
+    if layer.eps < 0 or (training and layer.eps == 0):
+        return f"eps={layer.eps}", None
+    return None, (shape[0], channels, *size)
+
+
+def _refusal(input, layers, shortcut, training):
+    """Why our kernels do not take these arguments: torch refuses them, or only torch can."""
+    every = [*layers, *([] if shortcut is None else [shortcut])]
+    tensors = [x for layer in every for x in (*layer.parameters, *layer[4:6])]
+    if reason := unfit((input, *tensors)):
+        return reason
+    device = input.device.type
+    if not has_kernel("residual_block_convolution", device):
+        return f"no kernel for device {device}"
+    dtype = autocast_dtype(input, device)
+    if dtype not in DTYPES:
+        return f"no kernel for {dtype}"
+    if input.dim() != 4 or 0 in input.shape:
+        return f"input of shape {tuple(input.shape)}"
+    shape = input.shape
+    for layer in layers:
+        reason, shape = _refusal_of_layer(shape, layer, dtype, training)
+        if reason is not None:
+            return reason
+    past = input.shape
+    if shortcut is not None:
+        reason, past = _refusal_of_layer(past, shortcut, dtype, training)
+        if reason is not None:
+            return reason
+    if tuple(shape) != tuple(past):
+        return f"a shortcut of shape {tuple(past)} beside {tuple(shape)}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------- public
+
+
+def _parts(input, layers, shortcut, training, group):
+    """The block of the library's convolutions and batch norms, which choose for themselves."""
+
+    def layer(x, of, **more):
+        y = conv2d(x, of.weight, of.bias, of.stride, of.padding, of.dilation, of.groups)
+        norm = of.running_mean, of.running_var, of.norm_weight, of.norm_bias
+        batch = training or of.running_mean is None
+        if group is not None and batch:
+            return synchronised_batch_norm(y, *norm, of.momentum, of.eps, group, **more)
+        return batch_norm(y, *norm, batch, of.momentum, of.eps, **more)
+
+    past = input if shortcut is None else layer(input, shortcut)
+    x = input
+    for of in layers[:-1]:
+        x = layer(x, of, activation="relu")
+    return layer(x, layers[-1], residual=past, activation="relu")
+
+
+def _cast(input, layers):
+    device = input.device.type
+    if not torch.is_autocast_enabled(device):
+        return input, layers
+    dtype = autocast_dtype(input, device)
+    bias = [None if layer.bias is None else layer.bias.to(dtype) for layer in layers]
+    return input.to(dtype), [
+        layer._replace(weight=layer.weight.to(dtype), bias=b)
+        for layer, b in zip(layers, bias, strict=True)
+    ]
+
+
+def _run(input, layers, s):
+    """The kernels, with a derivative where one is needed."""
+    flat = [x for layer in layers for x in layer.parameters]
+    running = [(layer.running_mean, layer.running_var) for layer in layers]
+    if torch.compiler.is_compiling():
+        convolutions = [x for c in s.convolutions for x in (*c[0], *c[1], *c[2], c[3])]
+        output, _, outputs, norms, variances = _ops.residual_block(
+            input, flat, [x for pair in running for x in pair], convolutions, s.eps, s.projects,
+            s.training, s.exact, s.own,
+        )  # fmt: skip
+        if s.training:
+            for at, (mean, var) in enumerate(running):
+                if mean is not None:
+                    values = outputs[at].numel() // outputs[at].shape[1]
+                    update_running(mean, norms[4 * at + 2], s.momenta[at])
+                    update_running(var, variances[at] * (values / (values - 1)), s.momenta[at])
+        return output
+    if needs_gradient(input, *flat):
+        output = _ResidualBlock.apply(s, running, input, *flat)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            if not s.training:
+                return _inference(input, _layers_of(flat), running, s)
+            output, *_ = _forward(input, _layers_of(flat), running, s, want_signs=False)
+    if s.training:
+        written(*(x for pair in running for x in pair))
+    return output
+
+
+def residual_block(
+    input: Tensor,
+    layers: Sequence[ResidualLayer],
+    shortcut: ResidualLayer | None = None,
+    *,
+    training: bool = False,
+    process_group=None,
+) -> Tensor:
+    """relu(layer(… relu(layer(input))) + shortcut): a residual block of convolutions, each with its
+    batch norm (He et al., 2015), in one op.
+
+    Args:
+        input: (N, C, H, W), in any strides; channels_last is the fast layout. float32, float64,
+            bfloat16 or float16, computed in float32 (float64 for float64).
+        layers: convolutions and batch norms, from the input on. Their weights have the input's
+            dtype, batch norms theirs or float32.
+        shortcut: the layer around them; None for the input itself.
+        training: normalise with the statistics of the batch, and update the running ones.
+        process_group: of ``torch.distributed``, over which the statistics are taken.
+
+    Returns:
+        A tensor of the last layer's shape, channels_last if input or a weight is, of the input's
+        dtype; under autocast, of autocast's. In float32 a 3×3 convolution of stride 1 may be off by
+        up to 4 times the error of a sum of products, as ``conv2d``'s.
+
+    Raises:
+        What torch raises of the parts, with its words: ValueError for one value per channel in
+        training, RuntimeError for shapes and dtypes.
+    """
+    layers = list(layers)
+    every = layers if shortcut is None else [*layers, shortcut]
+
+    def parts():
+        return _parts(input, layers, shortcut, training, process_group)
+
+    batch = [training or layer.running_mean is None for layer in every]
+    if is_small(input, layers[0].weight, layers[0].stride):
+        if config.is_recording():
+            config.record(_OP, "parts", "too small for our call overhead")
+        return parts()
+    reason = torchs_reason()
+    if reason is None and any(batch) != all(batch):
+        reason = "layers with running statistics and without"
+    if reason is None:
+        reason = _refusal(input, layers, shortcut, batch[0])
+    if reason is not None:
+        config.record(_OP, "parts", reason)
+        return parts()
+    if process_group is not None and torch.compiler.is_compiling():
+        return parts()
+    device = input.device.type
+    config.record(_OP, config.owner("cpu") if device == "cpu" else "triton", "covered")
+    image, every = _cast(input, every)
+    s = _Settings(
+        tuple((layer.stride, layer.padding, layer.dilation, layer.groups) for layer in every),
+        tuple(float(layer.momentum) for layer in every),
+        tuple(float(layer.eps) for layer in every),
+        shortcut is not None,
+        batch[0],
+        process_group if batch[0] else None,
+        is_exact(device),
+        config.forced() == "own",
+    )
+    last = any(suggests_channels_last(x) for x in (image, *(layer.weight for layer in every)))
+    output = _run(image.contiguous(memory_format=_LAST), every, s)
+    return output if last else output.contiguous()
