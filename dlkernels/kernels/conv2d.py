@@ -756,6 +756,7 @@ def _has_lines(tensor: Tensor, channels: int) -> bool:
 
 
 def dense(tensor: Tensor) -> Tensor:
+    """Dense and channels_last: itself, or a copy."""
     return tensor.contiguous(memory_format=_LAST)
 
 
@@ -1315,6 +1316,8 @@ def _check_activation(op, activation):
 
 
 def check_convolution(op, input, weight, bias, stride, padding, dilation, groups):
+    """The settings and the output's rows and columns; RuntimeError where there is no such
+    convolution."""
     settings = _check_settings(op, input, weight, stride, padding, dilation, groups)
     k, c = weight.shape[:2]
     shapes = f"weight of shape {list(weight.shape)} for input of shape {list(input.shape)}"
