@@ -365,6 +365,16 @@ def test_gradient(name, dtype, before, masked, arch, monkeypatch, launched, pois
         assert constants["BOXED_D"] == (dtype == torch.float16) or constants["BOXED"] is False
 
 
+def test_gradient_in_ieee(launched):
+    """A 1 × 1 too has its dy made by a pass."""
+    drawn = Gradient.drawn(CASES["pointwise"], torch.float32, "layer", True)
+    exact = len(drawn.arguments) - 1
+    drawn.arguments[exact] = True
+    drawn.check()
+    assert names(launched)[0] == "_blend"
+    assert all(named.get("PRECISION", "ieee") == "ieee" for _, named in launched)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("before", ["layer", "skip", "skip_signs", "nothing"])
 def test_gradient_between_passes(before, dtype, launched, poisoned):

@@ -560,6 +560,10 @@ class _Tile(NamedTuple):
     stages: int
     programs: int
 
+    def elements(self) -> int:
+        """Of the output, a thread."""
+        return self.rows * self.columns // (32 * self.warps)
+
 
 # (kernel, architecture, precision) -> tiles, the first one that fits and makes tiles enough is
 # taken; the last resort is the last one. Reckoned, not measured:
@@ -634,6 +638,8 @@ _PART = 64  # rows that a program of _add_up or _merge takes
 _WASTE = 1.125  # of a cover by boxes, at most: pixels for each of a cover by runs of pixels
 _AUTOTUNE = os.environ.get("DLKERNELS_AUTOTUNE") == "1"
 _CHOICE = "tile.json"  # in Triton's cache
+_HANDLED = 64  # elements a thread, at most, beside pointers or what comes before the product
+_SUMMED = 32  # beside the sums of columns: with 64 they would spill
 _PACKED = 32  # channels, at least, that narrow groups share a tile for
 
 
@@ -958,10 +964,10 @@ def _run_convolve(
     given = (bias, affine, factor, residual, residual_signs, norm, signs, rectified)
     options = (gradient, activation, statistics, *(one is None for one in given))
     tiles = _fitting("convolve", arch, precision, width * pack)
-    # Pointers, what comes before and sums are registers that a tile this large has not left.
-    small = [t for t in tiles if t.rows * t.columns <= 64 * 32 * t.warps]
-    if prepared or statistics or rectified or box_of(tiles[0]) is None:
-        tiles = small
+    if statistics or rectified:
+        tiles = [t for t in tiles if t.elements() <= _SUMMED]
+    elif prepared or box_of(tiles[0]) is None:
+        tiles = [t for t in tiles if t.elements() <= _HANDLED]
     shape = (tuple(x.shape), tuple(y.shape), kernel, settings, str(x.dtype), precision, options)
     partial = run(_tune(tiles, run, shape, count))
     if statistics:

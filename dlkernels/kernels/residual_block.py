@@ -19,6 +19,7 @@ Where dy is made:
                        again, in registers, and both would stand in shared memory for each stage of
                        the loop, where dy goes by descriptors straight to the tensor cores
     strided            likewise: fewer taps of each phase, but all by pointers
+    IEEE float32       likewise: without tensor cores no pass is what takes the time
 
 Convolutions that are not conv2d's implicit GEMM (its table: torch's own where the user leaves the
 choice, as nothing is measured; float64; few channels; large strides) run by conv2d's raw op between
@@ -550,6 +551,11 @@ def _coefficients_of(sum, product, count, weight, rstd, training):
     return to
 
 
+def _makes_dy_as_it_reads(weight: Tensor, settings: conv2d.Settings, exact: bool) -> bool:
+    """The table at the top of this file."""
+    return settings.is_pointwise(weight) and not (exact and weight.dtype == torch.float32)
+
+
 @_on_device
 def _gradient(
     grad, signs, output, output_mean, coefficients, input, scale, shift, mean, rstd, weight, stride,
@@ -583,7 +589,7 @@ def _gradient(
     dx, dw = input.new_empty(0), weight.new_empty(0)
     sums = _sums(input, 0), _sums(input, 0)
     is_gemm = conv2d.is_implicit_gemm(input, weight, size, settings, own)
-    if not (is_gemm and settings.is_pointwise(weight)):
+    if not (is_gemm and _makes_dy_as_it_reads(weight, settings, exact)):
         a, b, c = norm.coefficients
         d = _run_blend(
             y, torch.empty_like(y), mean=output_mean, scale=b, shift=c, residual=d,
