@@ -12,8 +12,10 @@ from dlkernels.ops.conv2d_max_pool2d import conv2d_max_pool2d
 from dlkernels.ops.cross_entropy import cross_entropy
 from dlkernels.ops.linear import linear
 from dlkernels.ops.linear_cross_entropy import linear_cross_entropy
+from dlkernels.ops.residual_block import ResidualLayer, residual_block
 
 __all__ = [
+    "ResidualLayer",
     "batch_norm",
     "conv2d",
     "conv2d_max_pool2d",
@@ -21,6 +23,7 @@ __all__ = [
     "cross_entropy",
     "linear",
     "linear_cross_entropy",
+    "residual_block",
 ]
 
 

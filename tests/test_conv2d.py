@@ -69,7 +69,8 @@ class Shape(NamedTuple):
 THREE, ONE = (3, 3), (1, 1)
 
 # On each side of what the kernels switch on: 12 or 6 pixels and 16, 8 or 4 channels in registers,
-# output tiles of 4×4, 16 or 32 tiles in a block.
+# output tiles of 4×4, 16 or 32 tiles in a block; few channels up to 8, with strips of images in the
+# lanes of a vector.
 SHAPES = {
     "one_number": Shape((1, 1, 1, 1), 1, ONE),
     "one_row": Shape((2, 3, 1, 9), 5, (1, 3), padding=(0, 1)),
@@ -90,6 +91,10 @@ SHAPES = {
     "one_by_one": Shape((3, 20, 6, 7), 21, ONE),
     "one_by_one_stride_2": Shape((3, 20, 7, 6), 21, ONE, stride=2),
     "five_by_five": Shape((2, 6, 9, 9), 16, (5, 5), padding=2),
+    "five_by_five_of_10": Shape((2, 10, 9, 9), 17, (5, 5), padding=2),
+    "padding_beyond_of_9": Shape((2, 9, 4, 5), 4, THREE, padding=4),
+    "17_images": Shape((17, 2, 6, 7), 5, (3, 2), padding=(0, 1)),
+    "wide_rows": Shape((1, 2, 5, 270), 7, (3, 1), padding=(1, 0)),
     "stem": Shape((2, 3, 11, 13), 20, (7, 7), stride=2, padding=3),
     "3_to_64": Shape((2, 3, 8, 9), 64, THREE, padding=1),
     "stride_2": Shape((2, 9, 9, 12), 10, THREE, stride=2, padding=1),
@@ -275,7 +280,8 @@ def test_activations(name, dtype, activation, own, poisoned):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, dtype, own, poisoned):
     of_input, of_weight = LAYOUTS[layout]
-    shapes = SHAPES["tiles_with_tails"], SHAPES["groups"], SHAPES["one_by_one"]
+    names = "tiles_with_tails", "groups", "one_by_one", "3_to_64", "17_images"
+    shapes = [SHAPES[name] for name in names]
     for shape, (transposed, pair) in itertools.product(
         shapes, enumerate(((conv2d, stock), TRANSPOSED))
     ):
@@ -403,10 +409,12 @@ def test_an_empty_batch(name, layout, own, poisoned):
 def test_special_values_stay_under_the_kernel(value, activation, own, poisoned):
     """What pads a tile is no part of a sum: the direct algorithm, as that of tiles mixes them."""
     dlkernels.config.winograd = "off"
-    for dtype, layout in itertools.product(
-        (torch.float32, torch.bfloat16), (same_memory, channels_last)
+    for name, dtype, layout in itertools.product(
+        ("tiles_with_tails", "3_to_64"),
+        (torch.float32, torch.bfloat16),
+        (same_memory, channels_last),
     ):
-        x, weight, bias = problem(SHAPES["tiles_with_tails"], dtype)
+        x, weight, bias = problem(SHAPES[name], dtype)
         x[1, 2, 3, 4], bias[-1] = value, value
         x = layout(x)
         results = [
@@ -420,6 +428,25 @@ def test_special_values_stay_under_the_kernel(value, activation, own, poisoned):
         assert_no_worse("output", *results)
         assert not results[0].isfinite().all() or activation in ("tanh", "sigmoid")
         assert results[0][0, 0].isfinite().all() and results[0][1, 0, 0, 0].isfinite()
+
+
+@pytest.mark.parametrize("name", ["tiles_with_tails", "3_to_64", "stride_2", "depthwise"])
+def test_special_values_of_gradients_stay_under_the_kernel(name, own, poisoned):
+    """An infinite gradient, and an infinite input to the weight's."""
+    dlkernels.config.winograd = "off"
+    shape = SHAPES[name]
+    for layout in (same_memory, channels_last):
+        x, weight, bias = problem(shape, torch.float32)
+        upstream = torch.randn(stock(x, weight, bias, **shape.settings()).shape)
+        spoiled_x, spoiled_upstream = x.clone(), upstream.clone()
+        spoiled_x[1, 2, 3, 4] = spoiled_upstream[1, 2, 3, 1] = float("inf")
+        for images, grad in ((x, spoiled_upstream), (spoiled_x, upstream)):
+            tensors = layout(images), weight, bias
+            ours, wanted = (
+                evaluate(f, tensors, grad, **shape.settings())[1:] for f in (conv2d, stock)
+            )
+            for a, b in zip(ours, wanted, strict=True):
+                assert torch.equal(a.isfinite(), b.isfinite())
 
 
 def test_special_values_reach_what_they_are_under(own, poisoned):
@@ -1177,10 +1204,39 @@ def algorithms(x, weight, own=True):
     return ops.conv2d_algorithm(x, weight, None, *settings, exact, own).split(", ")
 
 
+def test_few_channels_have_an_algorithm_of_their_own():
+    few = ["few_channels"] * 3
+    for (channels, outputs), named, auto in (
+        ((1, 6), few, few),
+        ((6, 16), few, ["aten", "few_channels", "aten"]),
+        ((3, 64), few, ["aten", "few_channels", "aten"]),
+        ((8, 40), few, ["aten"] * 3),
+        ((9, 16), ["direct"] * 3, ["aten"] * 3),
+    ):
+        x, weight = torch.randn(2, channels, 12, 12), torch.randn(outputs, channels, 5, 5)
+        assert algorithms(x, weight) == named
+        assert algorithms(x, weight, own=False) == auto
+        last = channels_last(x) if channels > 1 else x
+        scattered = "direct" if outputs > 16 and channels > 1 else named[0]
+        assert algorithms(last, weight) == [scattered, *named[1:]]
+        y = torch.randn(2, outputs, 8, 8)
+        for images, forward in ((y, named[0]), (channels_last(y), scattered)):
+            _, reason = chosen(conv_transpose2d, "own", images, weight)
+            gradients = f"input gradient: {forward}, weight gradient: {named[2]}"
+            assert reason == f"forward: {named[1]}, {gradients}"
+    x, weight = torch.randn(2, 3, 12, 12), torch.randn(64, 3, 3, 3)
+    for settings in (([2, 1], [1, 1], 1), ([1, 1], [1, 2], 1)):
+        stride, dilation, groups = settings
+        named = ops.conv2d_algorithm(
+            x, weight, None, stride, [1, 1], dilation, groups, "none", False, True
+        )
+        assert "few_channels" not in named
+
+
 def test_precision_flags(precision):
     """ieee, of convolutions or of all that is above them, and winograd = "off": no Winograd."""
     x, weight, bias = problem(Shape((2, 16, 12, 12), 16, THREE, padding=1), torch.float32)
-    assert algorithms(x, weight)[0] == "winograd"
+    assert algorithms(x, weight)[:2] == ["winograd"] * 2
     assert "winograd" not in algorithms(x.double(), weight.double())
     for owner in (torch.backends.mkldnn.conv, torch.backends.mkldnn, torch.backends):
         before = owner.fp32_precision
@@ -1254,13 +1310,25 @@ def test_torchs_algorithms_inside_the_op(dtype, layout):
 
 @pytest.mark.parametrize(
     "name",
-    ["tiles_with_tails", "stride_2", "one_by_one", "depthwise", "stem", "33_tiles", "many_pixels"],
+    [
+        "tiles_with_tails",
+        "stride_2",
+        "one_by_one",
+        "depthwise",
+        "stem",
+        "33_tiles",
+        "many_pixels",
+        "many_images",
+    ],
 )
 def test_the_same_bits_for_any_number_of_threads(name, own):
-    shapes = SHAPES | {"many_pixels": Shape((3, 9, 40, 40), 10, THREE, padding=1)}
+    shapes = SHAPES | {
+        "many_pixels": Shape((3, 9, 40, 40), 10, THREE, padding=1),
+        "many_images": Shape((70, 3, 12, 12), 10, (5, 5), padding=2),
+    }
     shape = shapes[name]
     for dtype, layout in itertools.product(DTYPES, (same_memory, channels_last)):
-        if name == "many_pixels" and dtype != torch.float32:
+        if name.startswith("many") and dtype != torch.float32:
             continue
         x, *others = problem(shape, dtype)
         tensors = layout(x), *others

@@ -4,7 +4,8 @@
 // Sums are cut into blocks whose size the shape alone sets: in float within a block (double for
 // double), in double over blocks, in order. A block's values are read once: their deviations are
 // taken from a copy in L1, about the block's own mean; blocks go together by Chan's formula. The
-// statistics of double are torch's to the bit: one sum in order, and one of the squares.
+// statistics of double are those of torch on one thread to the bit: one sum in order, and one of
+// the squares.
 //
 // A second pass starts where the first one ended, at what the caches still hold.
 #pragma once
@@ -637,25 +638,20 @@ struct Rows {
     for_all<count>(parameters, body);
   }
 
-  // As that of planes: the same bits.
+  // As torch's of this layout: one row after another, squares and all.
   void moments_in_order(const S* x, Moments* total) const {
-    constexpr int64_t kRun = 64;
     const int64_t n = shape.values(), channels = shape.channels;
     const int64_t strips = (channels + V::size - 1) / V::size;
     const int64_t grain = std::max<int64_t>(1, kPiece / 2 / V::size / n);
     torch::stable::parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin * V::size; c < std::min(channels, end * V::size); c += V::size) {
         const int64_t lanes = std::min(V::size, channels - c);
-        V sum(T(0)), squares(T(0)), square[kRun];
+        V sum(T(0)), squares(T(0));
         for (int64_t r = 0; r < n; ++r) sum = sum + load(x + r * channels + c, lanes);
         const V mean = sum / V(T(n));
-        for (int64_t r0 = 0; r0 < n; r0 += kRun) {
-          const int64_t count = std::min(kRun, n - r0);
-          for (int64_t r = 0; r < count; ++r) {
-            const V d = load(x + (r0 + r) * channels + c, lanes) - mean;
-            square[r] = d * d;
-          }
-          for (int64_t r = 0; r < count; ++r) squares = squares + square[r];
+        for (int64_t r = 0; r < n; ++r) {
+          const V d = load(x + r * channels + c, lanes) - mean;
+          squares = fma(d, d, squares);
         }
         T m[V::size], s[V::size];
         store(m, mean), store(s, squares);

@@ -20,6 +20,7 @@
 
 #include "../check.h"
 #include "activation.h"
+#include "conv2d_few_channels.h"
 #include "layout.h"
 #include "memory.h"
 #include "sums.h"
@@ -35,6 +36,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
+using few_channels::images;
 using layout::empty;
 using layout::empty_gradient;
 using layout::format_of;
@@ -165,6 +167,12 @@ const S* channels_last(const Tensor& x, Tensor& keep) {
   return static_cast<const S*>(keep.const_data_ptr());
 }
 
+template <typename S>
+Tensor huge_pages(const Tensor& x) {
+  advise_huge_pages(x.mutable_data_ptr(), size_t(x.numel()) * sizeof(S));
+  return x;
+}
+
 // An image in `format` that a kernel writes in NHWC: into it, or beside it first.
 template <typename S>
 class Result {
@@ -172,8 +180,7 @@ class Result {
   Result(const Tensor& like, const Sizes& sizes, MemoryFormat format)
       : tensor_(empty(like, sizes, format)), written_(tensor_) {
     if (!is_nhwc(tensor_)) written_ = empty(like, sizes, MemoryFormat::ChannelsLast);
-    for (const Tensor& one : {tensor_, written_})
-      advise_huge_pages(one.mutable_data_ptr(), size_t(one.numel()) * sizeof(S));
+    huge_pages<S>(tensor_), huge_pages<S>(written_);
   }
   S* data() const { return static_cast<S*>(written_.mutable_data_ptr()); }
   Tensor finish() const {
@@ -198,18 +205,27 @@ conv2d::Weight<const S> weight_of(const Tensor& weight) {
   return weight_of<const S>(weight, weight.const_data_ptr());
 }
 
+// Of a convolution of stride 1.
+few_channels::Shape few_channels_shape(const Shape& shape) {
+  return {shape.n, shape.c, shape.h,          shape.w,         shape.k,
+          shape.r, shape.s, shape.padding[0], shape.padding[1]};
+}
+
 // ------------------------------------------------------------------------------------------ choice
 
 // An output that ends before the input does (output_padding beyond the stride) is torch's.
-Algorithm choose(const Settings& set, const Shape& shape, ScalarType dtype, Direction direction) {
+Algorithm choose(const Settings& set, const Shape& shape, ScalarType dtype, Direction direction,
+                 MemoryFormat output) {
   const bool whole =
       shape.p == outputs(set, 0, shape.h, shape.r) && shape.q == outputs(set, 1, shape.w, shape.s);
   if (!whole) return Algorithm::kAten;
-  return conv2d::choose(shape, dtype, direction, set.exact, set.own);
+  const bool last = output == MemoryFormat::ChannelsLast;
+  return conv2d::choose(shape, dtype, direction, {last, set.exact, set.own});
 }
 
 const char* name_of(Algorithm algorithm) {
-  constexpr std::array<const char*, 4> kNames{"aten", "direct", "winograd", "depthwise"};
+  constexpr std::array<const char*, 5> kNames{"aten", "direct", "winograd", "depthwise",
+                                              "few_channels"};
   return kNames[size_t(algorithm)];
 }
 
@@ -272,8 +288,8 @@ Tensor forward(const Settings& set, const Tensor& input, const Tensor& weight, c
   const Sizes sizes = set.transposed ? input_sizes(shape) : output_sizes(shape);
   if (shape.n == 0) return empty(input, sizes, format);
   const ScalarType dtype = input.scalar_type();
-  const Algorithm algorithm =
-      choose(set, shape, dtype, set.transposed ? Direction::kInputGradient : Direction::kForward);
+  const Direction direction = set.transposed ? Direction::kInputGradient : Direction::kForward;
+  const Algorithm algorithm = choose(set, shape, dtype, direction, format);
   Tensor output;
   for_dtype<bf16, f16>(dtype, [&](auto tag) {
     using S = decltype(tag);
@@ -284,12 +300,22 @@ Tensor forward(const Settings& set, const Tensor& input, const Tensor& weight, c
       return;
     }
     Tensor keep, flat_bias;
-    const S* const x = channels_last<S>(input, keep);
     const S* b = nullptr;
     if (bias) {
       flat_bias = torch::stable::contiguous(*bias);
       b = static_cast<const S*>(flat_bias.const_data_ptr());
     }
+    if (algorithm == Algorithm::kFewChannels) {
+      output = huge_pages<S>(empty(input, sizes, format));
+      const auto few = few_channels_shape(shape);
+      const auto w = images<const S>(weight);
+      if (set.transposed)
+        few_channels::input_gradient<S>(few, images<const S>(input), w, b, images<S>(output));
+      else
+        few_channels::forward<S>(few, images<const S>(input), w, b, act, images<S>(output));
+      return;
+    }
+    const S* const x = channels_last<S>(input, keep);
     const Epilogue<S> epilogue{b, act};
     const Result<S> result(input, sizes, format);
     const auto w = weight_of<S>(weight);
@@ -351,9 +377,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Settings& set, const Tensor& g
     return {grad_input, grad_weight, grad_bias};
   }
 
-  const Algorithm for_input =
-      choose(set, shape, dtype, set.transposed ? Direction::kForward : Direction::kInputGradient);
-  const Algorithm for_weight = choose(set, shape, dtype, Direction::kWeightGradient);
+  const MemoryFormat format = layout::output_format(input, weight);
+  const Direction to_input = set.transposed ? Direction::kForward : Direction::kInputGradient;
+  const Algorithm for_input = choose(set, shape, dtype, to_input, format);
+  const Algorithm for_weight = choose(set, shape, dtype, Direction::kWeightGradient, format);
   const Tensor grad = output ? before_activation(grad_output, *output, act) : grad_output;
   const bool aten_input = want.input && for_input == Algorithm::kAten;
   const bool aten_weight = want.weight && for_weight == Algorithm::kAten;
@@ -362,9 +389,27 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Settings& set, const Tensor& g
     if (aten_input) grad_input = torch::stable::contiguous(x, format_of(input));
     if (aten_weight) grad_weight = torch::stable::contiguous(w, format_of(weight));
   }
-  const bool own_input = want.input && !aten_input, own_weight = want.weight && !aten_weight;
+  const bool few_input = want.input && for_input == Algorithm::kFewChannels;
+  const bool few_weight = want.weight && for_weight == Algorithm::kFewChannels;
+  const bool own_input = want.input && !aten_input && !few_input;
+  const bool own_weight = want.weight && !aten_weight && !few_weight;
   for_dtype<bf16, f16>(dtype, [&](auto tag) {
     using S = decltype(tag);
+    const auto few = few_channels_shape(shape);
+    if (few_input) {
+      grad_input = huge_pages<S>(empty_gradient(input));
+      const auto from = images<const S>(grad), w = images<const S>(weight);
+      if (set.transposed)
+        few_channels::forward<S>(few, from, w, nullptr, Activation::kNone, images<S>(grad_input));
+      else
+        few_channels::input_gradient<S>(few, from, w, nullptr, images<S>(grad_input));
+    }
+    if (few_weight) {
+      grad_weight = empty_gradient(weight);
+      const auto x = images<const S>(set.transposed ? grad : input);
+      const auto dy = images<const S>(set.transposed ? input : grad);
+      few_channels::weight_gradient<S>(few, x, dy, images<S>(grad_weight));
+    }
     Tensor keep_grad, keep_input;
     const bool by_planes = want.bias && !own_input && !own_weight && is_nchw(grad);
     const S* d = static_cast<const S*>(grad.const_data_ptr());
@@ -439,11 +484,12 @@ std::string conv2d_algorithm(Tensor input, Tensor weight, Optional bias, Ints st
   const Settings set{kConvolution, stride, padding, dilation, {0, 0}, groups, false, exact, own};
   const Shape shape = check_arguments(set, input, weight, bias);
   parse_activation(kConvolution, activation);
+  const MemoryFormat format = layout::output_format(input, weight);
   std::string names;
   for (const Direction direction :
        {Direction::kForward, Direction::kInputGradient, Direction::kWeightGradient})
     names += (names.empty() ? "" : ", ") +
-             std::string(name_of(choose(set, shape, input.scalar_type(), direction)));
+             std::string(name_of(choose(set, shape, input.scalar_type(), direction, format)));
   return names;
 }
 

@@ -17,6 +17,7 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <atomic>
@@ -40,6 +41,13 @@ struct Images {
     return data + n * image + c * channel + y * row + x * column;
   }
 };
+
+template <typename S>
+Images<S> images(const torch::stable::Tensor& x) {
+  using Element = std::remove_const_t<S>;
+  return {const_cast<Element*>(static_cast<const Element*>(x.const_data_ptr())), x.stride(0),
+          x.stride(1), x.stride(2), x.stride(3)};
+}
 
 // Of a convolution with stride 1. A padding may be negative: that crops.
 struct Shape {
@@ -434,10 +442,10 @@ void convolve(const Shape& s, const Images<const S>& x, const Packed<T>& w, Acti
 
 // --------------------------------------------------------------------------------- weight_gradient
 
-// dw, and db where it is not null, from x and dy.
+// dw from x and dy.
 template <typename S>
 void weight_gradient(const Shape& s, const Images<const S>& x, const Images<const S>& dy,
-                     const Images<S>& dw, S* db) {
+                     const Images<S>& dw) {
   using T = accumulate_t<S>;
   using V = Vec<T>;
   constexpr int64_t L = V::size, kLeast = 8, kParts = 16;
@@ -466,10 +474,10 @@ void weight_gradient(const Shape& s, const Images<const S>& x, const Images<cons
   const int64_t row = width * L, plane = height * row;
   const int64_t points = tiles.height * tiles.width * L;
   const int64_t groups = divide_up(tiles.count, L), chunks = std::min(groups, kParts);
-  const Aligned<T> parts(std::max<int64_t>(1, chunks) * outputs * (taps + 1));
+  const Aligned<T> parts(std::max<int64_t>(1, chunks) * outputs * taps);
   const int64_t slack = kPiece<T> * L;
   const int64_t gathered = s.inputs * plane + slack, gradients = outputs * points + slack;
-  const int64_t sums = outputs * (taps + 1) * L;
+  const int64_t sums = outputs * taps * L;
   const int64_t work = s.batch * s.outputs * taps * output_height * output_width;
   for_each<T>(chunks, work, gathered + gradients + Rows<T>::kSize + sums,
               [&](int64_t chunk, T* scratch) {
@@ -487,7 +495,7 @@ void weight_gradient(const Shape& s, const Images<const S>& x, const Images<cons
                   // Of kGradients outputs, as many taps of a row and all pixels: sums stay in
                   // registers.
                   for (int64_t k = 0; k < outputs; k += kGradients) {
-                    T* to = total + k * (taps + 1) * L;
+                    T* to = total + k * taps * L;
                     for (int64_t c = 0; c < s.inputs; ++c)
                       for (int64_t r = 0; r < s.kernel_height; ++r)
                         for (int64_t t = 0; t < s.kernel_width; t += kTaps) {
@@ -522,32 +530,24 @@ void weight_gradient(const Shape& s, const Images<const S>& x, const Images<cons
                           });
                           to += n * kGradients * L;
                         }
-                    for (int64_t p = 0; p < kGradients; ++p, to += L) {
-                      V sum = load(to);
-                      for (int64_t i = 0; i < points; i += L)
-                        sum = sum + load(gradient + (k + p) * points + i);
-                      store(to, sum);
-                    }
                   }
                 }
-                T* const part = parts.get() + chunk * outputs * (taps + 1);
-                for (int64_t i = 0; i < outputs * (taps + 1); ++i)
-                  part[i] = sum(load(total + i * L));
+                T* const part = parts.get() + chunk * outputs * taps;
+                for (int64_t i = 0; i < outputs * taps; ++i) part[i] = sum(load(total + i * L));
               });
 
-  const int64_t in_part = outputs * (taps + 1);
+  const int64_t in_part = outputs * taps;
   const auto total = [&](int64_t at) {
     T value(0);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) value += parts.get()[chunk * in_part + at];
     return narrow<S>(value);
   };
   for (int64_t k = 0; k < s.outputs; ++k) {
-    int64_t at = k / kGradients * kGradients * (taps + 1) + k % kGradients;
+    int64_t at = k / kGradients * kGradients * taps + k % kGradients;
     for (int64_t c = 0; c < s.inputs; ++c)
       for (int64_t r = 0; r < s.kernel_height; ++r)
         for (int64_t t = 0; t < s.kernel_width; ++t, at += kGradients)
           *dw.at(k, c, r, t) = total(at);
-    if (db) db[k] = total(at);
   }
 }
 
@@ -859,17 +859,17 @@ void forward(const Shape& s, const Images<const S>& x, const Images<const S>& w,
     convolve<false>(s, x, packed, activation, y, {});
 }
 
-// dx from dy.
+// dx from dy, and a bias, which may be null, for a transposed convolution.
 template <typename S>
 void input_gradient(const Shape& s, const Images<const S>& dy, const Images<const S>& w,
-                    const Images<S>& dx) {
+                    const S* bias, const Images<S>& dx) {
   using T = accumulate_t<S>;
   const Packed<T> packed(
       s.transposed(),
       [&](int64_t k, int64_t c, int64_t r, int64_t t) {
         return widen(*w.at(c, k, s.kernel_height - 1 - r, s.kernel_width - 1 - t));
       },
-      [](int64_t) { return T(0); });
+      [&](int64_t k) { return bias ? widen(bias[k]) : T(0); });
   convolve<false>(s.transposed(), dy, packed, Activation::kNone, dx, {});
 }
 

@@ -21,6 +21,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 using layout::empty_gradient;
+using few_channels::images;
 using layout::Sizes;
 
 constexpr const char* kOp = "conv2d_max_pool2d";
@@ -71,13 +72,6 @@ void check_argmax(const Tensor& argmax) {
   uint8_t most = 0;
   for (int64_t i = 0, n = argmax.numel(); i < n; ++i) most = std::max(most, data[i]);
   DLK_CHECK(most <= 3, kOp, ": expected argmax of at most 3, got ", int(most));
-}
-
-template <typename S>
-few_channels::Images<S> images(const Tensor& x) {
-  using Element = std::remove_const_t<S>;
-  return {const_cast<Element*>(static_cast<const Element*>(x.const_data_ptr())), x.stride(0),
-          x.stride(1), x.stride(2), x.stride(3)};
 }
 
 // ------------------------------------------------------------------------------------ host entries

@@ -190,7 +190,11 @@ def _backward(ctx, grad_output):
         return None, None, None, None
     input, weight, output, mean, spread = ctx.saved_tensors
     training, eps, activation, own = ctx.settings
-    wanted = ctx.needs_input_grad[:4]
+    *wanted, of_residual = ctx.needs_input_grad[:4]
+    if activation == "none" and not any(wanted):
+        return None, None, None, grad_output
+    # Without an activation the gradient of the residual is that of the output, as it is.
+    wanted.append(of_residual and activation != "none")
     if input is None:
         shape, stride, dtype = ctx.of_input
         input = grad_output.new_empty_strided(shape, stride, dtype=dtype)
@@ -198,19 +202,18 @@ def _backward(ctx, grad_output):
     rstd = spread if eps is None else torch.rsqrt(spread.to(computed) + eps)
     mean = mean.to(computed)
     if torch.is_grad_enabled() or is_batched(grad_output):
-        gradients = _gradients(
-            before_activation(grad_output, output, activation),
-            input, weight, mean, rstd, training, ctx.eps, wanted,
-        )  # fmt: skip
+        g = before_activation(grad_output, output, activation)
+        gradients = _gradients(g, input, weight, mean, rstd, training, ctx.eps, wanted)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             gradients = _ops.batch_norm_backward(
                 grad_output, input, weight, output, mean, rstd, training, activation, own, *wanted
             )
-    return tuple(
+    *gradients, of_r = (
         g.to(dtype) if want else None
         for g, dtype, want in zip(gradients, ctx.dtypes, wanted, strict=True)
     )
+    return *gradients, grad_output if of_residual and activation == "none" else of_r
 
 
 def _gradients(g, input, weight, mean, rstd, training, eps, wanted):
@@ -410,7 +413,7 @@ def _needs_grad(*tensors):
     return False
 
 
-def _is_updated(*tensors):
+def written(*tensors):
     """Tells autograd of what a kernel wrote."""
     for tensor in tensors:
         if tensor is not None and not tensor.is_inference():
@@ -418,7 +421,7 @@ def _is_updated(*tensors):
 
 
 @torch.no_grad()
-def _update(running, value, momentum):
+def update_running(running, value, momentum):
     """As torch's kernels: in the dtype of the statistics."""
     running.copy_(momentum * value + (1 - momentum) * running.to(value.dtype))
 
@@ -428,8 +431,8 @@ def _train(input, running_mean, running_var, weight, bias, momentum, eps, residu
         output, mean, var = _ops.batch_norm(input, weight, bias, residual, eps, *settings)
         if running_mean is not None:
             values = input.numel() // input.shape[1]
-            _update(running_mean, mean, momentum)
-            _update(running_var, var * (values / (values - 1)), momentum)
+            update_running(running_mean, mean, momentum)
+            update_running(running_var, var * (values / (values - 1)), momentum)
         return output
     arguments = (input, weight, bias, residual, running_mean, running_var, momentum, eps)
     if _needs_grad(input, weight, bias, residual):
@@ -437,7 +440,7 @@ def _train(input, running_mean, running_var, weight, bias, momentum, eps, residu
     else:
         with torch._C._AutoDispatchBelowAutograd():
             output = _ops.batch_norm_forward(*arguments, *settings)[0]
-    _is_updated(running_mean, running_var)
+    written(running_mean, running_var)
     return output
 
 
@@ -544,6 +547,19 @@ def gradient_reference(
     return of_x.to(input.dtype), g
 
 
+def combined_statistics(mean, var, values, group):
+    """(mean, Σ (x − mean)², number) of the values of all processes, in float64, from the mean and
+    the biased variance of ``values`` here. Two all-reduces, since a sum of squares would cancel: of
+    the values, then of their deviations."""
+    mean, var = mean.double(), var.double()
+    local = torch.cat([mean * values, mean.new_full((1,), values)])
+    torch.distributed.all_reduce(local, group=group)
+    mean_of_all = local[:-1] / local[-1].clamp(min=1)
+    squares = values * (var + (mean - mean_of_all).square())
+    torch.distributed.all_reduce(squares, group=group)
+    return mean_of_all, squares, local[-1]
+
+
 class _SyncBatchNorm(torch.autograd.Function):
     """In training, over all processes of a group. ``own`` None: in torch ops."""
 
@@ -552,24 +568,18 @@ class _SyncBatchNorm(torch.autograd.Function):
         ctx, input, weight, bias, residual, running_mean, running_var, momentum, eps, activation,
         own, group,
     ):  # fmt: skip
-        all_reduce = torch.distributed.all_reduce
         if own is None:
             mean, var = statistics_reference(input)
         else:
             mean, var = _ops.batch_norm_statistics(input, own)
-        # Two sums, since one of squares would cancel: of the values, then of their deviations.
-        values = input.numel() // max(1, input.shape[1])
-        local = torch.cat([mean.double() * values, mean.new_full((1,), values).double()])
-        all_reduce(local, group=group)
-        count = local[-1].clamp(min=1)
-        mean_of_all = local[:-1] / count
-        squares = values * (var.double() + (mean.double() - mean_of_all).square())
-        all_reduce(squares, group=group)
+        dtype, values = mean.dtype, input.numel() // max(1, input.shape[1])
+        mean, squares, count = combined_statistics(mean, var, values, group)
         if running_mean is not None:
-            momentum = momentum * (local[-1] > 0).double()
-            _update(running_mean, mean_of_all, momentum)
-            _update(running_var, squares / (count - 1), momentum)
-        mean, var = mean_of_all.to(mean.dtype), (squares / count).to(mean.dtype)
+            momentum = momentum * (count > 0).double()
+            update_running(running_mean, mean, momentum)
+            update_running(running_var, squares / (count - 1), momentum)
+        count = count.clamp(min=1)
+        mean, var = mean.to(dtype), (squares / count).to(dtype)
         if own is None:
             output = batch_norm_reference(
                 input, mean.to(input.dtype), var.to(input.dtype), _in(weight, input),

@@ -82,11 +82,9 @@ _ops = torch.ops.dlkernels
 
 
 def output_size(input, weight, stride, padding, dilation):
-    """Height and width of a convolution's output."""
+    """Height and width of a convolution's output, from the shapes of input and weight."""
     return [
-        (input.shape[d - 2] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1)
-        // stride[d]
-        + 1
+        (input[d - 2] + 2 * padding[d] - dilation[d] * (weight[2 + d] - 1) - 1) // stride[d] + 1
         for d in range(2)
     ]
 
@@ -105,7 +103,7 @@ def _transposed_size(input, weight, stride, padding, output_padding, dilation):
 @torch.library.register_fake("dlkernels::conv2d")
 @torch.library.register_fake("dlkernels::conv2d_forward")
 def _(input, weight, bias, stride, padding, dilation, groups, activation, exact, own):
-    size = output_size(input, weight, stride, padding, dilation)
+    size = output_size(input.shape, weight.shape, stride, padding, dilation)
     return empty_image(input, weight, weight.shape[0], size)
 
 
@@ -264,7 +262,7 @@ not_differentiable(_TRANSPOSE, "conv_transpose2d_forward", "conv_transpose2d_bac
 
 
 @torch.compiler.assume_constant_result
-def _is_exact(device):
+def is_exact(device):
     """Whether the user wants a sum of products, and nothing that rounds more."""
     backend = "cuda" if device == "cuda" else "mkldnn"
     precision = torch._C._get_fp32_precision_getter(backend, "conv")  # of the parents, if unset
@@ -511,7 +509,7 @@ def conv2d(
     input, weight, bias = cast(input, weight, bias)
     device = input.device.type
     own = config.forced() == "own"
-    settings = (*settings, activation, _is_exact(device), own)
+    settings = (*settings, activation, is_exact(device), own)
     if (own or config.is_recording()) and not torch.compiler.is_compiling():
         algorithms = _algorithms(input, weight, *settings)
         if own:
@@ -568,12 +566,12 @@ def conv_transpose2d(
         return refused(_TRANSPOSE, reason, stocks)
     input, weight, bias = cast(input, weight, bias)
     device = input.device.type
-    own, exact = config.forced() == "own", _is_exact(device)
+    own, exact = config.forced() == "own", is_exact(device)
     if (own or config.is_recording()) and not torch.compiler.is_compiling():
         # As the convolution of an image of the output's size: its gradient is our forward.
         stride, padding, _, groups, dilation = settings
-        batch = input.shape[0] if input.dim() == 4 else 1
-        image = input.new_empty(()).expand(batch, weight.shape[1] * groups, *size)
+        batch = input if input.dim() == 4 else input.unsqueeze(0)
+        image = empty_image(batch, weight, weight.shape[1] * groups, size)
         gradient, forward, of_weight = _algorithms(
             image, weight, stride, padding, dilation, groups, "none", exact, own
         )

@@ -69,7 +69,7 @@ _ops = torch.ops.dlkernels
 
 def _convolved(input, weight, padding):
     """Height and width of the convolution's result."""
-    return output_size(input, weight, (1, 1), padding, (1, 1))
+    return output_size(input.shape, weight.shape, (1, 1), padding, (1, 1))
 
 
 @torch.library.register_fake("dlkernels::conv2d_max_pool2d")

@@ -29,13 +29,32 @@ channels_last.
 ``residual_block_gradient``      g and the sums of the layer before, and dw, from g of a layer
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dlkernels.ops.common import is_batched
+from dlkernels import config
+from dlkernels.ops.batch_norm import (
+    batch_norm,
+    combined_statistics,
+    sync_batch_norm,
+    update_running,
+    written,
+)
+from dlkernels.ops.common import (
+    DTYPES,
+    autocast_dtype,
+    has_kernel,
+    is_torchs,
+    needs_gradient,
+    not_differentiable,
+    suggests_channels_last,
+    unfit,
+)
+from dlkernels.ops.conv2d import conv2d, is_exact, is_small, output_size, torchs_reason
 
 _OP = "residual_block"
 _LAST = torch.channels_last
@@ -217,7 +236,9 @@ def _normalise(y, statistics, parameters, running, at, s):
         return _Norm(scale, shift, mean, rstd), var, count
     mean, var = statistics
     if s.group is not None:
-        mean, var, count = combined_statistics(mean, var, count, s.group)
+        dtype = mean.dtype
+        mean, squares, total = combined_statistics(mean, var, count, s.group)
+        mean, var, count = mean.to(dtype), (squares / total).to(dtype), float(total)
     scale, shift, rstd = _ops.residual_block_finalize(
         mean, var, count, gamma, beta, *running, s.momenta[at], s.eps[at]
     )
@@ -277,7 +298,9 @@ def _coefficients(sums, norm, count, gamma, s):
     """a, b and c; and Σ g, Σ g·ŷ of this process, which are the gradients of β and γ."""
     total, product = sums
     if s.training and s.group is not None:
-        total, product = summed(sums, s.group)
+        both = torch.cat(sums).double()
+        torch.distributed.all_reduce(both, group=s.group)
+        total, product = both.to(total.dtype).chunk(2)
     return _ops.residual_block_coefficients(total, product, count, gamma, norm.rstd, s.training)
 
 
@@ -415,40 +438,37 @@ class _ResidualBlock(torch.autograd.Function):
 
 
 # The public op: functional, for export, opcheck and compile. ``parameters`` are weight, bias, γ and
-# β of each layer, ``running`` its running mean and variance, which it reads where it is not
-# training, ``convolutions`` stride, padding, dilation and groups; the shortcut's are last.
-# ``outputs``, ``norms`` and ``signs`` are what the backward reads.
+# β of each layer, those of them that are ``given``; ``running`` its running mean and variance, and
+# nothing in training; ``convolutions`` stride, padding, dilation and groups; the shortcut's are
+# last. ``signs``, ``outputs`` and ``norms`` are what the backward reads. (Of lists with None in
+# them torch sees no gradient.)
 
 torch.library.define(
     "dlkernels::residual_block",
-    "(Tensor input, Tensor?[] parameters, Tensor?[] running, SymInt[] convolutions, float[] eps,"
-    f" bool projects, bool training, {_CHOICE}) -> (Tensor output, Tensor signs, Tensor[] outputs,"
-    " Tensor[] norms, Tensor[] variances)",
+    "(Tensor input, Tensor[] parameters, bool[] given, Tensor[] running, SymInt[] convolutions,"
+    f" float[] eps, bool projects, bool training, {_CHOICE}) -> (Tensor output, Tensor signs,"
+    " Tensor[] outputs, Tensor[] norms, Tensor[] variances)",
 )
 
 
-def _of_op(running, convolutions, eps, projects, training, exact, own):
-    """(running statistics by layer, settings)."""
+def _of_op(parameters, given, running, convolutions, eps, projects, training, exact, own):
+    """(parameters with None, running statistics by layer, settings)."""
     settings = []
     for at in range(0, len(convolutions), 7):
         *pairs, groups = convolutions[at : at + 7]
         settings.append((*(tuple(pairs[i : i + 2]) for i in (0, 2, 4)), groups))
-    pairs = list(zip(running[::2], running[1::2], strict=True))
+    pairs = list(zip(running[::2], running[1::2], strict=True)) or [(None, None)] * len(settings)
     momenta = (0.0,) * len(settings)
-    return pairs, _Settings(
-        tuple(settings), momenta, tuple(eps), projects, training, None, exact, own
-    )
+    s = _Settings(tuple(settings), momenta, tuple(eps), projects, training, None, exact, own)
+    present = iter(parameters)
+    return [next(present) if there else None for there in given], pairs, s
 
 
 @torch.library.impl("dlkernels::residual_block", "CompositeExplicitAutograd")
 @torch.library.register_fake("dlkernels::residual_block")
-def _(input, parameters, running, *settings):
-    running, s = _of_op(running, *settings)
-    if s.training:
-        running = [(None, None)] * len(running)
-    output, signs, outputs, norms, variances, _ = _forward(
-        input, _layers_of(parameters), running, s
-    )
+def _(input, *arguments):
+    flat, running, s = _of_op(*arguments)
+    output, signs, outputs, norms, variances, _ = _forward(input, _layers_of(flat), running, s)
     if not s.training:  # nothing that is given may come back
         variances = [var.clone() for var in variances]
         norms = [norm._replace(mean=norm.mean.clone()) for norm in norms]
@@ -456,17 +476,21 @@ def _(input, parameters, running, *settings):
 
 
 def _setup_context(ctx, inputs, output):
-    input, parameters, running, *settings = inputs
-    running, s = _of_op(running, *settings)
+    input, *arguments = inputs
+    flat, running, s = _of_op(*arguments)
     _, signs, outputs, norms, _ = output
-    _keep(ctx, input, parameters, running, s, signs, outputs, norms)
-    ctx.given = len(inputs)
+    _keep(ctx, input, flat, running, s, signs, outputs, norms)
+    ctx.given, ctx.rest = arguments[1], len(arguments) - 3
 
 
 def _backward_of_op(ctx, grad, *_):
     of_input, of_parameters, *_ = ctx.needs_input_grad
-    gradients = _gradients(ctx, grad, [of_input, *of_parameters])
-    return gradients[0], gradients[1:], [None] * 2 * ctx.layers, *(None,) * (ctx.given - 3)
+    present = iter(of_parameters)
+    wanted = [of_input, *(next(present) if there else False for there in ctx.given)]
+    of_input, *flat = _gradients(ctx, grad, wanted)
+    gradients = [x for x, there in zip(flat, ctx.given, strict=True) if there]
+    running = [] if ctx.s.training else [None] * 2 * ctx.layers
+    return of_input, gradients, None, running, *(None,) * ctx.rest
 
 
 torch.library.register_autograd(
@@ -511,7 +535,7 @@ def _refusal_of_layer(shape, layer, dtype, training):
     for least, value in ((1, layer.stride), (0, layer.padding), (1, layer.dilation)):
         if not _is_pair(value, least):
             return "a stride, padding or dilation that is not two numbers", None
-    size = output_size(torch.Size(shape), weight.shape, layer.stride, layer.padding, layer.dilation)
+    size = output_size(shape, weight.shape, layer.stride, layer.padding, layer.dilation)
     if min(size) < 1:
         return f"an image of {tuple(shape)} below the kernel's size", None
     norm = (layer.norm_weight, layer.norm_bias, layer.running_mean, layer.running_var)
@@ -520,8 +544,6 @@ def _refusal_of_layer(shape, layer, dtype, training):
             continue
         if tensor.shape != (channels,) or tensor.dtype not in (torch.float32, dtype):
             return f"a batch norm of {tensor.dtype} and shape {tuple(tensor.shape)}", None
-        if tensor.dtype != norm[0].dtype if norm[0] is not None else False:
-            return "a batch norm of several dtypes", None
     if (layer.running_mean is None) != (layer.running_var is None):
         return "one running statistic without the other", None
     if layer.running_mean is None and not training:
@@ -573,7 +595,8 @@ def _parts(input, layers, shortcut, training, group):
         norm = of.running_mean, of.running_var, of.norm_weight, of.norm_bias
         batch = training or of.running_mean is None
         if group is not None and batch:
-            return synchronised_batch_norm(y, *norm, of.momentum, of.eps, group, **more)
+            more = {"residual": None, "activation": None, **more}
+            return sync_batch_norm(y, *norm, of.momentum, of.eps, group, **more)
         return batch_norm(y, *norm, batch, of.momentum, of.eps, **more)
 
     past = input if shortcut is None else layer(input, shortcut)
@@ -601,9 +624,10 @@ def _run(input, layers, s):
     running = [(layer.running_mean, layer.running_var) for layer in layers]
     if torch.compiler.is_compiling():
         convolutions = [x for c in s.convolutions for x in (*c[0], *c[1], *c[2], c[3])]
+        given = [] if s.training else [x for pair in running for x in pair]
         output, _, outputs, norms, variances = _ops.residual_block(
-            input, flat, [x for pair in running for x in pair], convolutions, s.eps, s.projects,
-            s.training, s.exact, s.own,
+            input, [x for x in flat if x is not None], [x is not None for x in flat], given,
+            convolutions, s.eps, s.projects, s.training, s.exact, s.own,
         )  # fmt: skip
         if s.training:
             for at, (mean, var) in enumerate(running):
