@@ -5,18 +5,22 @@ kernels of the convolutions do with every shape is conv2d_interpreted.py's.
 """
 
 import itertools
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import conv2d_interpreted as of_conv2d  # patches the interpreter
 import pytest
+import residual_blocks as blocks
 import torch
 from compare import assert_no_worse
 from conv2d_interpreted import LAST, SAME, Case, added, check_statistics, on
 from torch import Tensor
 from torch.nn import functional as F
 
+import dlkernels
 from dlkernels.kernels import conv2d
 from dlkernels.kernels import residual_block as kernels
+from dlkernels.ops import residual_block as op
 
 CASES = {
     # No power of two anywhere: tails of pixels, and of channels in their last byte of signs.
@@ -448,6 +452,79 @@ def test_the_same_bits(name, monkeypatch):
         ])  # fmt: skip
     for others in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(others, found[0], strict=True))
+
+
+# --------------------------------------------------------------------------------- the whole block
+
+BLOCKS = {
+    # name: input, (outputs, filter, stride) of each layer, of the shortcut
+    "basic": ((2, 6, 7, 9), ((6, 3, 1), (6, 3, 1)), None),
+    "projection": ((2, 6, 9, 8), ((10, 3, 2), (10, 3, 1)), (10, 1, 2)),
+    "bottleneck": ((2, 16, 5, 6), ((8, 1, 1), (8, 3, 1), (16, 1, 1)), None),
+    "bottleneck_projection": ((2, 8, 6, 5), ((8, 1, 1), (8, 3, 1), (24, 1, 1)), (24, 1, 1)),
+}
+
+
+def as_its_fake(name, kernel):
+    """A raw op that checks what it returns against its fake, and that nothing in it is shared."""
+
+    def run(*arguments):
+        results = kernel(*arguments)
+        metas = (a.to("meta") if torch.is_tensor(a) else a for a in arguments)
+        fakes = getattr(torch.ops.dlkernels, name)(*metas)
+        found, fakes = ([t] if torch.is_tensor(t) else t for t in (results, fakes))
+        for t, fake in zip(found, fakes, strict=True):
+            assert (t.shape, t.stride(), t.dtype) == (fake.shape, fake.stride(), fake.dtype), name
+        memory = [
+            t.untyped_storage().data_ptr() for t in (*found, *arguments) if torch.is_tensor(t)
+        ]
+        fresh = [at for at in memory[: len(found)] if at]
+        assert all(memory.count(at) == 1 for at in fresh), name
+        return results
+
+    return run
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """The public function by Triton's stages."""
+    registered = {}
+    monkeypatch.setattr(kernels, "register_kernels", lambda named, key: registered.update(named))
+    kernels.register("CPU")
+    checked = {name: as_its_fake(name, kernel) for name, kernel in registered.items()}
+    monkeypatch.setattr(op, "_ops", SimpleNamespace(**checked))
+    monkeypatch.setattr(op, "has_kernel", lambda name, device: True)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize(
+    ("name", "kernels_"), [*((name, "own") for name in BLOCKS), ("projection", "auto")]
+)
+def test_block(name, training, kernels_, stages, monkeypatch, poisoned, launched):
+    """Output, every gradient and the running statistics; 4 times stock's error, which is that of
+    oneDNN and of sums in double."""
+    dlkernels.config.kernels = kernels_
+    monkeypatch.setattr(op, "is_small", lambda *arguments: False)
+    block = blocks.drawn(*BLOCKS[name], torch.float32)
+    stock, exact = blocks.copied(block), blocks.copied(block, torch.float64)
+    d = torch.randn_like(blocks.stock(*block))
+    results = [
+        blocks.evaluate(function, images, d, training)
+        for function, images in (
+            (op.residual_block, block),
+            (blocks.stock, stock),
+            (blocks.stock, exact),
+        )
+    ]
+    for i, triple in enumerate(zip(*results, strict=True)):
+        assert_no_worse(f"result {i}", *triple, 4.0)
+    with torch.no_grad():
+        folded = op.residual_block(*block, training=False)
+    assert_no_worse("folded", folded, blocks.stock(*stock), blocks.stock(*exact))
+    if kernels_ == "own":
+        assert {"_convolve", "_weight_gradient", "_reduce"} <= set(names(launched))
+    else:
+        assert not {"_convolve", "_weight_gradient"} & set(names(launched))
 
 
 # ----------------------------------------------------------------------------------- planted faults
