@@ -158,14 +158,15 @@ def environment(state: State, seconds: float) -> None:
 
 
 def test_commands() -> list[list[str]]:
-    """pytest over cross_entropy's and batch_norm's tests on the GPU, then over conv2d's there, over
-    the GPU tests in the files of the ops that torch multiplies for, and over those of the Triton
-    twin."""
+    """pytest over cross_entropy's, batch_norm's and residual_block's tests on the GPU, then over
+    conv2d's there, over the GPU tests in the files of the ops that torch multiplies for, and over
+    those of the Triton twin."""
     pytest = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
     workers = [f"-n{WORKERS}", "--dist=load"]
     return [
         [*pytest, *workers, "-p", "tests.on_cuda", *TESTS],
         [*pytest, *workers, "tests/test_conv2d_cuda.py"],
+        [*pytest, *workers, "tests/test_residual_block_cuda.py"],
         [*pytest, "-k", "cuda", "tests/test_linear.py", "tests/test_linear_cross_entropy.py"],
         [*pytest, "-k", "on_a_gpu", "tests/test_triton.py"],
     ]
@@ -180,7 +181,7 @@ def verdict(done: Done) -> str:
 
 def tests(state: State, seconds: float) -> None:
     deadline, green = Deadline(seconds), True
-    for command, part in zip(test_commands(), (0.5, 0.6, 0.5, 1.0), strict=True):
+    for command, part in zip(test_commands(), (0.4, 0.5, 0.6, 0.5, 1.0), strict=True):
         done = call(command, deadline.left() * part, quiet=True)
         if done.status != 0:
             print(done.output[-8000:])

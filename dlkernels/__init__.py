@@ -22,7 +22,8 @@ __version__ = "0.1.0"
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LIBRARIES = _ROOT / "dlkernels" / "lib"
-_TRITONS = ("conv2d",)  # ops whose kernels on a GPU are Triton's; the others there are twins
+# Ops whose kernels on a GPU are Triton's; the others there are twins.
+_TRITONS = ("conv2d", "residual_block")
 # What torch's capability allows; every other word, as "AVX512", allows all.
 _ALLOWED = {"DEFAULT": ["plain"], "NO AVX": ["plain"], "AVX2": ["plain", "avx2"]}
 

@@ -32,7 +32,11 @@ DEVICE = re.compile(
 )
 FLAGS = ("-march=" + "native", "-mtune=" + "native", "-f" + "openmp")
 # An op that stands on another, and the one that it knows.
-STANDS_ON = {"conv2d_max_pool2d": "conv2d", "linear_cross_entropy": "cross_entropy"}
+STANDS_ON = {
+    "conv2d_max_pool2d": "conv2d",
+    "linear_cross_entropy": "cross_entropy",
+    "residual_block": "conv2d",
+}
 # Raw ops of their own name, of a GPU alone: the op that hands them some of its shapes.
 RAW = {"conv2d_few_channels": "conv2d"}
 MACHINE = re.compile(
@@ -156,9 +160,15 @@ def ops_import_torch_config_and_common_only(root):
 
 @rule
 def kernels_import_torch_triton_and_common_only(root):
-    """Let kernels/<op>.py import torch, triton and dlkernels.kernels.common only."""
+    """Let kernels/<op>.py import torch, triton, kernels/common; another op's only by STANDS_ON."""
     allowed = ("torch", "triton", "dlkernels.kernels.common")
-    return foreign_imports(root, under(root, "dlkernels/kernels"), allowed)
+    found = []
+    for path in under(root, "dlkernels/kernels"):
+        other = STANDS_ON.get(path.stem)
+        found += foreign_imports(
+            root, [path], (*allowed, f"dlkernels.kernels.{other}") if other else allowed
+        )
+    return found
 
 
 @rule

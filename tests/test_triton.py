@@ -106,7 +106,8 @@ def test_cross_entropy_interpreted(tmp_path):
 # --------------------------------------------------------------------------------------- compiled
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-NAMES = dict(zip(DTYPES, ["fp32", "fp64", "bf16", "fp16"], strict=True)) | {torch.int64: "i64"}
+NAMES = dict(zip(DTYPES, ["fp32", "fp64", "bf16", "fp16"], strict=True))
+NAMES |= {torch.int64: "i64", torch.uint8: "u8"}
 SHAPES = {
     "rows": (4096, 1000),  # 2000 bytes in 16 bits: whole vectors, though not divisible by 16
     "a_row_a_program": (4096, 4096),

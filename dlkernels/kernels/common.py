@@ -207,3 +207,20 @@ def before_activation(gradient, y, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "sigmoid":
         gradient = gradient * (1.0 - y) * y
     return gradient
+
+
+@triton.jit
+def where_set(v, signs, row, channel, channels, mask):
+    """v, rows × channels, where its bit is set, 0 elsewhere: bit j of byte i of a row of signs is
+    channel 8i + j's."""
+    at = row[:, None] * ((channels + 7) // 8) + (channel // 8)[None, :]
+    byte = tl.load(signs + at, mask=mask, other=0).to(tl.int32)
+    return tl.where(((byte >> (channel % 8)[None, :]) & 1) != 0, v, 0.0)
+
+
+@triton.jit
+def where_positive(v, x, channel, mask, scale, shift):
+    """v, rows × channels, but 0 where scale·x + shift <= 0."""
+    s = tl.broadcast_to(tl.load(scale + channel, mask=mask, other=0.0)[None, :], x.shape)
+    t = tl.broadcast_to(tl.load(shift + channel, mask=mask, other=0.0)[None, :], x.shape)
+    return tl.where(tl.fma(x, s, t) <= 0, 0.0, v)

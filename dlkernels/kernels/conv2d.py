@@ -12,12 +12,13 @@ in steps of stride / gcd(stride, dilation); a phase without a tap is the epilogu
 many pixels × output channels; its loop runs over taps × blocks of input channels. Programs are
 persistent: each walks over tiles. Around the product a tile can have
 
-    before    relu(x·scale_c + offset_c) of what is read, and the zeros of padding after it
-    after     + bias_k; Σ (y - shift_k), Σ (y - shift_k)² of the rounded y; + residual; activation
+    before    relu(x·scale_c + offset_c) of what is read, or ``NormGradient``; padding is 0 after it
+    after     · factor_k + bias_k; mean and Σ (y - mean)² of the tile's rounded y; + residual, where
+              its sign is set; activation; ``Rectified``
 
 ``_weight_gradient`` splits the pixels: each split writes its own sum, and ``_add_up`` adds them in
-order. So it does with the tiles' statistics. The shape alone fixes how sums are cut: the same bits
-come every time.
+order. So it does with tiles' sums; ``_merge`` makes mean and variance of the tiles' own. The shape
+alone fixes how sums are cut: the same bits come every time.
 
 Groups: a tile stays within one, or where they are narrow holds several, as blocks on the diagonal
 of one product. Zeros stand beside them: an inf of one group is a NaN of its neighbours in the tile.
@@ -65,6 +66,8 @@ from dlkernels.kernels.common import (
     narrow,
     register_kernels,
     trips,
+    where_positive,
+    where_set,
     widen,
 )
 
@@ -104,6 +107,18 @@ def _prepare(a, ok, channel, mask, scale, offset):
 
 
 @triton.jit
+def _of_norm(g, y, ok, channel, mask, channels, mean, coefficients):
+    """a·g + b·(y - mean) + c of tiles of pixels × channels; 0 where there is no pixel."""
+    m = tl.load(mean + channel, mask=mask, other=0.0)[None, :]
+    a = tl.load(coefficients + channel, mask=mask, other=0.0)[None, :]
+    b = tl.load(coefficients + channels + channel, mask=mask, other=0.0)[None, :]
+    c = tl.load(coefficients + 2 * channels + channel, mask=mask, other=0.0)[None, :]
+    b, c = tl.broadcast_to(b, y.shape), tl.broadcast_to(c, y.shape)
+    v = tl.fma(tl.broadcast_to(a, g.shape), widen(g), tl.fma(b, widen(y) - m, c))
+    return narrow(tl.where(ok[:, None], v, 0.0), y.dtype)
+
+
+@triton.jit
 def _phase_taps(
     at, pad, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr
 ):  # fmt: skip
@@ -117,7 +132,8 @@ def _phase_taps(
 
 @triton.jit
 def _tile_of(
-    tile, x, w, y, bias, residual, scale, offset, shift, partial,
+    tile, x, w, y, factor, bias, residual, residual_signs, scale, offset, raw, raw_mean,
+    coefficients, signs, before, before_scale, before_shift, before_mean, before_rstd, partial,
     images, in_h, in_w, out_h, out_w, depth, width, groups, pad_h, pad_w,
     GRADIENT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr,
     SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, STEP_H: tl.constexpr,
@@ -134,6 +150,7 @@ def _tile_of(
     tile = tile // tiles_n
     group = (tile % packs) * PACK
     tile = tile // packs
+    row = tile
     if GRADIENT:
         at_h = tile % (SH * SW) // SW
         at_w = tile % SW
@@ -172,7 +189,8 @@ def _tile_of(
         h, v = p, q
     else:
         h, v = p * SH, q * SW
-    pixel = ((n * in_h + h) * in_w + v) * (groups * depth) + group * depth
+    spot = (n * in_h + h) * in_w + v
+    pixel = spot * (groups * depth) + group * depth
 
     here = tl.minimum(groups - group, PACK)
     j = tile_n * BN + tl.arange(0, BN)
@@ -208,8 +226,19 @@ def _tile_of(
             start = pixel + (dh * in_w + dw) * (groups * depth) + c
             pointers = x + start[:, None] + tl.arange(0, BK)[None, :]
             a = tl.load(pointers, mask=ok[:, None] & is_deep[None, :], other=0.0)
+        channel = group * depth + kk
         if scale is not None:
-            a = _prepare(a, ok, group * depth + kk, is_deep, scale, offset)
+            a = _prepare(a, ok, channel, is_deep, scale, offset)
+        if raw is not None:
+            if BOXED:
+                z = raw.load([box_n, box_p + dh, box_q + dw, group * depth + c]).reshape(BM, BK)
+            else:
+                pointers = raw + start[:, None] + tl.arange(0, BK)[None, :]
+                z = tl.load(pointers, mask=ok[:, None] & is_deep[None, :], other=0.0)
+            if signs is not None:
+                mask = ok[:, None] & is_deep[None, :]
+                a = where_set(widen(a), signs, spot + dh * in_w + dw, channel, groups * depth, mask)
+            a = _of_norm(a, z, ok, channel, is_deep, groups * depth, raw_mean, coefficients)
         if GRADIENT:
             if BOXED_W:
                 b = w.load([group * depth + c, tap * width + tile_n * BN])
@@ -244,31 +273,51 @@ def _tile_of(
         acc = tl.trans(acc)
 
     channel = group * width + j
+    if factor is not None:
+        acc *= tl.load(factor + channel, mask=is_column, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
         acc += widen(tl.load(bias + channel, mask=is_column, other=0.0)).to(tl.float32)[None, :]
     dtype = y.dtype.element_ty
-    if partial is not None:
-        z = widen(narrow(acc, dtype))
-        if shift is not None:
-            z -= tl.load(shift + channel, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        z = tl.where(exists[:, None], z, 0.0)
-        to = partial + tile.to(tl.int64) * (2 * groups * width) + channel
-        tl.store(to, tl.sum(z, 0), mask=is_column)
-        tl.store(to + groups * width, tl.sum(z * z, 0), mask=is_column)
+    channels = groups * width
+    if partial is not None and before is None:
+        z = tl.where(exists[:, None], widen(narrow(acc, dtype)), 0.0)
+        count = tl.sum(exists.to(tl.float32), 0)
+        about = tl.sum(z, 0) / tl.maximum(count, 1.0)
+        z = tl.where(exists[:, None], z - about[None, :], 0.0)
+        rest = tl.sum(z, 0) / tl.maximum(count, 1.0)
+        to = partial + row.to(tl.int64) * (3 * channels) + channel
+        tl.store(to, tl.broadcast_to(count, rest.shape), mask=is_column)
+        tl.store(to + channels, about + rest, mask=is_column)
+        square = tl.sum(z * z, 0) - count * rest * rest
+        tl.store(to + 2 * channels, square, mask=is_column)
     if GRADIENT:
         p = p * SH + at_h
         q = q * SW + at_w
-    to = ((n * out_h + p) * out_w + q) * (groups * width) + group * width
-    pointers = to[:, None] + j[None, :]
+    spot = (n * out_h + p) * out_w + q
+    pointers = (spot * channels + group * width)[:, None] + j[None, :]
     mask = exists[:, None] & is_column[None, :]
     if residual is not None:
-        acc += widen(tl.load(residual + pointers, mask=mask, other=0.0))
-    tl.store(y + pointers, narrow(activate(acc, ACTIVATION), dtype), mask=mask)
+        more = widen(tl.load(residual + pointers, mask=mask, other=0.0))
+        if residual_signs is not None:
+            more = where_set(more, residual_signs, spot, channel, channels, mask)
+        acc += more
+    acc = activate(acc, ACTIVATION)
+    if before is not None:
+        v = widen(tl.load(before + pointers, mask=mask, other=0.0))
+        acc = where_positive(acc, v, channel, is_column, before_scale, before_shift)
+        z = tl.where(mask, widen(narrow(acc, dtype)), 0.0)
+        v -= tl.load(before_mean + channel, mask=is_column, other=0.0)[None, :]
+        rstd = tl.load(before_rstd + channel, mask=is_column, other=0.0)
+        to = partial + row.to(tl.int64) * (2 * channels) + channel
+        tl.store(to, tl.sum(z, 0), mask=is_column)
+        tl.store(to + channels, tl.sum(z * v, 0) * rstd, mask=is_column)
+    tl.store(y + pointers, narrow(acc, dtype), mask=mask)
 
 
 @_jit
 def _convolve(
-    x, w, y, bias, residual, scale, offset, shift, partial,
+    x, w, y, factor, bias, residual, residual_signs, scale, offset, raw, raw_mean,
+    coefficients, signs, before, before_scale, before_shift, before_mean, before_rstd, partial,
     images, in_h, in_w, out_h, out_w, depth, width, groups, pad_h, pad_w, tiles, programs,
     GRADIENT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr,
     SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, STEP_H: tl.constexpr,
@@ -284,8 +333,9 @@ def _convolve(
     width = width * ALIGN_OUT
     for tile in range(trips(tl.program_id(0)), trips(tiles), trips(programs)):
         _tile_of(
-            tile, x, w, y, bias, residual, scale, offset, shift, partial,
-            images, in_h, in_w, out_h, out_w, depth, width, groups, pad_h, pad_w,
+            tile, x, w, y, factor, bias, residual, residual_signs, scale, offset, raw, raw_mean,
+            coefficients, signs, before, before_scale, before_shift, before_mean, before_rstd,
+            partial, images, in_h, in_w, out_h, out_w, depth, width, groups, pad_h, pad_w,
             GRADIENT, KH, KW, SH, SW, DH, DW, STEP_H, STEP_W, INSIDE, WIDE, PACK,
             BOXED, BOXED_W, SWAPPED, TN, TH, TW, BM, BN, BK, PRECISION, ACTIVATION,
         )  # fmt: skip
@@ -300,7 +350,7 @@ def _quotient(m, by, shift):
 
 @_jit
 def _weight_gradient(
-    d, x, partial, scale, offset,
+    d, x, partial, scale, offset, raw, raw_mean, coefficients, signs,
     images, in_h, in_w, out_h, out_w, depth, width, groups, pad_h, pad_w, per_split,
     by_pixels, shift_pixels, by_columns, shift_columns,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
@@ -376,6 +426,17 @@ def _weight_gradient(
             at = ((n * out_h + p) * out_w + q) * (groups * width) + group * width
             pointers = at[:, None] + kk[None, :]
             a = tl.load(d + pointers, mask=exists[:, None] & is_row[None, :], other=0.0)
+        if raw is not None:
+            if BOXED_D:
+                z = raw.load([block * BK, group * width + tile_m * BM])
+            else:
+                z = tl.load(raw + pointers, mask=exists[:, None] & is_row[None, :], other=0.0)
+            channel = group * width + kk
+            if signs is not None:
+                mask = exists[:, None] & is_row[None, :]
+                spot = (n * out_h + p) * out_w + q
+                a = where_set(widen(a), signs, spot, channel, groups * width, mask)
+            a = _of_norm(a, z, exists, channel, is_row, groups * width, raw_mean, coefficients)
         h, v = p * SH, q * SW
         if ROW > 1:
             h, v = h[:, None], v[:, None]
@@ -419,8 +480,11 @@ def _weight_gradient(
 
 
 @_jit
-def _add_up(x, y, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums of ROWS rows each of a matrix, in order, float64: a row of y each."""
+def _add_up(
+    x, y, second, third, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Sums of ROWS rows each of a matrix, in order, float64: a row of y each; where there is a
+    second, or a third, the columns are divided between them and y."""
     blocks = tl.cdiv(columns, BLOCK)
     part = tl.program_id(0) // blocks
     c = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -429,8 +493,43 @@ def _add_up(x, y, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         row = (part * ROWS + i).to(tl.int64)
         end = tl.where(row < rows, columns, 0)
         total += tl.load(x + row * columns + c, mask=c < end, other=0.0).to(tl.float64)
-    to = y + part.to(tl.int64) * columns + c
-    tl.store(to, narrow(total, y.dtype.element_ty), mask=c < columns)
+    total = narrow(total, y.dtype.element_ty)
+    if second is None:
+        tl.store(y + part.to(tl.int64) * columns + c, total, mask=c < columns)
+    else:
+        width = columns // (2 if third is None else 3)
+        tl.store(y + c, total, mask=c < width)
+        tl.store(second + c - width, total, mask=(c >= width) & (c < 2 * width))
+        if third is not None:
+            tl.store(third + c - 2 * width, total, mask=(c >= 2 * width) & (c < columns))
+
+
+@_jit
+def _merge(x, y, var, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of ROWS rows each of (count, mean, Σ (z - mean)²) those of them all (Chan et al., 1979), in
+    float64: a row of y each; or, where var is, mean and Σ / count."""
+    blocks = tl.cdiv(columns, BLOCK)
+    part = tl.program_id(0) // blocks
+    c = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    i = part * ROWS + tl.arange(0, ROWS)
+    mask = (i < rows)[:, None] & (c < columns)[None, :]
+    at = x + i.to(tl.int64)[:, None] * (3 * columns) + c[None, :]
+    counts = tl.load(at, mask=mask, other=0.0).to(tl.float64)
+    means = tl.load(at + columns, mask=mask, other=0.0).to(tl.float64)
+    squares = tl.load(at + 2 * columns, mask=mask, other=0.0).to(tl.float64)
+    count = tl.sum(counts, 0)
+    mean = tl.sum(counts * means, 0) / tl.maximum(count, 1.0)
+    off = means - mean[None, :]
+    square = tl.sum(squares + counts * off * off, 0)
+    dtype = y.dtype.element_ty
+    if var is not None:
+        tl.store(y + c, narrow(mean, dtype), mask=c < columns)
+        tl.store(var + c, narrow(square / tl.maximum(count, 1.0), dtype), mask=c < columns)
+    else:
+        to = y + part.to(tl.int64) * (3 * columns) + c
+        tl.store(to, narrow(count, dtype), mask=c < columns)
+        tl.store(to + columns, narrow(mean, dtype), mask=c < columns)
+        tl.store(to + 2 * columns, narrow(square, dtype), mask=c < columns)
 
 
 # ------------------------------------------------------------------------------------------- tiles
@@ -446,6 +545,10 @@ class _Tile(NamedTuple):
     warps: int
     stages: int
     programs: int
+
+    def elements(self) -> int:
+        """Of the output, a thread."""
+        return self.rows * self.columns // (32 * self.warps)
 
 
 # (kernel, architecture, precision) -> tiles, the first one that fits and makes tiles enough is
@@ -512,15 +615,17 @@ for _kernel in ("convolve", "weight"):
     for _arch in (80, 90):
         _TILES[_kernel, _arch, "ieee"] = [_Tile(128, 64, 16, 8, 2, 2), _Tile(64, 64, 16, 4, 2, 2)]
 _TILES["convolve", 80, "ieee"] += [_Tile(64, 16, 16, 2, 2, 4)]
-_TILES["convolve", 90, "ieee"] += [_Tile(64, 16, 16, 2, 2, 4)]
+_TILES["convolve", 90, "ieee"] += [_Tile(64, 16, 16, 2, 3, 4)]
 
 _ENOUGH = 132  # tiles: one for each multiprocessor of an H100
 _SPLITS = 264  # programs of a weight gradient, about
 _STEPS = 16  # blocks of pixels in a split, at least
-_PART = 64  # rows that a program of _add_up adds
+_PART = 64  # rows that a program of _add_up or _merge takes
 _WASTE = 1.125  # of a cover by boxes, at most: pixels for each of a cover by runs of pixels
 _AUTOTUNE = os.environ.get("DLKERNELS_AUTOTUNE") == "1"
 _CHOICE = "tile.json"  # in Triton's cache
+_HANDLED = 64  # elements a thread, at most, beside pointers or what comes before the product
+_SUMMED = 32  # beside the sums of columns: with 64 they would spill
 _PACKED = 32  # channels, at least, that narrow groups share a tile for
 
 
@@ -642,24 +747,73 @@ def _has_lines(tensor: Tensor, channels: int) -> bool:
 # ---------------------------------------------------------------------------------------- launchers
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
+    """Dense and channels_last: itself, or a copy."""
     return tensor.contiguous(memory_format=_LAST)
 
 
-def _add_rows(x: Tensor, y: Tensor) -> None:
-    """The sum of the rows of a matrix of float32 into y, in a fixed order."""
+def add_rows(x: Tensor, *sums: Tensor) -> None:
+    """The sum of the rows of a matrix, in a fixed order, divided between up to three tensors."""
     while True:
         rows, columns = x.shape
         parts = triton.cdiv(rows, _PART)
-        to = y if parts == 1 else x.new_empty((parts, columns))
+        to = sums if parts == 1 else [x.new_empty((parts, columns))]
         block = min(max(triton.next_power_of_2(columns), 32), 512)
         launch(
-            _add_up, parts * triton.cdiv(columns, block), x, to, rows, columns,
-            ROWS=min(triton.next_power_of_2(rows), _PART), BLOCK=block,
+            _add_up, parts * triton.cdiv(columns, block), x, *to, *[None] * (3 - len(to)), rows,
+            columns, ROWS=min(triton.next_power_of_2(rows), _PART), BLOCK=block,
         )  # fmt: skip
         if parts == 1:
             return
+        x = to[0]
+
+
+def merge_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of what each row of x, (rows, 3, columns), has count, mean and
+    Σ (z - mean)² of; in a fixed order."""
+    while True:
+        rows, _, columns = x.shape
+        parts = triton.cdiv(rows, _PART)
+        to, var = x.new_empty((parts, 3, columns)), None
+        if parts == 1:
+            to, var = x.new_empty(columns), x.new_empty(columns)
+        launch(
+            _merge, parts * triton.cdiv(columns, 32), x, to, var, rows, columns,
+            ROWS=min(triton.next_power_of_2(rows), _PART), BLOCK=32,
+        )  # fmt: skip
+        if var is not None:
+            return to, var
         x = to
+
+
+class NormGradient(NamedTuple):
+    """The gradient of a convolution's output y, of that behind its batch norm, g, as it is read:
+    a·g + b·(y - mean) + c, with g only where its signs are set."""
+
+    output: Tensor
+    mean: Tensor
+    coefficients: Tensor  # (3, channels)
+    signs: Tensor | None
+
+    def dense(self) -> "NormGradient":
+        signs = None if self.signs is None else self.signs.contiguous()
+        return NormGradient(
+            dense(self.output), self.mean.contiguous(), self.coefficients.contiguous(), signs
+        )
+
+
+class Rectified(NamedTuple):
+    """What a convolution read: relu(scale·y + shift). Its gradient is 0 where that is not above 0,
+    and the batch norm before asks for Σ g and Σ g·(y - mean)·rstd."""
+
+    output: Tensor
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+    def dense(self) -> "Rectified":
+        return Rectified(dense(self.output), *(t.contiguous() for t in self[1:]))
 
 
 class Settings(NamedTuple):
@@ -711,11 +865,15 @@ def _run_convolve(
     bias: Tensor | None = None,
     activation: str = "none",
     affine: tuple[Tensor, Tensor] | None = None,
+    factor: Tensor | None = None,
     residual: Tensor | None = None,
+    residual_signs: Tensor | None = None,
     statistics: bool = False,
-    shift: Tensor | None = None,
-) -> Tensor | None:
-    """x times the weight into y, all dense and channels_last; the sums of statistics."""
+    norm: NormGradient | None = None,
+    rectified: Rectified | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """x times the weight into y, all dense and channels_last. Mean and variance if statistics are
+    wanted; the sums of what is rectified."""
     stride, padding, dilation, groups = settings
     kernel = tuple(weight.shape[2:])
     depth, width = x.shape[1] // groups, y.shape[1] // groups
@@ -732,6 +890,10 @@ def _run_convolve(
     precision = _precision(x.dtype, exact)
     described = arch == 90 and precision != "ieee" and pack == 1
     lines = described and stride == (1, 1) and _has_lines(x, x.shape[1])
+    lines = lines and (norm is None or _has_lines(norm.output, x.shape[1]))
+    prepared = affine is not None or norm is not None
+    raw, raw_mean, coefficients, signs = norm or (None,) * 4
+    before = rectified or (None,) * 5
     inner = weight.shape[1] * math.prod(kernel)
     scale, offset = affine or (None, None)
     align_in, align_out = alignment(depth), alignment(width)
@@ -739,17 +901,19 @@ def _run_convolve(
 
     def box_of(tile: _Tile) -> tuple[int, int, int] | None:
         bn, bk = _block(width * pack, tile.columns), _block(depth * pack, tile.depth)
-        if not lines or (groups > 1 and depth % bk) or not (pointwise or affine or bn >= 64):
+        if not lines or (groups > 1 and depth % bk) or not (pointwise or prepared or bn >= 64):
             return None
         return _box(walk.images, rows, columns, tile.rows)
 
     def run(tile: _Tile) -> Tensor | None:
         bn, bk = _block(width * pack, tile.columns), _block(depth * pack, tile.depth)
         whole = depth % bk == 0
-        source, matrix = x, weight
+        source, other, matrix = x, raw, weight
         box = box_of(tile)
         if box is not None:
             source = _descriptor(x, [*walk[:3], x.shape[1]], [*box, bk])
+            if norm is not None:
+                other = _descriptor(raw, [*walk[:3], x.shape[1]], [*box, bk])
         if gradient:
             whole = whole or groups == 1
         boxed_weight = described and whole and _has_lines(weight, weight.shape[1])
@@ -760,17 +924,19 @@ def _run_convolve(
         tiles = tiles_m * phases * packs * triton.cdiv(width * pack, bn)
         programs = min(tiles, tile.programs * multiprocessors)
         partial = None
-        if statistics:
-            partial = x.new_empty((tiles_m, 2 * y.shape[1]), dtype=torch.float32)
+        if statistics or rectified:
+            sums = (tiles_m * phases, 3 if statistics else 2, y.shape[1])
+            partial = x.new_empty(sums, dtype=torch.float32)
         tn, th, tw = box or (1, 1, tile.rows)
         launch(
-            _convolve, programs, source, matrix, y, bias, residual, scale, offset, shift, partial,
+            _convolve, programs, source, matrix, y, factor, bias, residual, residual_signs, scale,
+            offset, other, raw_mean, coefficients, signs, *before, partial,
             *walk, depth // align_in, width // align_out, groups, *padding, tiles, programs,
             GRADIENT=gradient, KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1],
             DH=dilation[0], DW=dilation[1], STEP_H=steps[0], STEP_W=steps[1],
             INSIDE=pointwise or (padding == (0, 0) and not gradient), WIDE=_is_wide(x, y),
             PACK=pack, ALIGN_IN=align_in, ALIGN_OUT=align_out, BOXED=box is not None,
-            BOXED_W=boxed_weight, SWAPPED=box is not None and not pointwise and affine is None,
+            BOXED_W=boxed_weight, SWAPPED=box is not None and not pointwise and not prepared,
             TN=tn, TH=th, TW=tw, BM=tile.rows, BN=bn, BK=bk,
             PRECISION="ieee" if precision == "ieee" else "tf32", ACTIVATION=activation,
             warps=tile.warps, stages=tile.stages,
@@ -781,18 +947,21 @@ def _run_convolve(
         tiles = triton.cdiv(pixels, tile.rows) * triton.cdiv(width * pack, tile.columns)
         return tiles * packs * phases
 
-    options = (gradient, activation, bias is None, residual is None, affine is None, statistics)
+    given = (bias, affine, factor, residual, residual_signs, norm, signs, rectified)
+    options = (gradient, activation, statistics, *(one is None for one in given))
     tiles = _fitting("convolve", arch, precision, width * pack)
-    # Pointers, affine and statistics are registers that a tile this large has not left.
-    small = [t for t in tiles if t.rows * t.columns <= 64 * 32 * t.warps]
-    if affine or statistics or box_of(tiles[0]) is None:
-        tiles = small
+    if statistics or rectified:
+        tiles = [t for t in tiles if t.elements() <= _SUMMED]
+    elif prepared or box_of(tiles[0]) is None:
+        tiles = [t for t in tiles if t.elements() <= _HANDLED]
     shape = (tuple(x.shape), tuple(y.shape), kernel, settings, str(x.dtype), precision, options)
     partial = run(_tune(tiles, run, shape, count))
-    if not statistics:
+    if statistics:
+        return merge_rows(partial)
+    if rectified is None:
         return None
-    sums = x.new_empty((2, y.shape[1]), dtype=torch.float32)
-    _add_rows(partial, sums)
+    sums = tuple(x.new_empty(y.shape[1], dtype=torch.float32) for _ in range(2))
+    add_rows(partial.flatten(1), *sums)
     return sums
 
 
@@ -803,6 +972,7 @@ def _run_weight_gradient(
     settings: Settings,
     exact: bool,
     affine: tuple[Tensor, Tensor] | None = None,
+    norm: NormGradient | None = None,
 ) -> None:
     """The weight's gradient into out; d in the place of the output, x of the input. All dense and
     channels_last."""
@@ -820,7 +990,9 @@ def _run_weight_gradient(
     precision = _precision(x.dtype, exact)
     lines = arch == 90 and precision != "ieee" and pack == 1 and stride == (1, 1)
     lines = lines and _has_lines(x, x.shape[1]) and _has_lines(d, d.shape[1])
+    lines = lines and (norm is None or _has_lines(norm.output, d.shape[1]))
     scale, offset = affine or (None, None)
+    raw, raw_mean, coefficients, signs = norm or (None,) * 4
     align_in, align_out = alignment(depth), alignment(width)
 
     def blocks_of(tile: _Tile) -> tuple[int, int, int]:
@@ -832,7 +1004,7 @@ def _run_weight_gradient(
 
     def run(tile: _Tile) -> None:
         bm, channels, tiles = blocks_of(tile)
-        box, boxed_d, left, right = None, False, d, x
+        box, boxed_d, left, other, right = None, False, d, raw, x
         if lines and channels == tile.columns:
             if groups == 1 or (depth % channels == 0 and width % bm == 0):
                 box = _box(images, rows, columns, tile.depth)
@@ -841,6 +1013,8 @@ def _run_weight_gradient(
             boxed_d = pointwise or _is_run(box, rows, columns)
         if boxed_d:
             left = _descriptor(d, [pixels, d.shape[1]], [tile.depth, bm])
+            if norm is not None:
+                other = _descriptor(raw, [pixels, d.shape[1]], [tile.depth, bm])
         blocks = _boxes(images, rows, columns, box) or triton.cdiv(pixels, tile.depth)
         splits = max(1, min(triton.cdiv(_SPLITS, tiles), blocks // _STEPS))
         per_split = triton.cdiv(blocks, splits)
@@ -850,7 +1024,8 @@ def _run_weight_gradient(
             to = x.new_empty((splits, out.numel()), dtype=torch.float32)
         tn, th, tw = box or (1, 1, tile.depth)
         launch(
-            _weight_gradient, tiles * splits, left, right, to, scale, offset,
+            _weight_gradient, tiles * splits, left, right, to, scale, offset, other, raw_mean,
+            coefficients, signs,
             *walk, depth // align_in, width // align_out, groups, *padding, per_split,
             *_reciprocal(rows * columns), *_reciprocal(columns),
             KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1], DH=dilation[0],
@@ -861,7 +1036,7 @@ def _run_weight_gradient(
             stages=tile.stages,
         )  # fmt: skip
         if splits > 1:
-            _add_rows(to, out)
+            add_rows(to, out)
 
     def count(tile: _Tile) -> int:
         return blocks_of(tile)[2] * max(triton.cdiv(pixels, tile.depth) // _STEPS, 1)
@@ -875,8 +1050,15 @@ def _run_weight_gradient(
         str(x.dtype),
         precision,
         affine is None,
+        norm is None,
+        signs is None,
     )
     run(_tune(tiles, run, shape, count))
+
+
+def _no_sums(image: Tensor) -> tuple[Tensor, Tensor]:
+    zero = image.new_zeros(image.shape[1], dtype=torch.float32)
+    return zero, zero.clone()
 
 
 def convolve(
@@ -888,35 +1070,38 @@ def convolve(
     exact: bool = False,
     *,
     affine: tuple[Tensor, Tensor] | None = None,
+    factor: Tensor | None = None,
     residual: Tensor | None = None,
     statistics: bool = False,
-    shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """f(conv2d(relu(x·scale + offset), weight) + bias + residual), and what batch norm asks of it.
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """f(factor·conv2d(relu(x·scale + offset), weight) + bias + residual), and what batch norm asks
+    of it.
 
     Args:
         affine: scale and offset for each channel of x; padding is 0 after them.
+        factor: for each output channel.
         residual: of the output's shape, added before the activation.
-        statistics: whether the sums are wanted, of the rounded output before residual and
+        statistics: whether mean and variance are wanted, of the rounded output before residual and
             activation.
-        shift: float32, for each output channel, what the sums leave out of each output; the nearer
-            to the mean, the less is lost in the second.
 
     Returns:
-        The output, channels_last, and Σ (y - shift) and Σ (y - shift)² as float32 (2, K), or None.
+        The output, channels_last, and the mean and the biased variance of its channels as float32,
+        or None.
     """
     y = _empty(x, (x.shape[0], weight.shape[0], *_output_size(x, weight, settings)), _LAST)
-    if bias is not None:
-        bias = bias.contiguous()
+    bias, factor = (t if t is None else t.contiguous() for t in (bias, factor))
+    if affine is not None:
+        affine = tuple(t.contiguous() for t in affine)
     if residual is not None:
-        residual = _dense(residual)
+        residual = dense(residual)
     if y.numel() == 0:
-        sums = x.new_zeros((2, y.shape[1]), dtype=torch.float32) if statistics else None
-        return y, sums
-    arguments = (activation, affine, residual, statistics, shift)
+        return y, _no_sums(y) if statistics else None
     with torch.cuda.device_of(x):
-        sums = _run_convolve(_dense(x), _dense(weight), y, settings, False, exact, bias, *arguments)
-    return y, sums
+        found = _run_convolve(
+            dense(x), dense(weight), y, settings, False, exact, bias, activation, affine, factor,
+            residual, None, statistics,
+        )  # fmt: skip
+    return y, found
 
 
 def input_gradient(
@@ -927,16 +1112,30 @@ def input_gradient(
     exact: bool = False,
     *,
     bias: Tensor | None = None,
-) -> Tensor:
+    norm: NormGradient | None = None,
+    residual: Tensor | None = None,
+    residual_signs: Tensor | None = None,
+    rectified: Rectified | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """The gradient of the input, of the shape given, channels_last; plus a bias, as the transposed
-    convolution that it is."""
+    convolution that it is, and a residual where its signs are set. Second the sums of what is
+    rectified, or None."""
     dx = _empty(d, shape, _LAST)
     if bias is not None:
         bias = bias.contiguous()
-    if dx.numel():
-        with torch.cuda.device_of(d):
-            _run_convolve(_dense(d), _dense(weight), dx, settings, True, exact, bias)
-    return dx
+    if residual is not None:
+        residual = dense(residual)
+    if residual_signs is not None:
+        residual_signs = residual_signs.contiguous()
+    if dx.numel() == 0:
+        return dx, _no_sums(dx) if rectified else None
+    with torch.cuda.device_of(d):
+        sums = _run_convolve(
+            dense(d), dense(weight), dx, settings, True, exact, bias, residual=residual,
+            residual_signs=residual_signs, norm=norm and norm.dense(),
+            rectified=rectified and rectified.dense(),
+        )  # fmt: skip
+    return dx, sums
 
 
 def weight_gradient(
@@ -947,14 +1146,17 @@ def weight_gradient(
     exact: bool = False,
     *,
     affine: tuple[Tensor, Tensor] | None = None,
+    norm: NormGradient | None = None,
 ) -> Tensor:
     """The gradient of the weight, of the shape given, channels_last; of relu(x·scale + offset)
     where there is an affine."""
     dw = _empty(d, shape, _LAST)
     if d.numel() == 0:
         return dw.zero_()
+    if affine is not None:
+        affine = tuple(t.contiguous() for t in affine)
     with torch.cuda.device_of(d):
-        _run_weight_gradient(_dense(d), _dense(x), dw, settings, exact, affine)
+        _run_weight_gradient(dense(d), dense(x), dw, settings, exact, affine, norm and norm.dense())
     return dw
 
 
@@ -985,7 +1187,7 @@ def _empty(like: Tensor, shape, format: torch.memory_format) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format)
 
 
-def _formatted(tensor: Tensor, format: torch.memory_format) -> Tensor:
+def formatted(tensor: Tensor, format: torch.memory_format) -> Tensor:
     """A fresh tensor, or a copy of it, in the very strides that torch gives a format: where sizes
     of 1 leave them open too."""
     strides = torch.empty(tensor.shape, device="meta", memory_format=format).stride()
@@ -1049,6 +1251,11 @@ def _is_ours(input, weight, output_size, settings, own) -> bool:
     return _can(input, weight, pixels, settings) and (own or _is_faster(input, weight, settings))
 
 
+def is_implicit_gemm(input, weight, output_size, settings, own) -> bool:
+    """Whether a convolution is a kernel's of this file."""
+    return _algorithm(input, weight, output_size, settings, own) == _GEMM
+
+
 def _algorithm(input, weight, output_size, settings, own) -> str:
     if not _is_ours(input, weight, output_size, settings, own):
         return _ATEN
@@ -1095,7 +1302,9 @@ def _check_settings(op, input, weight, stride, padding, dilation, groups) -> Set
     return Settings(tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
-def _check_conv(op, input, weight, bias, stride, padding, dilation, groups):
+def check_convolution(op, input, weight, bias, stride, padding, dilation, groups):
+    """The settings and the output's rows and columns; RuntimeError where there is no such
+    convolution."""
     settings = _check_settings(op, input, weight, stride, padding, dilation, groups)
     k, c = weight.shape[:2]
     shapes = f"weight of shape {list(weight.shape)} for input of shape {list(input.shape)}"
@@ -1156,7 +1365,7 @@ def _conv2d(
     input, weight, bias, stride, padding, dilation, groups, activation, exact, own
 ):  # fmt: skip
     op = "conv2d"
-    settings, size = _check_conv(op, input, weight, bias, stride, padding, dilation, groups)
+    settings, size = check_convolution(op, input, weight, bias, stride, padding, dilation, groups)
     check_activation(op, activation)
     algorithm = _algorithm(input, weight, size, settings, own)
     if algorithm == _FEW:
@@ -1168,7 +1377,7 @@ def _conv2d(
         y = _apply(y, activation)
     else:
         y, _ = convolve(input, weight, bias, settings, activation, exact)
-    return _formatted(y, _format(input, weight))
+    return formatted(y, _format(input, weight))
 
 
 def _conv2d_prepare(weight, stride, dilation, groups):
@@ -1187,7 +1396,7 @@ def _conv2d_backward(
     want_input, want_weight, want_bias,
 ):  # fmt: skip
     op = "conv2d_backward"
-    settings, size = _check_conv(op, input, weight, None, stride, padding, dilation, groups)
+    settings, size = check_convolution(op, input, weight, None, stride, padding, dilation, groups)
     check_activation(op, activation)
     _check_gradient(op, grad_output, input, weight.shape[0], size)
     if activation != "none":
@@ -1206,9 +1415,10 @@ def _conv2d_backward(
         return _gradients_of_aten(d, input, weight, settings, False, (0, 0), wanted)
     dx, dw, db = (input.new_empty(0) for _ in range(3))
     if want_input:
-        dx = _formatted(input_gradient(d, weight, input.shape, settings, exact), _format(input))
+        dx, _ = input_gradient(d, weight, input.shape, settings, exact)
+        dx = formatted(dx, _format(input))
     if want_weight:
-        dw = _formatted(weight_gradient(d, input, weight.shape, settings, exact), _format(weight))
+        dw = formatted(weight_gradient(d, input, weight.shape, settings, exact), _format(weight))
     if want_bias:
         db = d.sum((0, 2, 3))
     return dx, dw, db
@@ -1225,14 +1435,16 @@ def _gradients_of_aten(d, input, weight, settings, transposed, more, wanted):
     ]
     for i, tensor in enumerate((input, weight)):
         if wanted[i]:
-            gradients[i] = _formatted(gradients[i], _format(tensor))
+            gradients[i] = formatted(gradients[i], _format(tensor))
     return tuple(gradients)
 
 
 def _conv2d_algorithm(
     input, weight, bias, stride, padding, dilation, groups, activation, exact, own
 ):  # fmt: skip
-    settings, size = _check_conv("conv2d", input, weight, bias, stride, padding, dilation, groups)
+    settings, size = check_convolution(
+        "conv2d", input, weight, bias, stride, padding, dilation, groups
+    )
     return ", ".join([_algorithm(input, weight, size, settings, own)] * 3)
 
 
@@ -1246,10 +1458,10 @@ def _conv_transpose2d(
         y = _aten.convolution(
             input, weight, bias, stride, padding, dilation, True, output_padding, groups
         )
-        return _formatted(y, _format(input, weight))
+        return formatted(y, _format(input, weight))
     shape = (input.shape[0], weight.shape[1] * groups, *size)
-    y = input_gradient(input, weight, shape, settings, exact, bias=bias)
-    return _formatted(y, _format(input, weight))
+    y, _ = input_gradient(input, weight, shape, settings, exact, bias=bias)
+    return formatted(y, _format(input, weight))
 
 
 def _conv_transpose2d_backward(
@@ -1269,10 +1481,10 @@ def _conv_transpose2d_backward(
     dx, dw, db = (input.new_empty(0) for _ in range(3))
     if want_input:
         dx, _ = convolve(grad_output, weight, None, settings, "none", exact)
-        dx = _formatted(dx, _format(input))
+        dx = formatted(dx, _format(input))
     if want_weight:
         dw = weight_gradient(input, grad_output, weight.shape, settings, exact)
-        dw = _formatted(dw, _format(weight))
+        dw = formatted(dw, _format(weight))
     if want_bias:
         db = grad_output.sum((0, 2, 3))
     return dx, dw, db
