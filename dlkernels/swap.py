@@ -663,8 +663,8 @@ def verify(
     upstream gradient that it met there are replayed through our class, the stock class, and the
     stock class in float64. A result is ``ok`` if its error is at most 2 x the error of stock
     + 1 ulp of the largest value, in the maximum and in the root mean square; of a convolution in
-    float32 4 x, of its weight's gradient and of a residual block 5 x. Where a tensor is a number or two, stock can be exact
-    by luck and ours miss that by an ulp: look at the error then.
+    float32 4 x, of its weight's gradient and of a residual block 5 x. Where a tensor is a number or
+    two, stock can be exact by luck and ours miss that by an ulp: look at the error then.
 
     Args:
         model: swapped, or built of ``dlkernels.nn``; a loss module too: ``verify(loss, (x, y))``.
