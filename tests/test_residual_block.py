@@ -2,7 +2,8 @@
 statistics, layouts, refusals, threads, processes.
 
 Where Winograd's algorithm may run, in float32 with 3×3 weights of stride 1, the rule of
-tests/compare.py is 4 × stock's error, 5 × in the gradients of weights.
+tests/compare.py is 4 × stock's error, 5 × in the gradients of weights, and 6 × in those of a norm's
+parameters, which are sums over what the algorithm has rounded.
 """
 
 import itertools
@@ -87,7 +88,7 @@ BLOCKS = {
     "one_image": basic((1, 16, 9, 10), bias=True),
     "three_channels": basic((4, 3, 9, 8), bias=True),
     "one_channel": basic((5, 1, 9, 7)),
-    "two_values": Block((2, 5, 1, 1), (point(5), point(5))),
+    "few_values": Block((7, 5, 1, 1), (point(5), point(5))),
     "no_affine": basic((6, 16, 13, 15), affine=False),
     "no_running": basic((6, 16, 13, 15), running=False),
     "projection": Block((5, 16, 13, 15), (Conv(32), Conv(32)), point(32)),
@@ -270,10 +271,10 @@ def check(make, training=True, graded=True, rounds=False, numbers=300, factor=2.
             for result in results[::3]:  # what the norm takes away; of stock, rounding alone
                 assert (result[name] == 0).all(), name
             continue
-        wider = 1 if not rounds else 2.5 if name.endswith(" weight") else 2
-        assert_no_worse(
-            name, *([r[name] for r in results[j::3]] for j in range(3)), wider * factor
-        )
+        wider = 1
+        if rounds:
+            wider = 3 if "grad" in name and "norm" in name else 2.5 if "weight" in name else 2
+        assert_no_worse(name, *([r[name] for r in results[j::3]] for j in range(3)), wider * factor)
     ours, stocks = results[-3:-1]
     assert ours["output"].stride() == stocks["output"].stride(), "another format than stock's"
     return case, ours
@@ -283,28 +284,36 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 by_training = pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
 
 
-@by_training
-@by_dtype
-@pytest.mark.parametrize("name", BLOCKS)
+NUMBERS = {"many_tiles": 30, "sums_by_panels": 130}  # large: their results are luck no more
+
+
+def cases(training):
+    """(block, dtype); of what is large, the arithmetic that has algorithms of its own."""
+    for name, block in BLOCKS.items():
+        for dtype in DTYPES:
+            large = name in ("many_tiles", "few_tiles_of_many_channels", "sums_by_panels")
+            if (dtype == torch.float32 or not large) and (block.running or training):
+                yield pytest.param(name, dtype, training, id=f"{name}-{dtype}-{MODES[training]}")
+
+
+MODES = {True: "training", False: "frozen"}
+
+
+@pytest.mark.parametrize(("name", "dtype", "training"), [*cases(True), *cases(False)])
 def test_shapes(name, dtype, training, own, poisoned):
     block = BLOCKS[name]
-    if dtype != torch.float32 and block.image[1] * block.image[0] > 2000:
-        block = block._replace(image=(1, *block.image[1:]))
-    if not block.running and not training:
-        pytest.skip("only the batch has statistics")
-    few = block.image[1] > 64
     check(
         lambda: draw(block, dtype, training), training, rounds=rounds(block, dtype),
-        numbers=60 if few else 300,
+        numbers=NUMBERS.get(name, 300),
     )  # fmt: skip
 
 
-@by_dtype
-@pytest.mark.parametrize("name", [name for name, block in BLOCKS.items() if block.running])
-def test_inference(name, dtype, own, poisoned):
+@pytest.mark.parametrize(("name", "dtype", "training"), cases(False))
+def test_inference(name, dtype, training, own, poisoned):
     """Norms folded into their convolutions."""
     block = BLOCKS[name]
     with torch.no_grad():
         check(
-            lambda: draw(block, dtype, False), False, graded=False, rounds=rounds(block, dtype)
-        )
+            lambda: draw(block, dtype, training), training, False, rounds(block, dtype),
+            NUMBERS.get(name, 300),
+        )  # fmt: skip
