@@ -723,4 +723,8 @@ def residual_block(
     )
     last = any(suggests_channels_last(x) for x in (image, *(layer.weight for layer in every)))
     output = _run(image.contiguous(memory_format=_LAST), every, s)
-    return output if last else output.contiguous()
+    if last:
+        return output
+    output = output.contiguous()
+    # Sizes of 1 leave strides open, and torch's parts would have those of a contiguous tensor.
+    return output.flatten().view_as(output) if suggests_channels_last(output) else output
