@@ -40,7 +40,8 @@ def drawn(shape, dtype=torch.bfloat16, format=LAST):
     channels = SHAPES[shape][1]
     weight, bias = torch.rand(channels, device="cuda") + 0.5, torch.randn(channels, device="cuda")
     leaves = [t.requires_grad_() for t in (*images, weight, bias)]
-    return leaves, [torch.zeros(channels, device="cuda"), torch.ones(channels, device="cuda")]
+    running = torch.randn(channels, device="cuda"), torch.rand(channels, device="cuda") + 0.5
+    return leaves, list(running)
 
 
 def ours(x, residual, weight, bias, running, training, activation):

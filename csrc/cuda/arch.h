@@ -302,6 +302,13 @@ DLK_DEVICE Bits16 load_streaming(const void* global) {
   return v;
 }
 
+// To global memory. Plain stores become four of 4 bytes where many branches lead to them.
+DLK_DEVICE void store_global(void* global, Bits16 v) {
+  DLK_EITHER(emulated::store16(global, bit_cast<emulated::Words16>(v)),
+             asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(v.x[0]),
+                          "r"(v.x[1]), "r"(v.x[2]), "r"(v.x[3]) : "memory"));
+}
+
 // To global memory that will not be read soon: first to leave L2.
 DLK_DEVICE void store_streaming(void* global, Bits16 v) {
   DLK_EITHER(emulated::store16(global, bit_cast<emulated::Words16>(v)),

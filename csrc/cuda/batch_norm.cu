@@ -160,8 +160,7 @@ struct Backward {
   T* sum_g_xhat = nullptr;
 };
 
-// --------------------------------------------------------------------------------------------
-// walks
+// ------------------------------------------------------------------------------------------- walks
 
 // Elements [low, high) of the load at `at`; none where high is 0.
 struct Spot {
@@ -316,9 +315,9 @@ DLK_DEVICE void store(S* to, const Spot& spot, const accumulate_t<S> (&v)[W], bo
   if constexpr (W == 1) {
     to[spot.at] = narrow<S>(v[0]);
   } else if constexpr (kWalk != Walk::kCutPlanes) {
-    store16(to + spot.at, pack<S>(v));
+    store_global(to + spot.at, pack<S>(v));
   } else {
-    if (aligned && spot.low == 0 && spot.high == W) return store16(to + spot.at, pack<S>(v));
+    if (aligned && spot.low == 0 && spot.high == W) return store_global(to + spot.at, pack<S>(v));
 #pragma unroll
     for (int i = 0; i < W; ++i)
       if (i >= spot.low && i < spot.high) to[spot.at + i] = narrow<S>(v[i]);
@@ -696,8 +695,7 @@ DLK_KERNEL void __launch_bounds__(kThreads, 2) totals_kernel(const Problem p) {
   finish(p, channel, a, b);
 }
 
-// ------------------------------------------------------------------------------------------
-// layouts
+// ----------------------------------------------------------------------------------------- layouts
 
 struct Layout {
   bool last;  // the channels are contiguous
