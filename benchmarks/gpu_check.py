@@ -36,7 +36,13 @@ MOST_MINUTES = 8.0
 CLOSING = 5.0  # seconds kept for the table
 TESTS = [
     f"tests/test_{name}.py"
-    for name in ("cross_entropy_cuda", "cross_entropy", "cross_entropy_paths")
+    for name in (
+        "cross_entropy_cuda",
+        "cross_entropy",
+        "cross_entropy_paths",
+        "batch_norm_cuda",
+        "batch_norm_paths",
+    )
 ]
 WORKERS = 6  # of pytest-xdist
 TOOLS = ("memcheck", "racecheck")
@@ -152,9 +158,9 @@ def environment(state: State, seconds: float) -> None:
 
 
 def test_commands() -> list[list[str]]:
-    """pytest over cross_entropy's tests on the GPU, then over conv2d's and residual_block's there,
-    over the GPU tests in the files of the ops that torch multiplies for, and over those of the
-    Triton twin."""
+    """pytest over cross_entropy's, batch_norm's and residual_block's tests on the GPU, then over
+    conv2d's there, over the GPU tests in the files of the ops that torch multiplies for, and over
+    those of the Triton twin."""
     pytest = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
     workers = [f"-n{WORKERS}", "--dist=load"]
     return [

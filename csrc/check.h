@@ -1,5 +1,5 @@
-// The checks of every host entry, its switch over dtypes, and the type of its `str` arguments. A
-// message names the op, the argument, what was wanted and what was got.
+// The checks of every host entry, its switch over dtypes, the type of its `str` arguments, and the
+// names of activations. A message names the op, the argument, what was wanted and what was got.
 //
 // DLK_CHECK raises RuntimeError, DLK_CHECK_INDEX IndexError (std::out_of_range crosses the stable
 // ABI as that). Use them on the calling thread only: an exception that leaves a parallel region
@@ -9,6 +9,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -85,6 +87,17 @@ void for_dtype(torch::headeronly::ScalarType dtype, const Body& body) {
     default:
       return body(F16{});
   }
+}
+
+enum class Activation { kNone, kRelu, kLeakyRelu, kTanh, kSigmoid };
+constexpr double kSlope = 0.01;  // of leaky_relu
+
+inline Activation parse_activation(const char* op, const std::string& name) {
+  constexpr std::array<const char*, 5> kNames{"none", "relu", "leaky_relu", "tanh", "sigmoid"};
+  const auto* found = std::find(kNames.begin(), kNames.end(), name);
+  DLK_CHECK(found != kNames.end(), op,
+            ": expected activation none, relu, leaky_relu, tanh or sigmoid, got ", name);
+  return Activation(found - kNames.begin());
 }
 
 inline void check_cpu(const char* op, const char* argument, const torch::stable::Tensor& tensor) {

@@ -112,6 +112,7 @@ if _cuda := _choose_cuda(_build):
         _load_library(_cuda)
 
 from dlkernels import functional, nn  # noqa: E402
+from dlkernels.freeze import freeze, unfreeze  # noqa: E402
 from dlkernels.swap import explain, report, swap, swapped, unswap, verify  # noqa: E402
 
 if torch.version.cuda and importlib.util.find_spec("triton"):
@@ -120,11 +121,13 @@ if torch.version.cuda and importlib.util.find_spec("triton"):
 __all__ = [
     "config",
     "explain",
+    "freeze",
     "functional",
     "nn",
     "report",
     "swap",
     "swapped",
+    "unfreeze",
     "unswap",
     "verify",
 ]

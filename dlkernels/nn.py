@@ -3,7 +3,8 @@
 A module with a kernel of ours subclasses its stock twin and changes ``forward`` alone (of
 ``Conv2d`` the ``_conv_forward`` in it): same constructor, parameters, buffers, ``state_dict`` keys,
 ``repr``, pickle and deepcopy. Every other public name is ``torch.nn``'s own object, so a network
-can take the whole namespace: ``LeNet(nn=dlkernels.nn)`` beside ``LeNet(nn=torch.nn)``.
+can take the whole namespace: ``LeNet(nn=dlkernels.nn)`` beside ``LeNet(nn=torch.nn)``. The residual
+blocks, which torch has not, have a twin here that is written out of torch's modules.
 
 ``dlkernels.nn.functional`` is ``dlkernels.functional``: ours where there is one, else the function
 of ``torch.nn.functional``. ``import dlkernels.nn.functional as F`` works too.
@@ -11,7 +12,7 @@ of ``torch.nn.functional``. ``import dlkernels.nn.functional as F`` works too.
 
 import math
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,90 @@ from torch import Tensor
 from dlkernels import functional
 from dlkernels.ops.batch_norm import sync_batch_norm
 from dlkernels.ops.common import activation_named
+from dlkernels.ops.conv2d import prepare as prepare_conv2d
+from dlkernels.ops.residual_block import ResidualLayer
 
 if TYPE_CHECKING:  # what __getattr__ gives, for type checkers and editors
     from torch.nn import *  # noqa: F403
 
 # This file is not a package: without the entry, `import dlkernels.nn.functional` would not resolve.
 sys.modules[f"{__name__}.functional"] = functional
+
+
+class _Kept:
+    """What a frozen module keeps. In a copy of the module, by deepcopy or pickle, it is None."""
+
+    def __init__(self, value: Any, weights: list[Tensor]) -> None:
+        self.value = value
+        self.weights = [(weight, *_state(weight)) for weight in weights]
+
+    def is_of(self, weights: list[Tensor]) -> bool:
+        """Whether these are the weights that it was made of, and nobody was seen to write."""
+        return all(
+            weight is kept and _state(weight) == tuple(state)
+            for weight, (kept, *state) in zip(weights, self.weights, strict=True)
+        )
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    version = 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), version
+
+
+class Freezable:
+    """A module that ``dlkernels.freeze`` lets keep what it derives from its weights: a class before
+    torch's among the bases.
+
+    A class says which parameters those are, and makes the value of them in ``_prepare``; its
+    forward gives ``_prepared()`` to its function, None wherever it does not hold. The function
+    reads it only where no gradient is needed and the kernel is the one that it is for.
+    """
+
+    derived_from: tuple[str, ...] = ("weight",)
+    _kept: _Kept | None = None  # on the class: swap() makes a stock module ours without __init__
+
+    def _prepare(self, *weights: Tensor) -> Any:
+        """What is derived of them; None for nothing."""
+        raise NotImplementedError
+
+    def _prepared(self) -> Any:
+        kept = self._kept
+        if kept is None or torch.compiler.is_compiling() or not kept.is_of(self._weights()):
+            return None
+        return kept.value
+
+    def _weights(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.derived_from]
+
+    def keep_prepared(self) -> None:
+        """Keeps what ``_prepare`` makes of the weights as they are."""
+        self.drop_prepared()
+        weights = self._weights()
+        with torch.no_grad():
+            value = self._prepare(*weights)
+        if value is not None:
+            self._kept = _Kept(value, weights)
+
+    def drop_prepared(self) -> None:
+        """Drops what is kept."""
+        self.__dict__.pop("_kept", None)
+
+    def train(self, mode: bool = True):
+        """Stock's; training mode unfreezes."""
+        if mode:
+            self.drop_prepared()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        self.drop_prepared()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.drop_prepared()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -218,13 +297,17 @@ class LazyLinear(torch.nn.LazyLinear):
     cls_to_become = Linear
 
 
-class Conv2d(torch.nn.Conv2d):
+class Conv2d(Freezable, torch.nn.Conv2d):
     """``torch.nn.Conv2d`` on ``dlkernels.functional.conv2d``.
 
     ``forward(input)``: ``input`` (N, C, H, W) or (C, H, W), floating point. A ``padding_mode``
     other than zeros pads first, as stock's does. Errors are those of the functional form, raised at
-    the call, as stock's are. TorchScript can trace it, not script it.
+    the call, as stock's are. TorchScript can trace it, not script it. Frozen, it keeps Winograd's
+    transform of the weight.
     """
+
+    def _prepare(self, weight: Tensor) -> Tensor | None:
+        return prepare_conv2d(weight, self.stride, self.dilation, self.groups)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
@@ -232,7 +315,14 @@ class Conv2d(torch.nn.Conv2d):
             around = self._reversed_padding_repeated_twice
             input, padding = functional.pad(input, around, mode=self.padding_mode), (0, 0)
         return functional.conv2d(
-            input, weight, bias, self.stride, padding, self.dilation, self.groups
+            input,
+            weight,
+            bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            prepared=self._prepared() if weight is self.weight else None,
         )
 
 
@@ -304,22 +394,38 @@ def _normalise(
 ) -> Tensor:
     """A batch norm's forward as torch's module has it, with what can be fused."""
     module._check_input_dim(input)
+    mean, var, momentum = _running(module)
+    of_batch = module.training or (module.running_mean is None and module.running_var is None)
+    arguments = input, mean, var, module.weight, module.bias
+    fused = {"residual": residual, "activation": activation}
+    if module.training and (group := _group(module)) is not None:
+        return sync_batch_norm(*arguments, momentum, module.eps, group, **fused)
+    return functional.batch_norm(*arguments, of_batch, momentum, module.eps, **fused)
+
+
+def _running(
+    module: torch.nn.modules.batchnorm._BatchNorm,
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """The running statistics that a call reads or updates, and its momentum. Counts the batch."""
     momentum = 0.0 if module.momentum is None else module.momentum
-    if module.training and module.track_running_stats and module.num_batches_tracked is not None:
+    if not module.training:
+        return module.running_mean, module.running_var, momentum
+    if not module.track_running_stats:
+        return None, None, momentum
+    if module.num_batches_tracked is not None:
         module.num_batches_tracked.add_(1)
         if module.momentum is None:  # a cumulative average
             momentum = 1.0 / float(module.num_batches_tracked)
-    mean, var = module.running_mean, module.running_var
-    of_batch = module.training or (mean is None and var is None)
-    if module.training and not module.track_running_stats:
-        mean = var = None
-    arguments = input, mean, var, module.weight, module.bias
-    fused = {"residual": residual, "activation": activation}
+    return module.running_mean, module.running_var, momentum
+
+
+def _group(module: torch.nn.Module) -> "torch.distributed.ProcessGroup | None":
+    """The processes whose batches have statistics in common; None where it is this one alone."""
     group = getattr(module, "process_group", None)
-    if group is not None and module.training and _is_distributed():
-        group = None if group == "world" else group
-        return sync_batch_norm(*arguments, momentum, module.eps, group, **fused)
-    return functional.batch_norm(*arguments, of_batch, momentum, module.eps, **fused)
+    if group is None or not _is_distributed():
+        return None
+    group = torch.distributed.group.WORLD if group == "world" else group
+    return group if torch.distributed.get_world_size(group) > 1 else None
 
 
 def _is_distributed() -> bool:
@@ -408,7 +514,7 @@ def convert_sync_batchnorm(
             up later.
 
     Parameters, buffers and ``state_dict`` keys stay. Of torch's only the exact classes are changed:
-    to ours.
+    to ours. The batch norms of a residual block are its modules like any other.
     """
     for module in model.modules():
         if ours := BATCH_NORMS.get(type(module)):
@@ -444,6 +550,7 @@ class Sequential(torch.nn.Sequential):
                     conv.dilation,
                     conv.groups,
                     activation="relu" if length == 3 else None,
+                    prepared=conv._prepared() if isinstance(conv, Freezable) else None,
                 )
                 at += length
             elif length:
@@ -456,7 +563,10 @@ class Sequential(torch.nn.Sequential):
 
 
 def fused_chains(module: torch.nn.Module) -> list[list[torch.nn.Module]]:
-    """The chains of a ``torch.nn.Sequential``, or of ours, that ``Sequential`` runs as one."""
+    """The chains of a ``torch.nn.Sequential``, or of ours, that ``Sequential`` runs as one; all
+    that is called of a residual block, if that runs as one."""
+    if isinstance(module, _Residual):
+        return [module.called()] if module.is_covered() else []
     if type(module) not in (torch.nn.Sequential, Sequential):
         return []
     modules = list(module)
@@ -500,6 +610,209 @@ def _halves(pool: torch.nn.Module) -> bool:
     )
 
 
+class _Residual(torch.nn.Module):
+    """relu(bn(conv(... relu(bn(conv(input))))) + shortcut(input)), module by module."""
+
+    # Of the modules that a block is made of.
+    _conv, _norm, _sequential = torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.Sequential
+    _shortcut = "shortcut"  # the name of what is around the convolutions
+
+    def _make(self, convolutions, projection: tuple | None, bias: bool) -> None:
+        """conv1, bn1, ... of Conv2d's arguments, and the shortcut, empty for the identity."""
+        for at, arguments in enumerate(convolutions, 1):
+            setattr(self, f"conv{at}", self._conv(*arguments, bias=bias))
+            setattr(self, f"bn{at}", self._norm(arguments[1]))
+        around = []
+        if projection is not None:
+            around = [self._conv(*projection, bias=bias), self._norm(projection[1])]
+        setattr(self, self._shortcut, self._sequential(*around))
+
+    def _layers(self) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
+        pairs = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
+        return [*pairs, (self.conv3, self.bn3)] if hasattr(self, "conv3") else pairs
+
+    def called(self) -> list[torch.nn.Module]:
+        """The modules that ``forward`` calls, and those in the shortcut."""
+        shortcut = getattr(self, self._shortcut)
+        return [*(module for pair in self._layers() for module in pair), *shortcut.modules()]
+
+    def is_covered(self) -> bool:
+        """Whether ``functional.residual_block`` computes what the modules do."""
+        layers, shortcut = self._layers(), getattr(self, self._shortcut)
+        if type(shortcut) not in (Sequential, torch.nn.Sequential) or len(shortcut) not in (0, 2):
+            return False
+        if len(shortcut) == 2:
+            layers.append(tuple(shortcut))
+        elif any(conv.stride != (1, 1) for conv, _ in layers if isinstance(conv, torch.nn.Conv2d)):
+            return False  # the sum broadcasts
+        norm = layers[0][1]
+        return all(
+            type(conv) in (Conv2d, torch.nn.Conv2d)
+            and conv.padding_mode == "zeros"
+            and type(bn) in (BatchNorm2d, torch.nn.BatchNorm2d)
+            and bn.training == norm.training
+            and getattr(bn, "process_group", None) == getattr(norm, "process_group", None)
+            for conv, bn in layers
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, out_channels, ...) of (N, in_channels, H, W)."""
+        *first, (conv, norm) = self._layers()
+        x = input
+        for before, its_norm in first:
+            x = torch.relu(its_norm(before(x)))
+        return torch.relu(norm(conv(x)) + getattr(self, self._shortcut)(input))
+
+
+class _Fused:
+    """A residual block on ``dlkernels.functional.residual_block``."""
+
+    def __init__(self, *arguments, process_group=None, **keywords) -> None:
+        super().__init__(*arguments, **keywords)
+        if process_group is not None:
+            convert_sync_batchnorm(self, process_group)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, out_channels, ...) of (N, in_channels, H, W)."""
+        fits = isinstance(input, Tensor) and input.dim() == 4
+        if not fits or not self.is_covered() or any(map(is_observed, self.called())):
+            return super().forward(input)
+        shortcut, norm = getattr(self, self._shortcut), self.bn1
+        return functional.residual_block(
+            input,
+            [_layer(*pair) for pair in self._layers()],
+            _layer(*shortcut) if len(shortcut) else None,
+            training=norm.training,
+            process_group=_group(norm) if norm.training else None,
+        )
+
+
+def _layer(conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d) -> ResidualLayer:
+    mean, var, momentum = _running(norm)
+    return ResidualLayer(
+        conv.weight,
+        conv.bias,
+        norm.weight,
+        norm.bias,
+        mean,
+        var,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        momentum,
+        norm.eps,
+    )
+
+
+class StockResidualBlock(_Residual):
+    """``ResidualBlock`` of torch's modules, one after the other."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int = 1, bias: bool = False
+    ) -> None:
+        super().__init__()
+        projects = stride != 1 or in_channels != out_channels
+        self._make(
+            [(in_channels, out_channels, 3, stride, 1), (out_channels, out_channels, 3, 1, 1)],
+            (in_channels, out_channels, 1, stride) if projects else None,
+            bias,
+        )
+
+
+class ResidualBlock(_Fused, StockResidualBlock):
+    """relu(bn2(conv2(relu(bn1(conv1(input))))) + shortcut(input)) in one op, on
+    ``dlkernels.functional.residual_block``: 3x3 convolutions, the first of ``stride``; the shortcut
+    is empty, or a 1x1 convolution and a batch norm where stride or channels ask for it.
+
+    Args:
+        in_channels, out_channels, stride: of the block.
+        bias: whether the convolutions have one.
+        process_group: that of the batch norms, as of ``BatchNorm2d``.
+
+    ``forward(input)``: ``input`` (N, in_channels, H, W), floating point; channels_last is the fast
+    layout. It calls its modules one by one, and gives the same, where one of them has a hook, is
+    parametrized, of a subclass or replaced, or where the batch norms are not all in one mode.
+    ``state_dict`` is a ``StockResidualBlock``'s.
+    """
+
+    _conv, _norm, _sequential = Conv2d, BatchNorm2d, Sequential
+
+
+class StockResBlk(_Residual):
+    """``ResBlk`` of torch's modules, one after the other."""
+
+    _shortcut = "extra"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        strided_shortcut: bool = False,
+    ) -> None:
+        super().__init__()
+        projects = in_channels != out_channels or (strided_shortcut and stride != 1)
+        self._make(
+            [(in_channels, out_channels, 3, stride, 1), (out_channels, out_channels, 3, 1, 1)],
+            (in_channels, out_channels, 1, stride) if projects else None,
+            True,
+        )
+
+
+class ResBlk(_Fused, StockResBlk):
+    """``ResidualBlock`` with biases, whose shortcut ``extra`` is empty where the channels stay.
+
+    Args (``process_group`` as of ``ResidualBlock``):
+        strided_shortcut: a convolution in ``extra`` where ``stride`` asks for one too. Without it
+            such a block adds images of two sizes, which broadcast if the smaller is one pixel; it
+            calls its modules one by one.
+    """
+
+    _conv, _norm, _sequential = Conv2d, BatchNorm2d, Sequential
+
+
+class StockBottleneckBlock(_Residual):
+    """``BottleneckBlock`` of torch's modules, one after the other."""
+
+    expansion = 4
+    _shortcut = "downsample"
+
+    def __init__(
+        self, in_channels: int, channels: int, stride: int = 1, bias: bool = False
+    ) -> None:
+        super().__init__()
+        out_channels = channels * self.expansion
+        projects = stride != 1 or in_channels != out_channels
+        self._make(
+            [
+                (in_channels, channels, 1),
+                (channels, channels, 3, stride, 1),
+                (channels, out_channels, 1),
+            ],
+            (in_channels, out_channels, 1, stride) if projects else None,
+            bias,
+        )
+
+
+class BottleneckBlock(_Fused, StockBottleneckBlock):
+    """``ResidualBlock`` of three convolutions: 1x1 to ``channels``, 3x3 of ``stride``, 1x1 to
+    4 x ``channels``.
+
+    The names are those of torchvision's ``Bottleneck``, whose ``state_dict`` it takes: conv1, bn1,
+    conv2, bn2, conv3, bn3 and, where stride or channels ask for it, downsample.0, downsample.1.
+    """
+
+    _conv, _norm, _sequential = Conv2d, BatchNorm2d, Sequential
+
+
+RESIDUAL_BLOCKS = {
+    StockResidualBlock: ResidualBlock,
+    StockResBlk: ResBlk,
+    StockBottleneckBlock: BottleneckBlock,
+}
+
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -514,6 +827,7 @@ _OURS = (
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormAct2d",
+    "BottleneckBlock",
     "Conv2d",
     "ConvTranspose2d",
     "CrossEntropyLoss",
@@ -525,7 +839,12 @@ _OURS = (
     "LazyLinear",
     "Linear",
     "LinearCrossEntropyLoss",
+    "ResBlk",
+    "ResidualBlock",
     "Sequential",
+    "StockBottleneckBlock",
+    "StockResBlk",
+    "StockResidualBlock",
     "convert_sync_batchnorm",
     "functional",
 )

@@ -63,6 +63,10 @@ TWINS: list[Twin] = [
         extras=("softcap", "z_loss", "return_lse"),
     ),
     Twin("linear", torch.nn.Linear, nn.Linear),
+    *(
+        Twin("residual_block", stock, ours, allowed=(5.0, 5.0))
+        for stock, ours in nn.RESIDUAL_BLOCKS.items()
+    ),
 ]
 if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from torch 2.13 on
     TWINS.append(
@@ -73,6 +77,10 @@ if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from torch 2.13 on
             extras=("softcap", "z_loss"),
         )
     )
+
+
+# Ours that call their modules, or do the work of them.
+_COMPOSITES = (nn.Sequential, *nn.RESIDUAL_BLOCKS.values())
 
 
 class Swapped(NamedTuple):
@@ -215,6 +223,8 @@ def _listed(module: torch.nn.Module) -> bool:
 
 def _set_classes(changes: list[tuple[torch.nn.Module, type[torch.nn.Module]]]) -> None:
     for module, cls in changes:
+        if isinstance(module, nn.Freezable):  # stock's class would not drop it in time
+            module.drop_prepared()
         module.__class__ = cls
     # Code that torch.compile made for the old class would still run (seen on torch 2.11). Without
     # dynamo in the process nothing was compiled, and importing it costs more than a second.
@@ -346,7 +356,7 @@ def _fused(modules: Iterable[tuple[str, torch.nn.Module]]) -> dict[torch.nn.Modu
     return {
         module: name
         for name, parent in modules
-        if type(parent) is nn.Sequential
+        if type(parent) in _COMPOSITES
         for chain in nn.fused_chains(parent)
         if not any(map(nn.is_observed, chain))
         for module in chain
@@ -401,7 +411,7 @@ def explain(model: torch.nn.Module, *inputs, **kwargs) -> Records:
         kernels = ", ".join(dict.fromkeys(choice.kernel for choice in choices[module]))
         reasons = "; ".join(dict.fromkeys(choice.reason for choice in choices[module]))
         ours = isinstance(module, tuple(twin.ours for twin in TWINS))
-        if type(module) is nn.Sequential and not kernels:
+        if type(module) in _COMPOSITES and not kernels:
             continue  # its modules have lines of their own
         if not (kernels or ours or _listed(module)):
             continue
@@ -655,8 +665,8 @@ def verify(
     upstream gradient that it met there are replayed through our class, the stock class, and the
     stock class in float64. A result is ``ok`` if its error is at most 2 x the error of stock
     + 1 ulp of the largest value, in the maximum and in the root mean square; of a convolution in
-    float32 4 x, of its weight's gradient 5 x. Where a tensor is a number or two, stock can be exact
-    by luck and ours miss that by an ulp: look at the error then.
+    float32 4 x, of its weight's gradient and of a residual block 5 x. Where a tensor is a number or
+    two, stock can be exact by luck and ours miss that by an ulp: look at the error then.
 
     Args:
         model: swapped, or built of ``dlkernels.nn``; a loss module too: ``verify(loss, (x, y))``.

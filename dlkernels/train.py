@@ -35,6 +35,7 @@ class Side:
     model: torch.nn.Module
     loss: torch.nn.Module
     optimiser: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler  # stepped at the end of an epoch
     losses: list[float] = field(default_factory=list)
     forward_ms: list[float] = field(default_factory=list)
     forward_backward_ms: list[float] = field(default_factory=list)
@@ -102,9 +103,12 @@ def _side(name: str, network: str, nn: ModuleType, device: torch.device) -> Side
     recipe = cls.recipe
     model = cls(nn=nn).to(device)
     momentum = {} if recipe.momentum is None else {"momentum": recipe.momentum}
-    optimiser = getattr(torch.optim, recipe.optimiser)(model.parameters(), lr=recipe.lr, **momentum)
+    optimiser = getattr(torch.optim, recipe.optimiser)(
+        model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, **momentum
+    )
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, recipe.milestones)
     loss = getattr(nn, recipe.loss)(**recipe.loss_arguments)
-    return Side(name, model, loss, optimiser)
+    return Side(name, model, loss, optimiser, schedule)
 
 
 def step(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> None:
@@ -161,6 +165,8 @@ def train(
                     )
                 on_step(side)
             sizes.append(len(batch))
+        for side in sides:
+            side.schedule.step()
     return sizes
 
 

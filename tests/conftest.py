@@ -56,6 +56,12 @@ def own():
 
 
 @pytest.fixture
+def one_thread():
+    """A second thread only waits where the machine is busy; the tests of threads set more."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def poisoned():
     """Fresh memory holds NaN (the largest integer), from C++ too: unwritten elements are seen."""
     mode = torch.get_deterministic_debug_mode()

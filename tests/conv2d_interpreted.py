@@ -14,6 +14,7 @@ from compare import assert_no_worse
 from torch.nn import functional as F
 from triton.runtime import interpreter
 
+from dlkernels.kernels import common
 from dlkernels.kernels import conv2d as kernels
 
 # Two thirds of the time: each sum of integers again in 64 bits.
@@ -209,7 +210,7 @@ def test_strides_of_the_input():
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("activation", kernels._ACTIVATIONS)
+@pytest.mark.parametrize("activation", common.ACTIVATIONS)
 @pytest.mark.parametrize("name", ["tails", "boxes"])
 def test_activations(name, activation):
     case = CASES[name]

@@ -7,6 +7,10 @@ def same_memory(x):
     return x
 
 
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def transposed(x):
     return x.transpose(-1, -2).contiguous().transpose(-1, -2)
 

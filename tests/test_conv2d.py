@@ -15,8 +15,17 @@ from graphs import check_second_backward
 from hypothesis import assume, given
 from hypothesis import settings as drawing
 from hypothesis import strategies as st
-from layouts import every_second, expanded, offset, same_memory, sliced_columns, sliced_rows
+from layouts import (
+    channels_last,
+    every_second,
+    expanded,
+    offset,
+    same_memory,
+    sliced_columns,
+    sliced_rows,
+)
 from memory import assert_nothing_is_kept
+from products import ACTIVATIONS, DTYPES, evaluate
 from threads import (
     assert_same_for_any_number_of_threads,
     assert_same_in_a_forked_child,
@@ -32,8 +41,7 @@ from dlkernels.functional import conv2d, conv_transpose2d
 from dlkernels.ops.conv2d import conv2d_reference
 
 ops = torch.ops.dlkernels
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-ACTIVATIONS = [None, "relu", "leaky_relu", "tanh", "sigmoid"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 KINKED = ("relu", "leaky_relu")
 
 
@@ -111,22 +119,12 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """A second thread only waits here, on a machine that is busy; the tests of threads set more."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def precision():
     """Puts torch's precision of convolutions back."""
     before = torch.backends.mkldnn.conv.fp32_precision
     yield torch.backends.mkldnn.conv
     torch.backends.mkldnn.conv.fp32_precision = before
-
-
-def channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def of_more_channels(x):
@@ -184,16 +182,6 @@ def upstream_of(function, tensors, activation=None, **settings):
         room = 32 * torch.finfo(tensors[0].dtype).eps * exact.abs().max()
         upstream[exact.abs() < room] = 0
     return upstream
-
-
-def evaluate(function, tensors, upstream, dtype=None, **settings):
-    """Output and the gradients of input, weight and bias, in ``dtype``."""
-    tensors = [
-        x if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors
-    ]
-    output = function(*tensors, **settings)
-    inputs = [x for x in tensors if x is not None]
-    return output, *torch.autograd.grad(output, inputs, upstream.to(output.dtype))
 
 
 def check(draw, pair=(conv2d, stock), rounds=False, numbers=1500, factor=2.0, **settings):
@@ -793,6 +781,17 @@ def test_compile(layout, activation, own):
     targets = [node.target for graph in graphs for node in graph.graph.nodes]
     op = ops.conv_transpose2d if transposed else ops.conv2d
     assert targets.count(op) + targets.count(op.default) == 1
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_compile_where_the_choice_is_open(transposed):
+    """Nobody is asked while tracing who listens to the choice."""
+    torch._dynamo.reset()
+    function = conv_transpose2d if transposed else conv2d
+    tensors = problem(Shape((8, 16, 20, 21), 17, THREE), torch.float32, transposed=transposed)
+    dlkernels.config.kernels = "auto"
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*tensors), function(*tensors))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,17 @@ import pytest
 import torch
 from compare import assert_no_worse
 from graphs import check_second_backward
-from layouts import every_second, expanded, offset, same_memory, sliced_columns, transposed
+from layouts import (
+    channels_last,
+    every_second,
+    expanded,
+    offset,
+    same_memory,
+    sliced_columns,
+    transposed,
+)
 from memory import assert_nothing_is_kept
+from products import ACTIVATIONS, DTYPES, evaluate
 from threads import (
     assert_same_for_any_number_of_threads,
     assert_same_in_a_forked_child,
@@ -27,8 +36,7 @@ from dlkernels.ops import conv2d_max_pool2d as contract
 from dlkernels.ops.conv2d_max_pool2d import conv2d_max_pool2d_reference
 
 ops = torch.ops.dlkernels
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-ACTIVATIONS = [None, "relu", "leaky_relu", "tanh", "sigmoid"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # id: shape of the input, of the weight, padding. Tiles of 2×2 pixels, 16 to a vector; channels in
 # blocks of 6 (2) and pieces of 4 (2); windows in rows of 16 (8, 4) numbers and parts of 12 vectors.
@@ -50,12 +58,6 @@ SHAPES = {
     "more_images_than_parts": ((131, 1, 5, 5), (2, 1, 2, 2), 0),
     "large_image": ((1, 3, 130, 121), (4, 3, 3, 3), 1),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """A second thread only waits here, on a machine that is busy; the tests of threads set more."""
-    torch.set_num_threads(1)
 
 
 def problem(shape, kernel, dtype, bias=True):
@@ -85,16 +87,6 @@ def upstream_of(tensors, **settings):
         room = 8 * torch.finfo(tensors[0].dtype).eps * z.abs().max()
         upstream[(lead < room) | (largest < room)] = 0
     return upstream
-
-
-def evaluate(function, tensors, upstream, dtype=None, **settings):
-    """Output and the gradients of input, weight and bias, in ``dtype``."""
-    tensors = [
-        x if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors
-    ]
-    output = function(*tensors, **settings)
-    inputs = [x for x in tensors if x is not None]
-    return output, *torch.autograd.grad(output, inputs, upstream.to(output.dtype))
 
 
 def check(draw, factor=2.0, numbers=300, **settings):
@@ -146,10 +138,6 @@ def test_activations(dtype, activation, own, poisoned):
                 padding=padding,
                 activation=activation,
             )
-
-
-def channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 LAYOUTS = {

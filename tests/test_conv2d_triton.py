@@ -53,6 +53,7 @@ def test_kernels_take_what_the_schemas_say(monkeypatch):
         names = [argument.name for argument in schema.arguments]
         assert names == list(inspect.signature(kernel).parameters), name
     ops = {"conv2d", "conv2d_forward", "conv2d_backward", "conv2d_algorithm"}
+    ops |= {"conv2d_prepare", "conv2d_prepared"}
     ops |= {"conv_transpose2d", "conv_transpose2d_forward", "conv_transpose2d_backward"}
     assert set(registered) == ops
 

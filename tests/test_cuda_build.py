@@ -43,6 +43,7 @@ NARROW = {
     r"columns_kernel<.*, false>": ("LDG STG", "positions that do not lie in whole vectors"),
     r"totals_kernel<.*>": ("LDG STG", "adds the sums of blocks"),
     r"weights_kernel<.*>": ("LDG STG", "gathers by target, and adds"),
+    r"(sums|apply)_kernel<\(Walk\)1, .*>": ("LDG STG", "channels that are no whole vectors"),
     r"convolve_kernel<.*>": ("LDG", "rows with their border begin anywhere; channels are few"),
     r"weight_gradient_kernel<.*>": ("LDG STG", "as convolve; writes a row of a kernel a thread"),
     r"add_pieces_kernel<.*>": ("LDG STG", "a number a thread, 128 bytes a warp"),

@@ -65,6 +65,14 @@ def test_conv2d_few_channels(capability, seed, library, tmp_path):
     run(capability, seed, library, tmp_path, [LOADED, "test_conv2d_few_channels.py"])
 
 
+# Once everything; in another schedule each path of each pass.
+@pytest.mark.parametrize(
+    ("seed", "part"), [("1", None), ("2", "is_loaded or test_training or test_given or test_parts")]
+)
+def test_batch_norm(seed, part, library, tmp_path):
+    run("90", seed, library, tmp_path, [LOADED, "test_batch_norm_paths.py"], part)
+
+
 def run(capability, seed, library, tmp_path, files, part=None):
     """Runs the tests in a copy of the package whose one library is the emulator's."""
     shutil.copy(library, copy_package(tmp_path, "plain"))

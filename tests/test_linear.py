@@ -19,6 +19,7 @@ from layouts import (
     transposed,
 )
 from memory import assert_nothing_is_kept
+from products import ACTIVATIONS, DTYPES, evaluate
 from threads import (
     assert_same_for_any_number_of_threads,
     assert_same_in_a_forked_child,
@@ -33,8 +34,7 @@ from dlkernels.functional import linear
 from dlkernels.ops.linear import _relu_by_cublas, linear_reference
 
 ops = torch.ops.dlkernels
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-ACTIVATIONS = [None, "relu", "leaky_relu", "tanh", "sigmoid"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 KINKED = ("relu", "leaky_relu")
 
 # id: shape of the input, outputs. On each side of what a blocked product switches on: a tile in
@@ -63,12 +63,6 @@ SHAPES = {
     "all_tails": ((131, 301), 75),
     "leading_dimensions": ((2, 3, 1, 4, 10), 11),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """A second thread only waits here, on a machine that is busy; the tests of threads set more."""
-    torch.set_num_threads(1)
 
 
 def permuted(x):
@@ -116,16 +110,6 @@ def stock(x, weight, bias=None, activation=None):
     return linear_reference(x, weight, bias, activation or "none")
 
 
-def evaluate(function, tensors, upstream, activation=None, dtype=None):
-    """Output and the gradients of input, weight and bias, in ``dtype``."""
-    tensors = [
-        x if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors
-    ]
-    output = function(*tensors, activation=activation)
-    inputs = [x for x in tensors if x is not None]
-    return output, *torch.autograd.grad(output, inputs, upstream.to(output.dtype))
-
-
 def check(draw, activation=None, factor=2.0, numbers=300):
     """Ours against stock; ``draw()`` gives (input, weight, bias).
 
@@ -137,7 +121,7 @@ def check(draw, activation=None, factor=2.0, numbers=300):
         tensors = draw()
         upstream = upstream_of(tensors, activation)
         for function, dtype in ((linear, None), (stock, None), (stock, torch.float64)):
-            results.append(evaluate(function, tensors, upstream, activation, dtype))
+            results.append(evaluate(function, tensors, upstream, dtype, activation=activation))
         drawn += min(result.numel() for result in results[-1])
     for i, name in enumerate(
         ("output", "grad input", "grad weight", "grad bias")[: len(results[0])]
@@ -259,11 +243,13 @@ def test_the_gradient_at_special_outputs_is_stocks(activation, own):
     bias = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 200.0, -200.0])
     tensors = torch.zeros(3, 5), torch.zeros(7, 5), bias
     upstream = torch.randn(3, 7, dtype=torch.float64)
-    ours, wanted = (evaluate(f, tensors, upstream, activation) for f in (linear, stock))
+    ours, wanted = (evaluate(f, tensors, upstream, activation=activation) for f in (linear, stock))
     torch.testing.assert_close(ours[0], wanted[0], equal_nan=True)
     torch.testing.assert_close(ours[3], wanted[3], equal_nan=True)
     infinite = torch.full((3, 7), float("inf"))
-    ours, wanted = (evaluate(f, tensors, infinite, activation)[3] for f in (linear, stock))
+    ours, wanted = (
+        evaluate(f, tensors, infinite, activation=activation)[3] for f in (linear, stock)
+    )
     torch.testing.assert_close(ours, wanted, equal_nan=True)
 
 
@@ -286,7 +272,9 @@ def test_empty(shape, outputs, bias, own, poisoned):
     for dtype, activation in itertools.product((torch.float32, torch.bfloat16), (None, "sigmoid")):
         tensors = problem(shape, outputs, dtype, bias)
         upstream = upstream_of(tensors)
-        ours, wanted = (evaluate(f, tensors, upstream, activation) for f in (linear, stock))
+        ours, wanted = (
+            evaluate(f, tensors, upstream, activation=activation) for f in (linear, stock)
+        )
         for got, want in zip(ours, wanted, strict=True):
             torch.testing.assert_close(got, want)
             assert got.is_contiguous()
@@ -499,7 +487,9 @@ def test_compile(layout, activation, own):
         x, weight, bias = problem((batch, 4, 30), 20, torch.float32)
         tensors = layout(x), weight, bias
         upstream = upstream_of(tensors)
-        results = [evaluate(f, tensors, upstream, activation) for f in (compiled, linear)]
+        results = [
+            evaluate(f, tensors, upstream, activation=activation) for f in (compiled, linear)
+        ]
         for a, b in zip(*results, strict=True):
             assert torch.equal(a, b) and a.stride() == b.stride()
         graphs = graphs or list(counter.graphs)
@@ -835,10 +825,10 @@ def test_cuda(dtype, activation):
         tensors = [x.cuda() for x in problem(shape, 32, dtype)]
         upstream = upstream_of(tensors, activation).cuda()
         with dlkernels.config.recording() as choices:
-            ours = evaluate(linear, tensors, upstream, activation)
+            ours = evaluate(linear, tensors, upstream, activation=activation)
         assert choices == [("linear", "stock", "cuBLAS does the product")]
-        wanted = evaluate(stock, tensors, upstream, activation)
-        exact = evaluate(stock, tensors, upstream, activation, torch.float64)
+        wanted = evaluate(stock, tensors, upstream, activation=activation)
+        exact = evaluate(stock, tensors, upstream, torch.float64, activation=activation)
         for name, *triple in zip(
             ("output", "input", "weight", "bias"), ours, wanted, exact, strict=True
         ):
@@ -870,12 +860,17 @@ def test_the_same_bits_for_any_number_of_threads(shape, outputs, own):
     for dtype, activation in itertools.product(DTYPES, (None, "tanh")):
         tensors = problem(shape, outputs, dtype)
         upstream = torch.randn(*shape[:-1], outputs)
-        assert_same_for_any_number_of_threads(evaluate, linear, tensors, upstream, activation)
+        assert_same_for_any_number_of_threads(
+            lambda *case: evaluate(*case, activation=activation),  # noqa: B023
+            linear,
+            tensors,
+            upstream,
+        )
 
 
 def test_four_threads_at_once(own):
     def case(features):
-        return linear, problem((60, features), 90, torch.float32), torch.randn(60, 90), "relu"
+        return linear, problem((60, features), 90, torch.float32), torch.randn(60, 90)
 
     assert_same_in_threads_at_once(evaluate, [case(200 + i) for i in range(4)])
 

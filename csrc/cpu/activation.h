@@ -4,25 +4,12 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
-#include <string>
 
 #include "../check.h"
 #include "simd.h"
 
 namespace dlkernels {
-
-enum class Activation { kNone, kRelu, kLeakyRelu, kTanh, kSigmoid };
-constexpr double kSlope = 0.01;  // of leaky_relu
-
-inline Activation parse_activation(const char* op, const std::string& name) {
-  constexpr std::array<const char*, 5> kNames{"none", "relu", "leaky_relu", "tanh", "sigmoid"};
-  const auto* found = std::find(kNames.begin(), kNames.end(), name);
-  DLK_CHECK(found != kNames.end(), op,
-            ": expected activation none, relu, leaky_relu, tanh or sigmoid, got ", name);
-  return Activation(found - kNames.begin());
-}
 
 // Out of line: an epilogue that is unrolled would hold it many times.
 template <typename T>

@@ -302,8 +302,8 @@ Training train(const Tensor& input, const Optional& weight, const Optional& bias
 // ------------------------------------------------------------------------------------ host entries
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_public(Tensor input, Optional weight, Optional bias,
-                                                     Optional residual, double eps,
-                                                     std::string activation, bool) {
+                                                     Optional residual, double eps, Text activation,
+                                                     bool) {
   const Training made =
       train(input, weight, bias, residual, std::nullopt, std::nullopt, 0, eps, activation, false);
   return {made.output, made.mean, made.spread};
@@ -312,14 +312,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_public(Tensor input, Optional weig
 std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, Optional weight, Optional bias,
                                                       Optional residual, Optional running_mean,
                                                       Optional running_var, double momentum,
-                                                      double eps, std::string activation, bool) {
+                                                      double eps, Text activation, bool) {
   const Training made = train(input, weight, bias, residual, running_mean, running_var, momentum,
                               eps, activation, true);
   return {made.output, made.mean, made.spread};
 }
 
 Tensor batch_norm_apply(Tensor input, Optional weight, Optional bias, Optional residual,
-                        Tensor mean, Tensor var, double eps, std::string activation, bool) {
+                        Tensor mean, Tensor var, double eps, Text activation, bool) {
   check_input(input);
   check_of_channels("weight", input, weight);
   check_of_channels("bias", input, bias);
@@ -352,10 +352,12 @@ Tensor batch_norm_apply(Tensor input, Optional weight, Optional bias, Optional r
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
-    Tensor grad_output, Tensor input, Optional weight, Optional output, Tensor mean, Tensor rstd,
-    bool training, std::string activation, bool, bool want_input, bool want_weight, bool want_bias,
-    bool want_residual) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor grad_output, Tensor input,
+                                                               Optional weight, Optional output,
+                                                               Tensor mean, Tensor rstd,
+                                                               bool training, Text activation, bool,
+                                                               bool want_input, bool want_weight,
+                                                               bool want_bias, bool want_residual) {
   check_input(input);
   check_like("grad_output", input, grad_output);
   check_of_channels("weight", input, weight);
@@ -442,8 +444,7 @@ std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor input, bool) {
 }
 
 std::tuple<Tensor, Tensor> batch_norm_reduce(Tensor grad_output, Tensor input, Optional output,
-                                             Tensor mean, Tensor rstd, std::string activation,
-                                             bool own) {
+                                             Tensor mean, Tensor rstd, Text activation, bool own) {
   auto [grad_input, dot, sum, grad_residual] =
       batch_norm_backward(grad_output, input, std::nullopt, output, mean, rstd, true, activation,
                           own, false, true, true, false);
@@ -452,8 +453,8 @@ std::tuple<Tensor, Tensor> batch_norm_reduce(Tensor grad_output, Tensor input, O
 
 std::tuple<Tensor, Tensor> batch_norm_gradient(Tensor grad_output, Tensor input, Optional weight,
                                                Optional output, Tensor mean, Tensor rstd,
-                                               Tensor mean_g, Tensor mean_g_xhat,
-                                               std::string activation, bool, bool want_residual) {
+                                               Tensor mean_g, Tensor mean_g_xhat, Text activation,
+                                               bool, bool want_residual) {
   check_input(input);
   check_like("grad_output", input, grad_output);
   check_of_channels("weight", input, weight);

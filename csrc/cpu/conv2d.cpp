@@ -281,8 +281,9 @@ struct Epilogue {
   }
 };
 
+// `prepared` is conv2d_prepare's of the same weight.
 Tensor forward(const Settings& set, const Tensor& input, const Tensor& weight, const Optional& bias,
-               Activation act) {
+               Activation act, const float* prepared = nullptr) {
   const Shape shape = check_arguments(set, input, weight, bias);
   const MemoryFormat format = layout::output_format(input, weight);
   const Sizes sizes = set.transposed ? input_sizes(shape) : output_sizes(shape);
@@ -322,7 +323,7 @@ Tensor forward(const Settings& set, const Tensor& input, const Tensor& weight, c
     if (set.transposed)
       conv2d::input_gradient<S>(shape, algorithm, x, w, result.data(), epilogue);
     else
-      conv2d::forward<S>(shape, algorithm, x, w, result.data(), epilogue);
+      conv2d::forward<S>(shape, algorithm, x, w, result.data(), epilogue, prepared);
     output = result.finish();
   });
   return output;
@@ -449,6 +450,47 @@ Tensor conv2d_forward(Tensor input, Tensor weight, Optional bias, Ints stride, I
   return forward(set, input, weight, bias, parse_activation(kConvolution, activation));
 }
 
+// A weight and the settings of a convolution, without an image.
+Shape shape_of_weight(const Settings& set, const Tensor& weight) {
+  check_settings(set);
+  check_image(set.op, "weight", weight);
+  check_floating(set.op, "weight", weight);
+  Shape shape{};
+  shape.c = weight.size(1) * set.groups, shape.k = weight.size(0);
+  shape.r = weight.size(2), shape.s = weight.size(3), shape.groups = set.groups;
+  for (int d = 0; d < 2; ++d)
+    shape.stride[d] = set.stride[d], shape.padding[d] = 0, shape.dilation[d] = set.dilation[d];
+  return shape;
+}
+
+Tensor conv2d_prepare(Tensor weight, Ints stride, Ints dilation, int64_t groups) {
+  const Settings set{kConvolution, stride, {0, 0}, dilation, {0, 0}, groups, false, false, true};
+  const Shape shape = shape_of_weight(set, weight);
+  const bool any = conv2d::may_be_winograd(shape, weight.scalar_type());
+  const Tensor made = torch::stable::new_empty(weight, Ints{any ? conv2d::prepared_size(shape) : 0},
+                                               ScalarType::Float);
+  for_dtype<bf16, f16>(weight.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    if (any)
+      conv2d::prepare<S>(shape, weight_of<S>(weight), static_cast<float*>(made.mutable_data_ptr()));
+  });
+  return made;
+}
+
+Tensor conv2d_prepared(Tensor input, Tensor weight, Tensor prepared, Optional bias, Ints stride,
+                       Ints padding, Ints dilation, int64_t groups, Text activation, bool exact,
+                       bool own) {
+  const Settings set{kConvolution, stride, padding, dilation, {0, 0}, groups, false, exact, own};
+  const Shape shape = shape_of_weight(set, weight);
+  const bool any = conv2d::may_be_winograd(shape, weight.scalar_type());
+  check_cpu(kConvolution, "prepared", prepared);
+  check_dtype(kConvolution, "prepared", prepared, ScalarType::Float);
+  check_shape(kConvolution, "prepared", prepared, Ints{any ? conv2d::prepared_size(shape) : 0});
+  check_contiguous(kConvolution, "prepared", prepared);
+  return forward(set, input, weight, bias, parse_activation(kConvolution, activation),
+                 any ? static_cast<const float*>(prepared.const_data_ptr()) : nullptr);
+}
+
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor input, Tensor weight,
                                                    Optional output, Ints stride, Ints padding,
                                                    Ints dilation, int64_t groups, Text activation,
@@ -499,6 +541,8 @@ std::string conv2d_algorithm(Tensor input, Tensor weight, Optional bias, Ints st
 STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&dlkernels::conv2d_forward));
   m.impl("conv2d_forward", TORCH_BOX(&dlkernels::conv2d_forward));
+  m.impl("conv2d_prepare", TORCH_BOX(&dlkernels::conv2d_prepare));
+  m.impl("conv2d_prepared", TORCH_BOX(&dlkernels::conv2d_prepared));
   m.impl("conv2d_backward", TORCH_BOX(&dlkernels::conv2d_backward));
   m.impl("conv_transpose2d", TORCH_BOX(&dlkernels::conv_transpose2d_forward));
   m.impl("conv_transpose2d_forward", TORCH_BOX(&dlkernels::conv_transpose2d_forward));

@@ -35,15 +35,21 @@ inline bool suits_few_channels(const Shape& shape, Direction direction, const Ca
          !(direction == Direction::kForward && scattered);
 }
 
-// Which of ours suits the geometry.
-inline Algorithm suited(const Shape& shape, ScalarType dtype, Direction direction,
-                        const Call& call) {
-  // Channels that pay for Winograd's transforms. Its rounding is several times that of a short sum
-  // of products, and torch's sums are the better where channels do not fill its blocks.
+// Whether Winograd's algorithm may be the one for a weight, whatever the image: of channels that
+// pay for its transforms. Its rounding is several times that of a short sum of products, and
+// torch's sums are the better where channels do not fill its blocks.
+inline bool may_be_winograd(const Shape& shape, ScalarType dtype) {
   constexpr int64_t kFewest = 16, kMany = 64;
   const int64_t fewest = std::min(shape.c, shape.k);
   const bool enough =
       fewest >= kMany || (fewest >= kFewest && shape.c % kFewest == 0 && shape.k % kFewest == 0);
+  return shape.is(3, 1) && shape.dilation[0] == 1 && shape.dilation[1] == 1 && shape.groups == 1 &&
+         enough && dtype != ScalarType::Double;
+}
+
+// Which of ours suits the geometry.
+inline Algorithm suited(const Shape& shape, ScalarType dtype, Direction direction,
+                        const Call& call) {
   // Of few tiles the weight gradient's sums are short as well.
   const int64_t tiles = direction == Direction::kInputGradient
                             ? winograd::Tiles(shape.n, shape.h, shape.w).count
@@ -51,9 +57,7 @@ inline Algorithm suited(const Shape& shape, ScalarType dtype, Direction directio
   const bool few = tiles < (direction == Direction::kWeightGradient ? 64 : 4);
   if (shape.groups > 1 && shape.groups == shape.c && shape.groups == shape.k)
     return Algorithm::kDepthwise;
-  if (shape.is(3, 1) && shape.dilation[0] == 1 && shape.dilation[1] == 1 && shape.groups == 1 &&
-      enough && dtype != ScalarType::Double && !call.exact && !few)
-    return Algorithm::kWinograd;
+  if (may_be_winograd(shape, dtype) && !call.exact && !few) return Algorithm::kWinograd;
   if (suits_few_channels(shape, direction, call)) return Algorithm::kFewChannels;
   return Algorithm::kDirect;
 }
@@ -112,12 +116,25 @@ constexpr bool has_winograd = !std::is_same_v<S, double>;
 
 }  // namespace detail
 
+// The number of elements of what prepare makes of a weight, of a shape without an image.
+inline int64_t prepared_size(const Shape& shape) {
+  return winograd::Filters{nullptr, shape.c, shape.k, false}.size();
+}
+
+// What forward reads in place of the weight, where the algorithm is Winograd's.
+template <typename S>
+void prepare(const Shape& shape, Weight<const S> w, float* to) {
+  Aligned<float> keep(shape.k * shape.c * 9);
+  winograd::Filters{detail::as_float(shape, w, keep), shape.c, shape.k, false}.transform_all(to);
+}
+
 // By Winograd, of sources in place of x and dy: see conv2d_winograd.h.
 template <typename S, typename Source, typename Epilogue>
 void winograd_forward(const Shape& shape, const Source& x, Weight<const S> w, S* y,
-                      const Epilogue& epilogue) {
-  const Aligned<float> keep(shape.k * shape.c * 9);
-  const winograd::Filters filters{detail::as_float(shape, w, keep), shape.c, shape.k, false};
+                      const Epilogue& epilogue, const float* prepared = nullptr) {
+  const Aligned<float> keep(prepared ? 0 : shape.k * shape.c * 9);
+  const float* const given = prepared ? nullptr : detail::as_float(shape, w, keep);
+  const winograd::Filters filters{given, shape.c, shape.k, false, prepared};
   winograd::Correlation<Source, S, Epilogue>{
       x, shape.n, shape.h, shape.w, filters, {shape.padding[0], shape.padding[1]},
       y, shape.p, shape.q, epilogue}
@@ -143,14 +160,15 @@ void winograd_weight_gradient(const Shape& shape, const Y& dy, const X& x, Weigh
       .run();
 }
 
-// y = epilogue(conv(x, w)); epilogue(value, channel, lanes) takes vectors of channels.
+// y = epilogue(conv(x, w)); epilogue(value, channel, lanes) takes vectors of channels. `prepared`
+// is of the same weight, or null.
 template <typename S, typename Epilogue>
 void forward(const Shape& shape, Algorithm algorithm, const S* x, Weight<const S> w, S* y,
-             const Epilogue& epilogue) {
+             const Epilogue& epilogue, const float* prepared = nullptr) {
   if (algorithm == Algorithm::kDepthwise) return depthwise::forward(shape, x, w, y, epilogue);
   if constexpr (detail::has_winograd<S>)
     if (algorithm == Algorithm::kWinograd)
-      return winograd_forward(shape, winograd::Pixels<S>{x, shape.c}, w, y, epilogue);
+      return winograd_forward(shape, winograd::Pixels<S>{x, shape.c}, w, y, epilogue, prepared);
   direct_forward(shape, x, w, y, epilogue);
 }
 

@@ -20,8 +20,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
-using layout::empty_gradient;
 using few_channels::images;
+using layout::empty_gradient;
 using layout::Sizes;
 
 constexpr const char* kOp = "conv2d_max_pool2d";

@@ -38,6 +38,8 @@ constexpr float kA = 0.75f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
 
 inline int64_t blocks_of(int64_t channels) { return (channels + kLanes - 1) / kLanes; }
 inline int64_t panels_of(int64_t channels) { return (channels + kPanel - 1) / kPanel; }
+// Between the points of U of so many channels.
+inline int64_t point_stride(int64_t channels) { return channels * kPanel + kLanes; }
 
 // -------------------------------------------------------------------------------------- transforms
 
@@ -246,6 +248,16 @@ struct Filters {
   const float* data;  // k × c × 3 × 3
   int64_t inputs, outputs;
   bool turned;
+  const float* prepared = nullptr;  // U of all panels by transform_all, where that has been done
+
+  int64_t panel_size() const { return kPoints * point_stride(inputs); }
+  int64_t size() const { return panels_of(outputs) * panel_size(); }
+  void transform_all(float* to) const {
+    torch::stable::parallel_for(0, panels_of(outputs), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel)
+        transform(panel * kPanel, 0, inputs, to + panel * panel_size(), point_stride(inputs));
+    });
+  }
 
   // U of a panel of outputs from o on and of inputs [c0, c1), each channel kPanel after the last,
   // each point `stride` after the last.
@@ -282,9 +294,6 @@ struct Filters {
     }
   }
 };
-
-// Between the points of U of so many channels.
-inline int64_t point_stride(int64_t channels) { return channels * kPanel + kLanes; }
 
 // ---------------------------------------------------------------------------------------- products
 
@@ -390,19 +399,19 @@ struct Correlation {
         std::clamp<int64_t>(fit / gemm::kRows * gemm::kRows, gemm::kRows, 4 * gemm::kRows);
     const Parts parts(grid.count, most, threads);
     const int64_t pitch = parts.most | 1;
-    const int64_t u_stride = point_stride(inputs), u_size = kPoints * u_stride;
+    const int64_t u_stride = point_stride(inputs), u_size = filters.panel_size();
+    const int64_t made = filters.prepared ? 0 : filters.size();
     const int64_t v_size = blocks * kPoints * pitch * kLanes;
     const int64_t m_stride = pitch * kPanel, m_size = kPoints * m_stride;
-    const Aligned<float> memory(panels * u_size + threads * (v_size + m_size));
-    float* const u = memory.get();
-    advise_huge_pages(u, panels * u_size * sizeof(float));
-    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel)
-        filters.transform(panel * kPanel, 0, inputs, u + panel * u_size, u_stride);
-    });
+    const Aligned<float> memory(made + threads * (v_size + m_size));
+    const float* const u = made ? memory.get() : filters.prepared;
+    if (made) {
+      advise_huge_pages(memory.get(), made * sizeof(float));
+      filters.transform_all(memory.get());
+    }
     std::atomic<int64_t> callers{0};
     torch::stable::parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
-      float* const v = u + panels * u_size + callers.fetch_add(1) * (v_size + m_size);
+      float* const v = memory.get() + made + callers.fetch_add(1) * (v_size + m_size);
       float* const m = v + v_size;
       for (int64_t part = begin; part < end; ++part) {
         const int64_t t0 = parts.begin(part), tiles = parts.begin(part + 1) - t0;
@@ -422,8 +431,10 @@ struct Correlation {
     constexpr int64_t kTiles = 96, kChannels = 64;  // M, and U of so many channels, stay in L2
     static_assert(kChannels % kLanes == 0);
     const Parts parts(grid.count, kTiles, 1);
-    const int64_t pitch = grid.count | 1, u_stride = point_stride(kChannels);
-    const int64_t v_size = blocks * kPoints * pitch * kLanes, u_size = kPoints * u_stride;
+    const bool prepared = filters.prepared != nullptr;
+    const int64_t pitch = grid.count | 1, u_stride = point_stride(prepared ? inputs : kChannels);
+    const int64_t v_size = blocks * kPoints * pitch * kLanes;
+    const int64_t u_size = prepared ? 0 : kPoints * u_stride;
     const int64_t m_stride = (parts.most | 1) * kPanel;
     const int64_t m_size = kPoints * m_stride;
     const Aligned<float> memory(v_size + threads * (u_size + m_size));
@@ -442,9 +453,11 @@ struct Correlation {
           const int64_t t0 = parts.begin(part), tiles = parts.begin(part + 1) - t0;
           for (int64_t c = 0; c < inputs; c += kChannels) {
             const int64_t channels = std::min(kChannels, inputs - c);
-            filters.transform(panel * kPanel, c, c + channels, u, u_stride);
-            multiply(v + (c / kLanes * kPoints * pitch + t0) * kLanes, pitch, channels, u, u_stride,
-                     tiles, m, m_stride, c > 0);
+            const float* const ready =
+                prepared ? filters.prepared + panel * filters.panel_size() + c * kPanel : u;
+            if (!prepared) filters.transform(panel * kPanel, c, c + channels, u, u_stride);
+            multiply(v + (c / kLanes * kPoints * pitch + t0) * kLanes, pitch, channels, ready,
+                     u_stride, tiles, m, m_stride, c > 0);
           }
           write_tiles(m, m_stride, y, rows, columns, outputs, grid, t0, tiles, panel * kPanel,
                       epilogue);

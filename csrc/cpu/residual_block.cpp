@@ -147,7 +147,7 @@ template <typename S>
 constexpr bool kHasWinograd = conv2d::detail::has_winograd<S>;
 
 bool is_winograd(const Settings& set, const Shape& shape, const Tensor& x, Direction direction) {
-  return conv2d::choose(shape, x.scalar_type(), direction, set.exact, set.own) ==
+  return conv2d::choose(shape, x.scalar_type(), direction, {true, set.exact, set.own}) ==
          conv2d::Algorithm::kWinograd;
 }
 
@@ -257,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution(Tensor input, Optional scale, Opt
     T *const to_mean = static_cast<T*>(mean.mutable_data_ptr()), *const to_var = static_cast<T*>(
                                                                      var.mutable_data_ptr());
     const int64_t rows = shape.pixels();
-    bool near = true;
+    bool known = true;  // mean and variance
     if (is_winograd(set, shape, x, Direction::kForward)) {
       if constexpr (kHasWinograd<S>) {
         output = empty_image(x, {shape.n, shape.k, shape.p, shape.q});
@@ -279,17 +279,15 @@ std::tuple<Tensor, Tensor, Tensor> convolution(Tensor input, Optional scale, Opt
         run(residual_block::WithStatistics{sums, added.data(), centre.data()});
         std::vector<double> totals(size_t(2 * shape.k));
         sums.total(shape.k, totals.data());
-        near = residual_block::statistics_of(totals.data(), rows, shape.k, centre.data(), to_mean,
-                                             to_var);
+        known = residual_block::statistics_of(totals.data(), rows, shape.k, centre.data(), to_mean,
+                                              to_var);
       }
     } else {
       const Tensor z = scale ? normalised<S>(x, *scale, *shift) : x;
       output = channels_last(convolve(z, weight, bias, set));
-      if (statistics)
-        near = residual_block::statistics(data_of<S>(output), rows, shape.k, centre.data(), to_mean,
-                                          to_var);
+      known = !statistics;
     }
-    if (!near) residual_block::statistics_again(data_of<S>(output), rows, shape.k, to_mean, to_var);
+    if (!known) residual_block::statistics(data_of<S>(output), rows, shape.k, to_mean, to_var);
   });
   return {output, mean, var};
 }

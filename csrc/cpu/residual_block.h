@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "activation.h"
+#include "batch_norm.h"
 #include "conv2d_winograd.h"
 #include "memory.h"
 #include "simd.h"
@@ -361,27 +362,15 @@ bool statistics_of(const double* totals, int64_t rows, int64_t channels, const T
   return near;
 }
 
-// Of x, by a pass about `about`, or about 0.
+// The same of x, by a pass.
 template <typename S, typename T = accumulate_t<S>>
-bool statistics(const S* x, int64_t rows, int64_t channels, const T* about, T* mean, T* var) {
-  using V = Vec<T>;
-  std::vector<double> totals(size_t(2 * channels));
-  sum_vectors<2, T>(rows, channels, totals.data(),
-                    [=](int64_t row, int64_t c, int64_t lanes, V* sums) {
-                      V d = load(x + row * channels + c, lanes);
-                      if (about) d = d - load(about + c, lanes);
-                      sums[0] = sums[0] + d;
-                      sums[1] = fma(d, d, sums[1]);
-                    });
-  return statistics_of(totals.data(), rows, channels, about, mean, var);
-}
-
-// Mean and variance of x, where a first try about `about` found neither: about the mean that it
-// gave, which a second pass has exact.
-template <typename S, typename T = accumulate_t<S>>
-void statistics_again(const S* x, int64_t rows, int64_t channels, T* mean, T* var) {
-  const std::vector<T> about(mean, mean + channels);
-  statistics(x, rows, channels, about.data(), mean, var);
+void statistics(const S* x, int64_t rows, int64_t channels, T* mean, T* var) {
+  std::vector<batch_norm::Moments> moments(static_cast<size_t>(channels));
+  batch_norm::Rows<S>({rows, channels, 1}).moments(x, moments.data());
+  for (int64_t c = 0; c < channels; ++c) {
+    mean[c] = T(moments[size_t(c)].mean);
+    var[c] = T(moments[size_t(c)].squares / double(rows));
+  }
 }
 
 }  // namespace dlkernels::residual_block

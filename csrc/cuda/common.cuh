@@ -1,17 +1,20 @@
 // What every kernel file stands on beside arch.h: launches, the device and the pointers of a host
-// entry, dtypes, reductions, rows cut into vectors of 16 bytes.
+// entry, formats, dtypes, activations, reductions, rows cut into vectors of 16 bytes.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "../check.h"
 #include "arch.h"
@@ -24,8 +27,11 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, voi
 
 namespace dlkernels {
 
+using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
 
 // ---------------------------------------------------------------------------------- device, stream
 
@@ -108,7 +114,41 @@ inline void check_on_gpu(const char* op, const char* argument, const Tensor& ten
             " on device ", first.get_device_index(), ", got ", tensor.get_device_index());
 }
 
+// ----------------------------------------------------------------------------------------- formats
+
+// As torch's C++ suggests the format of an image, of four or five dimensions: where sizes of 1
+// leave it open, and of an empty one or of another number of dimensions, it is contiguous.
+inline bool suggests_channels_last(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  if (last < 3 || last > 4 || x.stride(1) == 0) return false;
+  int64_t least = 0;
+  for (int64_t i = 0; i <= last; ++i) {
+    const int64_t d = i == 0 ? 1 : i == last ? 0 : last + 1 - i;  // 1, last, …, 2, 0
+    const int64_t size = x.size(d), stride = x.stride(d);
+    if (size == 0 || stride < least || (d == 0 && least == x.stride(1))) return false;
+    least = stride * size;
+  }
+  return true;
+}
+
+inline MemoryFormat suggested_format(const Tensor& x) {
+  if (!suggests_channels_last(x)) return MemoryFormat::Contiguous;
+  return x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
+inline Tensor empty(const Tensor& like, const Sizes& sizes, MemoryFormat format, ScalarType dtype) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt, format);
+}
+
 // ---------------------------------------------------------------------------------------- launches
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int power_of_two_from(int64_t n, int least, int most) {
+  int result = least;
+  while (result < most && result < n) result *= 2;
+  return result;
+}
 
 struct LaunchShape {
   dim3 grid, block;
@@ -230,6 +270,45 @@ DLK_DEVICE S narrow(accumulate_t<S> x) {
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+// ------------------------------------------------------------------------------------- activations
+
+// T = float, double.
+template <typename T>
+DLK_DEVICE T activate(T x, Activation activation) {
+  switch (activation) {
+    case Activation::kRelu:
+      return x < 0 ? T(0) : x;  // a NaN stays one
+    case Activation::kLeakyRelu:
+      return x > 0 ? x : x * T(kSlope);
+    case Activation::kTanh:
+      if constexpr (std::is_same_v<T, float>)
+        return tanh_accurate(x);
+      else
+        return tanh(x);
+    case Activation::kSigmoid:
+      return T(1) / (T(1) + std::exp(-x));
+    default:
+      return x;
+  }
+}
+
+// The gradient of its argument, from that of its output y.
+template <typename T>
+DLK_DEVICE T before_activation(T gradient, T y, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      return gradient;
+    case Activation::kRelu:
+      return y <= 0 ? T(0) : gradient;
+    case Activation::kLeakyRelu:
+      return y > 0 ? gradient : gradient * T(kSlope);
+    case Activation::kTanh:
+      return gradient * (T(1) - y * y);
+    default:
+      return gradient * (T(1) - y) * y;
+  }
+}
 
 // ---------------------------------------------------------------------------------------- 16 bytes
 

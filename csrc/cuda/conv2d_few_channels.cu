@@ -28,18 +28,12 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <optional>
 #include <string>
-#include <vector>
 
 #include "common.cuh"
 
 namespace dlkernels {
 namespace {
-
-using torch::headeronly::MemoryFormat;
-using Optional = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
 
 constexpr const char* kOp = "conv2d_few_channels";
 constexpr int kMostIn = 16, kMostOut = 64, kMostTaps = 7, kMostStride = 2;
@@ -57,40 +51,6 @@ constexpr int64_t kBlocks = 512;      // of weight_gradient, where there are til
 constexpr int64_t kManyTiles = 1024;  // of convolve: of more a block has several, and one weight
 constexpr int kFour = 4;              // columns that weight_gradient reads at once
 constexpr int kStrips = 8;            // of the pieces that add_pieces adds
-
-enum class Activation { kNone, kRelu, kLeakyRelu, kTanh, kSigmoid };
-constexpr float kSlope = 0.01f;  // of leaky_relu: torch's default
-
-// -------------------------------------------------------------------------------------- activation
-
-DLK_DEVICE float activate(float x, Activation activation) {
-  switch (activation) {
-    case Activation::kRelu:
-      return x < 0 ? 0 : x;  // a NaN stays one
-    case Activation::kLeakyRelu:
-      return x > 0 ? x : x * kSlope;
-    case Activation::kTanh:
-      return tanh_accurate(x);
-    case Activation::kSigmoid:
-      return 1 / (1 + expf(-x));
-    default:
-      return x;
-  }
-}
-
-// The gradient of its argument, from that of its output y.
-DLK_DEVICE float before_activation(float gradient, float y, Activation activation) {
-  switch (activation) {
-    case Activation::kRelu:
-      return y <= 0 ? 0 : gradient;
-    case Activation::kLeakyRelu:
-      return y > 0 ? gradient : gradient * kSlope;
-    case Activation::kTanh:
-      return gradient * (1 - y * y);
-    default:
-      return gradient * (1 - y) * y;
-  }
-}
 
 // ----------------------------------------------------------------------------------------- sources
 
@@ -607,7 +567,6 @@ DLK_KERNEL void add_pieces_kernel(Sums<S> p) {
 // -----------------------------------------------------------------------------------------
 // planning
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // n in equal parts of at most `most`.
 int balanced(int n, int most) { return int(divide_up(n, divide_up(n, std::max(1, most)))); }
 
@@ -746,35 +705,6 @@ void run(WeightGradient<S>& p, Sums<S>& sums, const Tensor& like) {
 
 // ------------------------------------------------------------------------------------ host entries
 
-Activation parse(const std::string& name) {
-  constexpr const char* names[] = {"none", "relu", "leaky_relu", "tanh", "sigmoid"};
-  for (int i = 0; i < 5; ++i)
-    if (name == names[i]) return Activation(i);
-  DLK_CHECK(false, kOp, ": expected activation none, relu, leaky_relu, tanh or sigmoid, got ",
-            name);
-  return {};
-}
-
-// As torch's C++ suggests the format of an image.
-bool is_channels_last(const Tensor& x) {
-  const auto size = x.sizes(), stride = x.strides();
-  if (stride[1] == 0) return false;
-  int64_t least = 0;
-  for (const int d : {1, 3, 2, 0}) {
-    if (size[d] == 0 || stride[d] < least || (d == 0 && least == stride[1])) return false;
-    least = stride[d] * size[d];
-  }
-  return true;
-}
-
-MemoryFormat format_of(bool channels_last) {
-  return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-}
-
-Tensor empty(const Tensor& like, const Sizes& sizes, MemoryFormat format, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt, format);
-}
-
 // Whether offsets along the dimensions from `first` on are ints.
 bool is_small(const Tensor& x, int first) {
   int64_t last = 0;
@@ -824,7 +754,15 @@ Problem checked(const Tensor& input, const Tensor& weight, const Sizes& stride,
                 weight.size(0) <= kMostOut,
             kOp, ": expected 1 to ", kMostIn, " channels in and 1 to ", kMostOut,
             " out, got weight of shape ", shape_string(weight.sizes()));
-  Problem p{input.size(0), input.size(1), weight.size(0), {}, {}, {}, {}, parse(activation), pool};
+  Problem p{input.size(0),
+            input.size(1),
+            weight.size(0),
+            {},
+            {},
+            {},
+            {},
+            parse_activation(kOp, activation),
+            pool};
   Sizes size(2);
   for (int d = 0; d < 2; ++d) {
     const int64_t taps = weight.size(2 + d), extent = input.size(2 + d);
@@ -888,9 +826,11 @@ std::tuple<Tensor, Tensor> conv2d_few_channels_forward(Tensor input, Tensor weig
     bias = torch::stable::contiguous(*bias);
   }
   const DeviceScope scope(input);
-  const bool last = q.images > 0 && (is_channels_last(input) || is_channels_last(weight));
-  const Tensor output = empty(input, q.result, format_of(last), input.scalar_type());
-  const Tensor argmax = pool ? empty(input, q.result, format_of(last), ScalarType::Byte)
+  MemoryFormat format = MemoryFormat::Contiguous;
+  if (q.images > 0 && (suggests_channels_last(input) || suggests_channels_last(weight)))
+    format = MemoryFormat::ChannelsLast;
+  const Tensor output = empty(input, q.result, format, input.scalar_type());
+  const Tensor argmax = pool ? empty(input, q.result, format, ScalarType::Byte)
                              : torch::stable::new_empty(input, Sizes{0}, ScalarType::Byte);
   if (output.numel() == 0) return {output, argmax};
   input = placed("input", input);
@@ -933,8 +873,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_few_channels_backward(
   const auto none = [&] { return torch::stable::new_empty(input, Sizes{0}); };
   const Sizes shape(input.sizes().begin(), input.sizes().end());
   const Tensor grad_input =
-      want_input ? empty(input, shape, format_of(is_channels_last(input)), input.scalar_type())
-                 : none();
+      want_input ? empty(input, shape, suggested_format(input), input.scalar_type()) : none();
   Tensor grad_weight = want_weight ? torch::stable::empty_like(weight) : none();
   Tensor grad_bias = want_bias ? torch::stable::new_empty(input, Sizes{q.out}) : none();
   if (q.images == 0) {
@@ -944,7 +883,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_few_channels_backward(
   }
   // The three in one layout.
   const Tensor& first = pool ? argmax : activated ? output : grad_output;
-  const MemoryFormat format = format_of(is_channels_last(first));
+  const MemoryFormat format = suggested_format(first);
   grad_output = torch::stable::contiguous(grad_output, format);
   if (activated) output = torch::stable::contiguous(output, format);
   if (pool) argmax = torch::stable::contiguous(argmax, format);

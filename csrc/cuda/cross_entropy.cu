@@ -1008,13 +1008,6 @@ DLK_KERNEL void __launch_bounds__(kThreads, 2)
 
 // ------------------------------------------------------------------------------------------ shapes
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int power_of_two_from(int64_t n, int least, int most) {
-  int result = least;
-  while (result < most && result < n) result *= 2;
-  return result;
-}
-
 struct Plan {
   int64_t groups;  // blocks, or clusters of blocks, that have a partial sum each
   int threads;

@@ -28,6 +28,12 @@ def load_for(recipe, path: Path | None = None) -> Examples:
     """
     if recipe.data in _FILES:
         return load(recipe.image_size, recipe.mean, recipe.std, path, recipe.data)
+    if recipe.data == "folders":
+        if path is not None:
+            raise ValueError(
+                f"no --data for this network: image folders cannot be read yet: {path}"
+            )
+        return load(recipe.image_size, recipe.mean, recipe.std, classes=recipe.classes)
     if recipe.data == "diabetes":
         name = "scikit-learn diabetes" if path is None else f"diabetes file of {path}"
         return Examples(name, *diabetes.load(path))
@@ -44,10 +50,12 @@ def load(
     std: float | tuple[float, ...],
     folder: Path | None = None,
     files: str = "images",
+    classes: int | None = None,
 ) -> Examples:
     """The embedded digits, or the files in ``folder``, resized to ``size`` x ``size``.
 
-    ``files`` are MNIST's ("images") or CIFAR-10's ("cifar10"). ``mean`` and ``std`` have a number
+    ``files`` are MNIST's ("images") or CIFAR-10's ("cifar10"). Of ``classes``, if given, only those
+    below that. ``mean`` and ``std`` have a number
     for each channel; grey images are the same in all of them.
 
     Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
@@ -58,6 +66,10 @@ def load(
         of, read = _FILES[files]
         name, arrays = f"{of} files of {folder}", read(folder)
     train_images, train_labels, test_images, test_labels = arrays
+    if classes is not None:
+        train, test = train_labels < classes, test_labels < classes
+        train_images, train_labels = train_images[train], train_labels[train]
+        test_images, test_labels = test_images[test], test_labels[test]
     return Examples(
         name,
         prepare(train_images, size, mean, std),

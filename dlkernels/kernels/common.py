@@ -1,4 +1,4 @@
-"""What every Triton kernel stands on: the launch, the checks, numbers of 16 bits, tanh.
+"""What every Triton kernel stands on: the launch, the checks, numbers of 16 bits, activations.
 
 Under ``TRITON_INTERPRET=1`` kernels run on the CPU, op by op in numpy. Its traps, all met here:
 
@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh", "sigmoid")
+SLOPE = tl.constexpr(0.01)  # of leaky_relu: torch's default
 
 _lock = threading.RLock()
 _registered: list[torch.library.Library] = []
@@ -81,6 +83,12 @@ def check_tensor(op: str, name: str, tensor: Tensor, device, dtype=None, shape=N
     if shape is not None:
         got = list(tensor.shape)
         check(got == list(shape), f"{op}: expected {name} of shape {list(shape)}, got {got}")
+
+
+def check_activation(op: str, activation: str) -> None:
+    """Raises RuntimeError unless the kernels know the activation."""
+    known = f"{op}: expected activation to be one of {', '.join(ACTIVATIONS)}"
+    check(activation in ACTIVATIONS, f"{known}, got {activation}")
 
 
 def alignment(*numbers: int) -> int:
@@ -171,6 +179,34 @@ def tanh(x):
     a = tl.abs(x)
     far = 1.0 - 2.0 / (exp(a + a) + 1.0)
     return tl.where(a < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """An activation by its name; of a NaN it is one."""
+    if ACTIVATION == "relu":
+        x = tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "leaky_relu":
+        x = tl.where(x > 0, x, x * SLOPE)
+    elif ACTIVATION == "tanh":
+        x = tanh(x)
+    elif ACTIVATION == "sigmoid":
+        x = 1.0 / (1.0 + exp(-x))
+    return x
+
+
+@triton.jit
+def before_activation(gradient, y, ACTIVATION: tl.constexpr):
+    """The gradient of an activation's argument, from that of its output y."""
+    if ACTIVATION == "relu":
+        gradient = tl.where(y <= 0, 0.0, gradient)
+    elif ACTIVATION == "leaky_relu":
+        gradient = tl.where(y > 0, gradient, gradient * SLOPE)
+    elif ACTIVATION == "tanh":
+        gradient = gradient * (1.0 - y * y)
+    elif ACTIVATION == "sigmoid":
+        gradient = gradient * (1.0 - y) * y
+    return gradient
 
 
 @triton.jit

@@ -56,14 +56,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dlkernels.kernels.common import (
     INTERPRETED,
+    SLOPE,
+    activate,
     alignment,
     check,
+    check_activation,
     check_tensor,
-    exp,
     launch,
     narrow,
     register_kernels,
-    tanh,
     trips,
     where_positive,
     where_set,
@@ -71,8 +72,6 @@ from dlkernels.kernels.common import (
 )
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh", "sigmoid")
-_SLOPE = 0.01  # of leaky_relu: torch's default
 _LAST = torch.channels_last
 
 # ------------------------------------------------------------------------------------------ kernels
@@ -95,19 +94,6 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
     if INTERPRETED:  # its product of bfloat16 is of bits
         a, b = widen(a), widen(b)
     return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _activate(v, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "leaky_relu":
-        v = tl.where(v > 0, v, v * 0.01)
-    elif ACTIVATION == "tanh":
-        v = tanh(v)
-    elif ACTIVATION == "sigmoid":
-        v = 1.0 / (1.0 + exp(-v))
-    return v
 
 
 @triton.jit
@@ -315,7 +301,7 @@ def _tile_of(
         if residual_signs is not None:
             more = where_set(more, residual_signs, spot, channel, channels, mask)
         acc += more
-    acc = _activate(acc, ACTIVATION)
+    acc = activate(acc, ACTIVATION)
     if before is not None:
         v = widen(tl.load(before + pointers, mask=mask, other=0.0))
         acc = where_positive(acc, v, channel, is_column, before_scale, before_shift)
@@ -1316,11 +1302,6 @@ def _check_settings(op, input, weight, stride, padding, dilation, groups) -> Set
     return Settings(tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
-def _check_activation(op, activation):
-    known = f"{op}: expected activation to be one of {', '.join(_ACTIVATIONS)}"
-    check(activation in _ACTIVATIONS, f"{known}, got {activation}")
-
-
 def check_convolution(op, input, weight, bias, stride, padding, dilation, groups):
     """The settings and the output's rows and columns; RuntimeError where there is no such
     convolution."""
@@ -1363,7 +1344,7 @@ def _apply(y: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return torch.relu_(y)
     if activation == "leaky_relu":
-        return torch.nn.functional.leaky_relu_(y, _SLOPE)
+        return torch.nn.functional.leaky_relu_(y, SLOPE.value)
     if activation == "tanh":
         return torch.tanh_(y)
     return torch.sigmoid_(y) if activation == "sigmoid" else y
@@ -1374,7 +1355,7 @@ def _before_activation(d: Tensor, output: Tensor | None, activation: str) -> Ten
     if activation == "relu":
         return _aten.threshold_backward(d, output, 0)
     if activation == "leaky_relu":
-        return _aten.leaky_relu_backward(d, output, _SLOPE, True)
+        return _aten.leaky_relu_backward(d, output, SLOPE.value, True)
     if activation == "tanh":
         return _aten.tanh_backward(d, output)
     return _aten.sigmoid_backward(d, output) if activation == "sigmoid" else d
@@ -1385,7 +1366,7 @@ def _conv2d(
 ):  # fmt: skip
     op = "conv2d"
     settings, size = check_convolution(op, input, weight, bias, stride, padding, dilation, groups)
-    _check_activation(op, activation)
+    check_activation(op, activation)
     algorithm = _algorithm(input, weight, size, settings, own)
     if algorithm == _FEW:
         return _ops.conv2d_few_channels_forward(
@@ -1399,13 +1380,24 @@ def _conv2d(
     return formatted(y, _format(input, weight))
 
 
+def _conv2d_prepare(weight, stride, dilation, groups):
+    """Nothing: no kernel here reads anything but the weight."""
+    return weight.new_empty(0, dtype=torch.float32)
+
+
+def _conv2d_prepared(
+    input, weight, prepared, bias, stride, padding, dilation, groups, activation, exact, own
+):  # fmt: skip
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, activation, exact, own)
+
+
 def _conv2d_backward(
     grad_output, input, weight, output, stride, padding, dilation, groups, activation, exact, own,
     want_input, want_weight, want_bias,
 ):  # fmt: skip
     op = "conv2d_backward"
     settings, size = check_convolution(op, input, weight, None, stride, padding, dilation, groups)
-    _check_activation(op, activation)
+    check_activation(op, activation)
     _check_gradient(op, grad_output, input, weight.shape[0], size)
     if activation != "none":
         check(output is not None, f"{op}: activation {activation} needs the output")
@@ -1504,6 +1496,8 @@ def register(key: str) -> None:
     kernels = {
         "conv2d": _conv2d,
         "conv2d_forward": _conv2d,
+        "conv2d_prepare": _conv2d_prepare,
+        "conv2d_prepared": _conv2d_prepared,
         "conv2d_backward": _conv2d_backward,
         "conv2d_algorithm": _conv2d_algorithm,
         "conv_transpose2d": _conv_transpose2d,

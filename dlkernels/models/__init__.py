@@ -10,6 +10,7 @@ from dlkernels.models.mlp import MLP200, MLP256, MLP200Leaky
 from dlkernels.models.mnist_cnn import MnistCNN
 from dlkernels.models.mnist_mlp import MnistMLP
 from dlkernels.models.recipe import Recipe
+from dlkernels.models.resnet import ResNet18Cifar, ResNet18Light, ResNet18Pokemon
 
 NETWORKS = {
     "diabetes_logistic": DiabetesLogistic,
@@ -24,6 +25,9 @@ NETWORKS = {
     "mlp256": MLP256,
     "mnist_cnn": MnistCNN,
     "mnist_mlp": MnistMLP,
+    "resnet18_cifar": ResNet18Cifar,
+    "resnet18_light": ResNet18Light,
+    "resnet18_pokemon": ResNet18Pokemon,
 }
 
 __all__ = [
@@ -41,4 +45,7 @@ __all__ = [
     "MnistCNN",
     "MnistMLP",
     "Recipe",
+    "ResNet18Cifar",
+    "ResNet18Light",
+    "ResNet18Pokemon",
 ]

@@ -16,7 +16,9 @@ class Recipe:
 
     epochs: int
     embedded_epochs: int | None = None  # as ``epochs``
-    data: str = "images"  # or "cifar10", "diabetes", "line", "step": a data set of dlkernels.data
+    # A data set of dlkernels.data: or "cifar10", "folders", "diabetes", "line", "step".
+    data: str = "images"
+    classes: int = 10  # of images
     image_size: int = 28  # height and width of the input
     # Of the pixels in 0 to 1: of one channel (MNIST's training images), or a number for each.
     mean: float | tuple[float, ...] = 0.1307
@@ -26,6 +28,8 @@ class Recipe:
     optimiser: str = "SGD"  # a class of torch.optim
     lr: float = 0.01
     momentum: float | None = 0.5  # None: the optimiser has none
+    weight_decay: float = 0.0
+    milestones: tuple[int, ...] = ()  # epochs after which lr is a tenth
     batch_size: int | None = 64  # None: all of the set
     metric: str = "accuracy"  # or "binary accuracy", "mean squared error", on the test set
 

@@ -73,6 +73,11 @@ for _schema in (
     f"conv_transpose2d_forward({_TENSORS}, Tensor? bias, {_TRANSPOSED}) -> Tensor",
     f"conv_transpose2d_backward(Tensor grad_output, {_TENSORS}, {_TRANSPOSED}, {_WANTED})"
     f" -> {_GRADIENTS}",
+    # What is derived from a weight for the forward, and a forward that reads it instead where the
+    # algorithm it takes is the one that it is for. Of shape (0) where nothing is.
+    "conv2d_prepare(Tensor weight, SymInt[2] stride, SymInt[2] dilation, SymInt groups) -> Tensor",
+    f"conv2d_prepared(Tensor input, Tensor weight, Tensor prepared, Tensor? bias, {_SETTINGS},"
+    " str activation, bool exact, bool own) -> Tensor",
     # The algorithms of forward, input gradient and weight gradient: "winograd, aten, direct".
     f"conv2d_algorithm({_ARGUMENTS}) -> str",
 ):
@@ -104,6 +109,18 @@ def _transposed_size(input, weight, stride, padding, output_padding, dilation):
 @torch.library.register_fake("dlkernels::conv2d_forward")
 def _(input, weight, bias, stride, padding, dilation, groups, activation, exact, own):
     size = output_size(input.shape, weight.shape, stride, padding, dilation)
+    return empty_image(input, weight, weight.shape[0], size)
+
+
+@torch.library.register_fake("dlkernels::conv2d_prepare")
+def _(weight, stride, dilation, groups):
+    size = torch.library.get_ctx().new_dynamic_size()  # the loaded library's to say
+    return weight.new_empty(size, dtype=torch.float32)
+
+
+@torch.library.register_fake("dlkernels::conv2d_prepared")
+def _(input, weight, prepared, bias, stride, padding, dilation, groups, activation, exact, own):
+    size = output_size(input, weight, stride, padding, dilation)
     return empty_image(input, weight, weight.shape[0], size)
 
 
@@ -195,6 +212,18 @@ def _forward(*arguments):
         return _ops.conv2d_forward(*arguments)
 
 
+def prepare(weight, stride, dilation, groups):
+    """What ``conv2d`` takes as ``prepared`` for this weight; None where there is no such thing."""
+    pairs = _pair(stride, 1), _pair(dilation, 1)
+    if None in pairs or unfit((weight,)) or weight.dtype not in DTYPES or weight.dim() != 4:
+        return None
+    if weight.numel() == 0 or not has_kernel("conv2d_prepare", weight.device.type):
+        return None
+    with torch._C._AutoDispatchBelowAutograd():
+        made = _ops.conv2d_prepare(weight, *pairs, groups)
+    return made if made.numel() else None
+
+
 def _forward_of_transpose(*arguments):
     with torch._C._AutoDispatchBelowAutograd():
         return _ops.conv_transpose2d_forward(*arguments)
@@ -254,7 +283,7 @@ torch.library.register_autograd(
     setup_context=_setup_context_of_transpose,
 )
 
-not_differentiable(_OP, "conv2d_forward", "conv2d_backward")
+not_differentiable(_OP, "conv2d_forward", "conv2d_prepare", "conv2d_prepared", "conv2d_backward")
 not_differentiable(_TRANSPOSE, "conv_transpose2d_forward", "conv_transpose2d_backward")
 
 
@@ -461,6 +490,7 @@ def conv2d(
     groups: int = 1,
     *,
     activation: str | None = None,
+    prepared: Tensor | None = None,
 ) -> Tensor:
     """``torch.nn.functional.conv2d``, and an activation with it where one is named.
 
@@ -474,6 +504,8 @@ def conv2d(
         groups: into how many groups the channels of input and output are cut.
         activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"tanh"`` or ``"sigmoid"``:
             applied before the output is rounded and written.
+        prepared: what a frozen module keeps of this weight, read in its place where no gradient is
+            needed.
 
     Returns:
         (N, K, P, Q) or (K, P, Q), channels_last if input or weight is, of the input's dtype; under
@@ -506,16 +538,24 @@ def conv2d(
         return refused(_OP, reason, stocks)
     if behind != (0, 0):
         input = F.pad(input, (0, behind[0], 0, behind[1]))
+    given = weight
     input, weight, bias = cast(input, weight, bias)
     device = input.device.type
     own = config.forced() == "own"
     settings = (*settings, activation, is_exact(device), own)
-    if (own or config.is_recording()) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and (own or config.is_recording()):
         algorithms = _algorithms(input, weight, *settings)
         if own:
             _refuse_torchs(_OP, algorithms, input, weight)
         _note(_OP, device, algorithms)
-    return run_kernel(_ops.conv2d, _Conv2d, _forward, input, weight, bias, *settings)
+    forward = _forward
+    if prepared is not None and weight is given:
+
+        def forward(input, weight, *others):
+            with torch._C._AutoDispatchBelowAutograd():
+                return _ops.conv2d_prepared(input, weight, prepared, *others)
+
+    return run_kernel(_ops.conv2d, _Conv2d, forward, input, weight, bias, *settings)
 
 
 def conv_transpose2d(
@@ -567,7 +607,7 @@ def conv_transpose2d(
     input, weight, bias = cast(input, weight, bias)
     device = input.device.type
     own, exact = config.forced() == "own", is_exact(device)
-    if (own or config.is_recording()) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and (own or config.is_recording()):
         # As the convolution of an image of the output's size: its gradient is our forward.
         stride, padding, _, groups, dilation = settings
         batch = input if input.dim() == 4 else input.unsqueeze(0)

@@ -230,6 +230,7 @@ def conv2d_max_pool2d(
     groups: int = 1,
     *,
     activation: str | None = None,
+    prepared: Tensor | None = None,
 ) -> Tensor:
     """``max_pool2d(act(conv2d(…)), 2)`` of ``torch.nn.functional``, as one op.
 
@@ -241,6 +242,7 @@ def conv2d_max_pool2d(
         stride, padding, dilation, groups: those of ``conv2d``.
         activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"tanh"`` or ``"sigmoid"``;
             before or behind the pool is the same.
+        prepared: as of ``conv2d``.
 
     Returns:
         (N, K, P // 2, Q // 2) or without N, P × Q being the convolution's size; channels_last if
@@ -270,7 +272,8 @@ def conv2d_max_pool2d(
         return refused(_OP, reason, stocks)
     if reason := _unfused(input, weight, *settings):
         config.record(_OP, "stock", f"torch's max_pool2d behind conv2d: {reason}")
-        return F.max_pool2d(conv2d(input, weight, bias, *convolution, activation=named), 2)
+        output = conv2d(input, weight, bias, *convolution, activation=named, prepared=prepared)
+        return F.max_pool2d(output, 2)
     if behind != (0, 0):
         input = F.pad(input, (0, behind[0], 0, behind[1]))
     padding = settings[1]

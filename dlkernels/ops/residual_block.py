@@ -606,6 +606,16 @@ def _parts(input, layers, shortcut, training, group):
     return layer(x, layers[-1], residual=past, activation="relu")
 
 
+def _agreed(reason, input, group):
+    """A reason for the parts where any process has one: their all-reduces are in another order, and
+    the batch of one process may be empty, or small."""
+    if torch.compiler.is_compiling():
+        return "compiled, with statistics of several processes"
+    votes = torch.tensor([reason is not None], dtype=torch.float32, device=input.device)
+    torch.distributed.all_reduce(votes, group=group)
+    return "another process takes the parts" if reason is None and votes.item() else reason
+
+
 def _cast(input, layers):
     device = input.device.type
     if not torch.is_autocast_enabled(device):
@@ -684,19 +694,19 @@ def residual_block(
         return _parts(input, layers, shortcut, training, process_group)
 
     batch = [training or layer.running_mean is None for layer in every]
+    reason = None
     if is_small(input, layers[0].weight, layers[0].stride):
-        if config.is_recording():
-            config.record(_OP, "parts", "too small for our call overhead")
-        return parts()
-    reason = torchs_reason()
+        reason = "too small for our call overhead"
+    if reason is None:
+        reason = torchs_reason()
     if reason is None and any(batch) != all(batch):
         reason = "layers with running statistics and without"
     if reason is None:
         reason = _refusal(input, layers, shortcut, batch[0])
+    if process_group is not None and batch[0]:
+        reason = _agreed(reason, input, process_group)
     if reason is not None:
         config.record(_OP, "parts", reason)
-        return parts()
-    if process_group is not None and torch.compiler.is_compiling():
         return parts()
     device = input.device.type
     config.record(_OP, config.owner("cpu") if device == "cpu" else "triton", "covered")
@@ -713,4 +723,8 @@ def residual_block(
     )
     last = any(suggests_channels_last(x) for x in (image, *(layer.weight for layer in every)))
     output = _run(image.contiguous(memory_format=_LAST), every, s)
-    return output if last else output.contiguous()
+    if last:
+        return output
+    output = output.contiguous()
+    # Sizes of 1 leave strides open, and torch's parts would have those of a contiguous tensor.
+    return output.flatten().view_as(output) if suggests_channels_last(output) else output
