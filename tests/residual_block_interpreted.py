@@ -369,6 +369,14 @@ def test_gradient(name, dtype, before, masked, arch, monkeypatch, launched, pois
         assert constants["BOXED_D"] == (dtype == torch.float16) or constants["BOXED"] is False
 
 
+@pytest.mark.parametrize("name", ["tails", "boxes", "strided", "groups"])
+def test_dy_as_any_filter_reads_it(name, monkeypatch, launched, poisoned):
+    """What the table leaves to a pass: where a filter reads padding dy is 0, not c - b·μ."""
+    monkeypatch.setattr(kernels, "_makes_dy_as_it_reads", lambda *arguments: True)
+    Gradient.drawn(CASES[name], torch.float32, "layer", True).check()
+    assert "_blend" not in names(launched)
+
+
 def test_gradient_in_ieee(launched):
     """A 1 × 1 too has its dy made by a pass."""
     drawn = Gradient.drawn(CASES["pointwise"], torch.float32, "layer", True)

@@ -109,16 +109,17 @@ def test_inference(name, dtype, own, poisoned, tf32):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("name", FEW)
 def test_autocast(name, training, own):
-    """bfloat16 inside; gradients in float32."""
-    block = drawn(name, torch.float32)
+    """Behind another layer under autocast: bfloat16, and the parameters' gradients in float32."""
+    x, *layers = drawn(name, torch.float32)
+    block = (x.detach().bfloat16().requires_grad_(), *layers)
     stock, exact = blocks.copied(block), blocks.copied(block, torch.float64)
     d = upstream(block)
     with torch.autocast("cuda", torch.bfloat16):
         ours = blocks.evaluate(residual_block, block, d, training)
         other = blocks.evaluate(blocks.stock, stock, d, training)
     true = blocks.evaluate(blocks.stock, exact, d, training)
-    assert ours[0].dtype == torch.bfloat16
-    assert all(result.dtype == torch.float32 for result in ours[1:])
+    assert ours[0].dtype == ours[1].dtype == torch.bfloat16
+    assert all(result.dtype == torch.float32 for result in ours[2:])
     for i, triple in enumerate(zip(ours, other, true, strict=True)):
         assert_no_worse(f"result {i}", *triple)
 
