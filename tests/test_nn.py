@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import assert_no_worse
 
 import dlkernels
 import dlkernels.nn as nn
@@ -554,3 +555,416 @@ def test_linear_cross_entropy_loss_below_torch_2_13():
         [sys.executable, "-c", BELOW_TORCH_2_13], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+# --- residual blocks --------------------------------------------------------------------------
+
+# Identity and projection, with a stride and without, of each class.
+BLOCKS = [
+    ("ResidualBlock", (16, 16), {}),
+    ("ResidualBlock", (16, 16), {"stride": 2, "bias": True}),
+    ("ResidualBlock", (16, 24, 2), {}),
+    ("ResBlk", (16, 16), {}),
+    ("ResBlk", (16, 24, 3), {}),
+    ("ResBlk", (16, 16, 2), {"strided_shortcut": True}),
+    ("BottleneckBlock", (16, 4), {}),
+    ("BottleneckBlock", (16, 8), {"stride": 2}),
+]
+by_block = pytest.mark.parametrize(("name", "arguments", "settings"), BLOCKS)
+SHORTCUTS = {"ResidualBlock": "shortcut", "ResBlk": "extra", "BottleneckBlock": "downsample"}
+
+
+@pytest.fixture
+def own(monkeypatch):
+    monkeypatch.setattr(dlkernels.config, "kernels", "own")
+
+
+def both_blocks(name, *arguments, **settings):
+    """Of torch's modules and ours, with the same weights, none of them 0 or 1."""
+    stock = getattr(nn, f"Stock{name}")(*arguments, **settings)
+    for key, value in stock.state_dict().items():
+        if "bn" in key or ".1." in key:
+            if value.is_floating_point():
+                value.uniform_(0.5, 1.5)
+    ours = getattr(nn, name)(*arguments, **settings)
+    ours.load_state_dict(stock.state_dict())
+    return stock, ours
+
+
+def ops_of(block, x):
+    """The names of the public functions that a call takes."""
+    with dlkernels.config.recording() as choices:
+        block(x)
+    return [choice.op for choice in choices]
+
+
+@by_block
+def test_residual_blocks_are_their_twins(name, arguments, settings):
+    modules = []
+    for cls in (f"Stock{name}", name):
+        torch.manual_seed(3)
+        modules.append(getattr(nn, cls)(*arguments, **settings))
+    stock, ours = modules
+    assert isinstance(ours, type(stock)) and vars(ours).keys() == vars(stock).keys()
+    assert repr(ours).removeprefix(name) == repr(stock).removeprefix(f"Stock{name}")
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    for key, value in stock.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], value), key
+    stock.load_state_dict(saved_and_loaded(ours.state_dict(), weights_only=True))
+    ours.load_state_dict(stock.state_dict())
+    assert {type(module).__module__.partition(".")[0] for module in stock.children()} == {"torch"}
+    assert {type(module) for module in ours.children()} == {
+        nn.Conv2d, nn.BatchNorm2d, nn.Sequential
+    }  # fmt: skip
+
+
+def test_names_and_shapes_of_residual_blocks():
+    def of(block, *names):
+        return {name: tuple(block.get_submodule(name).weight.shape) for name in names}
+
+    block = nn.ResidualBlock(64, 128, 2)
+    assert of(block, "conv1", "conv2", "shortcut.0", "shortcut.1") == {
+        "conv1": (128, 64, 3, 3), "conv2": (128, 128, 3, 3), "shortcut.0": (128, 64, 1, 1),
+        "shortcut.1": (128,),
+    }  # fmt: skip
+    assert not [key for key in block.state_dict() if key.endswith(("conv1.bias", "0.bias"))]
+    assert (block.conv1.stride, block.conv2.stride) == ((2, 2), (1, 1))
+    assert block.shortcut[0].stride == (2, 2)
+    assert len(nn.ResidualBlock(64, 64).shortcut) == 0
+    assert len(nn.ResidualBlock(64, 64, 2).shortcut) == 2
+    block = nn.ResBlk(64, 128, stride=4)
+    assert block(torch.randn(2, 64, 32, 32)).shape == (2, 128, 8, 8)
+    assert {"conv1.bias", "conv2.bias", "extra.0.bias", "extra.1.bias"} <= set(block.state_dict())
+    assert len(nn.ResBlk(64, 64, 2).extra) == 0
+    keys = [key for key in nn.BottleneckBlock(64, 32, 2).state_dict() if key.endswith("weight")]
+    assert keys == [
+        "conv1.weight", "bn1.weight", "conv2.weight", "bn2.weight", "conv3.weight", "bn3.weight",
+        "downsample.0.weight", "downsample.1.weight",
+    ]  # fmt: skip
+    block = nn.BottleneckBlock(64, 32, 2)
+    assert block.conv2.stride == (2, 2) and block.conv3.weight.shape == (128, 32, 1, 1)
+
+
+@by_block
+def test_the_twin_is_the_definition(name, arguments, settings):
+    """In torch's functions, in training."""
+    stock, _ = both_blocks(name, *arguments, **settings)
+    x, F = torch.randn(3, 16, 9, 8), torch.nn.functional
+    tensors = stock.state_dict()
+    stride = settings.get("stride", arguments[2] if len(arguments) > 2 else 1)
+
+    def layer(x, conv, norm, stride):
+        weight, bias = tensors[f"{conv}.weight"], tensors.get(f"{conv}.bias")
+        x = F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2)
+        return F.batch_norm(
+            x, None, None, tensors[f"{norm}.weight"], tensors[f"{norm}.bias"], training=True
+        )
+
+    last, strided = (3, 2) if name == "BottleneckBlock" else (2, 1)
+    y = x
+    for at in range(1, last + 1):
+        y = layer(y, f"conv{at}", f"bn{at}", stride if at == strided else 1)
+        y = F.relu(y) if at < last else y
+    around = SHORTCUTS[name]
+    projects = f"{around}.0.weight" in tensors
+    past = layer(x, f"{around}.0", f"{around}.1", stride) if projects else x
+    torch.testing.assert_close(stock(x), F.relu(y + past))
+
+
+def passed(block, x, upstream):
+    """Output, gradients and running statistics of a call."""
+    block = copy.deepcopy(block).to(x.dtype)
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    output = block(x)
+    leaves = {"input": x, **dict(block.named_parameters())}
+    gradients = torch.autograd.grad(output, list(leaves.values()), upstream.to(x.dtype))
+    names = (f"grad {name}" for name in leaves)
+    return {
+        "output": output,
+        **dict(zip(names, gradients, strict=True)),
+        **dict(block.named_buffers()),
+    }
+
+
+@by_block
+@pytest.mark.parametrize("mode", ["training", "eval", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_residual_blocks_compute_what_their_twins_do(name, arguments, settings, mode, dtype, own):
+    """By the rule; in float32 with the rounding of Winograd's convolutions, as of the op."""
+    results = []
+    for _ in range(4):
+        stock, ours = both_blocks(name, *arguments, **settings)
+        for block in (stock, ours):
+            block.train(mode == "training")
+            if mode == "frozen":  # the rest of the network trains
+                block.training = True
+        x = torch.randn(4, 16, 9, 8, dtype=dtype)
+        if mode == "eval":
+            x = x.contiguous(memory_format=torch.channels_last)
+        assert ops_of(copy.deepcopy(ours).to(dtype), x) == ["residual_block"]
+        upstream = torch.randn(stock(x.float()).shape, dtype=torch.float64)
+        stock.load_state_dict(ours.state_dict())
+        runs = (passed(ours, x, upstream), passed(stock, x, upstream))
+        results.append((*runs, passed(stock, x.double(), upstream)))
+    for key in results[0][0]:
+        if key.endswith("num_batches_tracked"):
+            assert results[0][0][key] == results[0][1][key] == (mode == "training")
+            continue
+        if mode == "training" and key.startswith("grad") and key.endswith((".bias", "0.bias")):
+            if "conv" in key or key.endswith(".0.bias"):  # the norm takes it away
+                assert (results[0][0][key] == 0).all()
+                continue
+        factor = 2.0 if dtype == torch.float64 else 5.0
+        assert_no_worse(key, *([r[j][key] for r in results] for j in range(3)), factor)
+
+
+@pytest.mark.parametrize(
+    "norm", [{"momentum": None}, {"track_running_stats": False}, {"affine": False}]
+)
+def test_a_block_s_batch_norms_count_as_torchs(norm, own):
+    stock, ours = both_blocks("ResidualBlock", 16, 24, 2)
+    for block, cls in ((stock, torch.nn.BatchNorm2d), (ours, nn.BatchNorm2d)):
+        block.bn1, block.bn2 = cls(24, **norm), cls(24, **norm)
+        block.shortcut[1] = cls(24, **norm)
+    for step in range(3):
+        x = torch.randn(3, 16, 8, 8)
+        if step == 0:
+            assert ops_of(copy.deepcopy(ours), x) == ["residual_block"]
+        torch.testing.assert_close(ours(x), stock(x))
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    for key, value in stock.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value, msg=key)
+    if "momentum" in norm:
+        assert ours.bn2.num_batches_tracked == 3
+    torch.testing.assert_close(ours.eval()(x), stock.eval()(x))
+
+
+class Subclass(nn.BatchNorm2d):
+    pass
+
+
+UNFUSED = {
+    "forward hook": lambda block: block.bn1.register_forward_hook(lambda *_: None),
+    "pre-hook of the shortcut": lambda block: block.shortcut.register_forward_pre_hook(
+        lambda *_: None
+    ),
+    "backward hook": lambda block: block.conv2.register_full_backward_hook(lambda *_: None),
+    "hook inside the shortcut": lambda block: block.shortcut[1].register_forward_hook(
+        lambda *_: None
+    ),
+    "parametrized": lambda block: torch.nn.utils.parametrizations.weight_norm(block.conv1),
+    "subclass": lambda block: setattr(block, "bn2", Subclass(24)),
+    "another module": lambda block: setattr(block, "bn1", torch.nn.GroupNorm(4, 24)),
+    "two modes": lambda block: block.bn1.eval(),
+    "two groups": lambda block: setattr(block.bn1, "process_group", "world"),
+    "another padding": lambda block: setattr(block.conv2, "padding_mode", "reflect"),
+    "another shortcut": lambda block: block.shortcut.append(torch.nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("change", UNFUSED)
+def test_a_block_that_is_watched_or_changed_calls_its_modules(change, own):
+    torch.manual_seed(5)
+    _, ours = both_blocks("ResidualBlock", 16, 24, 2)
+    x = torch.randn(3, 16, 8, 8)
+    assert ops_of(copy.deepcopy(ours), x) == ["residual_block"]
+    if change == "another padding":
+        ours.conv2._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    UNFUSED[change](ours)
+    stock = copy.deepcopy(ours)
+    stock.__class__ = nn.StockResidualBlock
+    assert "residual_block" not in ops_of(copy.deepcopy(ours), x)
+    torch.testing.assert_close(ours(x), stock(x))
+
+
+def test_a_hook_on_the_block_itself_leaves_it_one_op(own):
+    _, ours = both_blocks("ResidualBlock", 16, 16)
+    seen = []
+    ours.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    assert ops_of(ours, torch.randn(2, 16, 6, 6)) == ["residual_block"]
+    assert seen == [(2, 16, 6, 6)]
+
+
+def test_a_branch_of_one_pixel_broadcasts_over_its_shortcut(own):
+    stock, ours = both_blocks("ResBlk", 16, 16, 2)
+    x = torch.randn(3, 16, 2, 2)
+    assert "residual_block" not in ops_of(copy.deepcopy(ours), x)
+    outputs = stock(x), ours(x)
+    assert outputs[0].shape == (3, 16, 2, 2)
+    torch.testing.assert_close(*outputs)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        ours(torch.randn(3, 16, 6, 6))
+
+
+def test_refusals_of_residual_blocks_are_stocks():
+    for given in (
+        torch.randn(16, 6, 6), torch.randn(2, 15, 6, 6), torch.randn(2, 16, 6, 6).double(),
+        torch.randn(1, 16, 1, 1),
+    ):  # fmt: skip
+        errors = []
+        for block in both_blocks("ResidualBlock", 16, 16):
+            with pytest.raises((RuntimeError, ValueError)) as error:
+                block(given)
+            errors.append((type(error.value), str(error.value).splitlines()[0]))
+        assert errors[0] == errors[1]
+
+
+@by_block
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda m: saved_and_loaded(m, weights_only=False)]
+)
+def test_copies_of_residual_blocks(again, name, arguments, settings, own):
+    _, block = both_blocks(name, *arguments, **settings)
+    copied = again(block)
+    assert type(copied) is type(block) and repr(copied) == repr(block)
+    assert copied.conv1.weight is not block.conv1.weight
+    x = torch.randn(2, 16, 6, 6)
+    assert torch.equal(copied(x), block(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("name", "arguments", "settings"), [BLOCKS[0], BLOCKS[4], BLOCKS[7]])
+def test_residual_blocks_are_compiled_and_exported(name, arguments, settings, training, own):
+    _, block = both_blocks(name, *arguments, **settings)
+    block.train(training)
+    x = torch.randn(2, 16, 6, 6)
+    exported = torch.export.export(copy.deepcopy(block), (x,))
+    assert "dlkernels.residual_block" in str(exported.graph)
+    eager, traced = copy.deepcopy(block), copy.deepcopy(block)
+    compiled = torch.compile(traced, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(exported.module()(x), eager(x))
+    for _ in range(2):
+        eager.zero_grad(), traced.zero_grad()
+        outputs = [run(x) for run in (eager, compiled)]
+        torch.testing.assert_close(*outputs)
+        upstream = torch.randn_like(outputs[0])
+        for output in outputs:
+            output.backward(upstream)
+        for a, b in zip(eager.parameters(), traced.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+    for (key, a), b in zip(eager.state_dict().items(), traced.state_dict().values(), strict=True):
+        if not (key == "bn1.num_batches_tracked" and training):
+            torch.testing.assert_close(a, b, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"), [((64, 64), 0.65), ((64, 128, 2), 0.75)], ids=["identity", "projection"]
+)
+def test_what_residual_blocks_keep_for_the_backward(arguments, part, own):
+    """In distinct storages, the input included and parameters not."""
+    kept = []
+    for block in both_blocks("ResidualBlock", *arguments):
+        parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(4, 64, 16, 16).contiguous(memory_format=torch.channels_last)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = block(x.requires_grad_())
+        kept.append(sum(size for at, size in storages.items() if at not in parameters))
+        del output
+    assert 0 < kept[1] <= part * kept[0]
+
+
+def test_swap_explain_and_verify_know_residual_blocks(own):
+    stock = torch.nn.Sequential(nn.StockResidualBlock(16, 24, 2), nn.StockBottleneckBlock(24, 6))
+    keys, x = list(stock.state_dict()), torch.randn(3, 16, 8, 8)
+    wanted = stock.eval()(x)
+    model = dlkernels.swap(stock)
+    assert [type(block) for block in model] == [nn.ResidualBlock, nn.BottleneckBlock]
+    torch.testing.assert_close(model(x), wanted)
+    assert list(model.state_dict()) == keys
+    rows = {row.name: row for row in dlkernels.explain(model, x)}
+    assert rows["0"].kernel == f"cpu/{dlkernels.config.libraries['cpu']}"
+    for name in ("0.conv1", "0.bn2", "0.shortcut.0", "0.shortcut.1", "1.conv3", "1.bn3"):
+        assert (rows[name].kernel, rows[name].reason[:9]) == ("fused", "a part of")
+    model[0].bn1.register_forward_hook(lambda *_: None)
+    rows = {row.name: row for row in dlkernels.explain(model, x)}
+    assert "0" not in rows and rows["0.conv1"].kernel == rows["1"].kernel
+    verified = dlkernels.verify(model.train(), x.double().float(), strict=False)
+    blocks = {(row.name, row.what): row for row in verified if row.name in ("0", "1")}
+    assert ("0", "grad shortcut.0.weight") in blocks and ("1", "grad conv3.weight") in blocks
+    assert all(row.error < 1e-3 for row in blocks.values())
+    assert {type(block) for block in dlkernels.unswap(model)} == {
+        nn.StockResidualBlock, nn.StockBottleneckBlock
+    }  # fmt: skip
+    assert dlkernels.swap(model, ops=["residual_block"])[0].conv1.__class__ is torch.nn.Conv2d
+
+
+SYNC = """
+import copy, sys, torch, dlkernels, torch.distributed as dist
+from dlkernels import nn
+rank, file = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+
+def total(x):
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+# Batches of 4 and 5 images, of none and 9; in "auto" one is small, and the other is not.
+for kernels, cut, channels in (("own", 4, 8), ("own", 0, 8), ("stock", 4, 8), ("auto", 1, 32)):
+    dlkernels.config.kernels = kernels
+    for make in (nn.ResidualBlock, nn.ResBlk, nn.BottleneckBlock):
+        torch.manual_seed(0)
+        one = make(channels, channels // (4 if make is nn.BottleneckBlock else 1))
+        if cut == 4:
+            one = make(channels, 12, stride=2)
+        one.double()
+        two = copy.deepcopy(one)
+        nn.convert_sync_batchnorm(two, dist.group.WORLD if cut else None)
+        part = slice(cut) if rank == 0 else slice(cut, None)
+        for _ in range(2):
+            x = torch.randn(9, channels, 7, 6, dtype=torch.float64)
+            results = []
+            for block, cut_of in ((one, slice(None)), (two, part)):
+                block.zero_grad()
+                leaf = x[cut_of].clone().requires_grad_()
+                with dlkernels.config.recording() as choices:
+                    y = block(leaf)
+                torch.manual_seed(1)
+                upstream = torch.randn(9, *y.shape[1:], dtype=torch.float64)
+                y.backward(upstream[cut_of])
+                results.append([y, leaf.grad])
+            if kernels == "own":
+                taken = [c.kernel for c in choices if c.op == "residual_block"]
+                assert taken == ["parts" if cut == 0 else dlkernels.config.owner("cpu")], choices
+            for a, b in zip(*results):
+                torch.testing.assert_close(a[part], b)
+            for (name, a), b in zip(one.named_parameters(), two.parameters()):
+                torch.testing.assert_close(a.grad, total(b.grad), msg=name)
+        for (name, a), b in zip(one.state_dict().items(), two.state_dict().values()):
+            torch.testing.assert_close(a, b, msg=name)
+        torch.testing.assert_close(one.eval()(x), two.eval()(x))
+        print("equal")
+block = nn.ResidualBlock(8, 12, 2, process_group=dist.group.WORLD)
+assert {m.process_group for m in block.modules() if isinstance(m, nn.BatchNorm2d)} == {dist.group.WORLD}
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_residual_blocks_of_two_processes_equal_one_on_the_whole_batch(tmp_path):
+    command = [sys.executable, "-c", SYNC]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "rendezvous")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            output, errors = process.communicate(timeout=600)
+            assert process.returncode == 0, errors
+            assert output.split() == ["equal"] * 12
+    finally:
+        for process in processes:
+            process.kill()

@@ -30,7 +30,7 @@ class ResNet18Cifar(_ResNet):
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2023, 0.1994, 0.2010),
         epochs=200,
-        embedded_epochs=3,
+        embedded_epochs=2,
         lr=0.1,
         momentum=0.9,
         weight_decay=5e-4,
