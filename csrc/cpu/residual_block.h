@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -346,7 +347,7 @@ struct Folded {
 // -------------------------------------------------------------------------------------- statistics
 
 // Mean and biased variance from Σ (y − about), Σ (y − about)² of `rows` numbers. False where about
-// was too far from the mean for the second to say much.
+// was no number, or too far from the mean for the second to say much.
 template <typename T>
 bool statistics_of(const double* totals, int64_t rows, int64_t channels, const T* about, T* mean,
                    T* var) {
@@ -355,8 +356,9 @@ bool statistics_of(const double* totals, int64_t rows, int64_t channels, const T
   for (int64_t c = 0; c < channels; ++c) {
     const double d = totals[c] / double(rows), square = totals[channels + c] / double(rows);
     mean[c] = T((about ? double(about[c]) : 0) + d);
-    var[c] = T(std::max(0.0, square - d * d));
-    near = near && !(d * d > kFar * (square - d * d));
+    const double variance = square - d * d;
+    var[c] = T(variance < 0 ? 0.0 : variance);
+    near = near && d * d <= kFar * variance && std::isfinite(variance);
   }
   return near;
 }
@@ -376,11 +378,14 @@ bool statistics(const S* x, int64_t rows, int64_t channels, const T* about, T* m
   return statistics_of(totals.data(), rows, channels, about, mean, var);
 }
 
-// Mean and variance of x, where a first try about `about` found neither: about the mean that it
-// gave, which a second pass has exact.
+// Mean and variance of x, where a first try found neither: about the first row, which is as near as
+// any number of x, and where that is an outlier about the mean that it gave.
 template <typename S, typename T = accumulate_t<S>>
 void statistics_again(const S* x, int64_t rows, int64_t channels, T* mean, T* var) {
-  const std::vector<T> about(mean, mean + channels);
+  std::vector<T> about(static_cast<size_t>(channels));
+  for (int64_t c = 0; c < channels; ++c) about[size_t(c)] = T(widen(x[c]));
+  if (statistics(x, rows, channels, about.data(), mean, var)) return;
+  about.assign(mean, mean + channels);
   statistics(x, rows, channels, about.data(), mean, var);
 }
 
