@@ -31,11 +31,11 @@ DEVICE = re.compile(
     r"|\batomic[A-Z]\w*\("
 )
 FLAGS = ("-march=" + "native", "-mtune=" + "native", "-f" + "openmp")
-# An op that stands on another, and the one that it knows.
+# An op that stands on others, and those that it knows.
 STANDS_ON = {
-    "conv2d_max_pool2d": "conv2d",
-    "linear_cross_entropy": "cross_entropy",
-    "residual_block": "conv2d",
+    "conv2d_max_pool2d": ("conv2d",),
+    "linear_cross_entropy": ("cross_entropy",),
+    "residual_block": ("batch_norm", "conv2d"),
 }
 # Raw ops of their own name, of a GPU alone: the op that hands them some of its shapes.
 RAW = {"conv2d_few_channels": "conv2d"}
@@ -151,10 +151,8 @@ def ops_import_torch_config_and_common_only(root):
     allowed = ("torch", "dlkernels.config", "dlkernels.ops.common")
     found = []
     for path in under(root, "dlkernels/ops"):
-        other = STANDS_ON.get(path.stem)
-        found += foreign_imports(
-            root, [path], (*allowed, f"dlkernels.ops.{other}") if other else allowed
-        )
+        others = (f"dlkernels.ops.{other}" for other in STANDS_ON.get(path.stem, ()))
+        found += foreign_imports(root, [path], (*allowed, *others))
     return found
 
 
@@ -164,10 +162,8 @@ def kernels_import_torch_triton_and_common_only(root):
     allowed = ("torch", "triton", "dlkernels.kernels.common")
     found = []
     for path in under(root, "dlkernels/kernels"):
-        other = STANDS_ON.get(path.stem)
-        found += foreign_imports(
-            root, [path], (*allowed, f"dlkernels.kernels.{other}") if other else allowed
-        )
+        others = (f"dlkernels.kernels.{other}" for other in STANDS_ON.get(path.stem, ()))
+        found += foreign_imports(root, [path], (*allowed, *others))
     return found
 
 
@@ -229,7 +225,7 @@ def cpu_kernels_include_their_own_and_the_shared_headers_only(root):
             std = "/" not in name.removeprefix("sys/") and name not in ("omp.h", "Python.h")
             op = op_of(path.stem)
             of = op_of(name.removeprefix("../").removesuffix(".h"))
-            own = name in ours or of == op or of == STANDS_ON.get(op)
+            own = name in ours or of == op or of in STANDS_ON.get(op, ())
             fine = own if kind == '"' else std or name.startswith(STABLE)
             if not fine:
                 found.append(f"{path.relative_to(root)} includes {name}")

@@ -107,7 +107,9 @@ BLOCKS = {
     "depthwise": Block((3, 19, 8, 7), (point(19), Conv(19, groups=19), point(19))),
     "dilation": Block((2, 8, 9, 11), (Conv(8, padding=(2, 3), dilation=(2, 3)), Conv(8))),
     "padding_less": Block((6, 16, 13, 15), (Conv(16, padding=(0, 1)), Conv(16, padding=(2, 1)))),
-    "odd_kernels": Block((3, 6, 8, 9), (Conv(6, (1, 3), padding=(0, 1)), Conv(6, (5, 5), (1, 1), (2, 2)))),
+    "odd_kernels": Block(
+        (3, 6, 8, 9), (Conv(6, (1, 3), padding=(0, 1)), Conv(6, (5, 5), padding=(2, 2)))
+    ),
 }  # fmt: skip
 
 
@@ -317,3 +319,1141 @@ def test_inference(name, dtype, training, own, poisoned):
             lambda: draw(block, dtype, training), training, False, rounds(block, dtype),
             NUMBERS.get(name, 300),
         )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- layouts and dtypes
+
+
+def of_more_channels(x):
+    """Some channels of an image of more, in NHWC."""
+    return last(torch.cat([x, x], 1))[:, : x.shape[1]]
+
+
+def changed(case, of_input=same_memory, of_weight=same_memory, of_vector=same_memory):
+    """The case in other layouts of memory."""
+    input, layers, shortcut = case
+
+    def of(layer):
+        vectors = {n: getattr(layer, n) for n in ("bias", *NORM)}
+        vectors = {n: x if x is None else of_vector(x) for n, x in vectors.items()}
+        return layer._replace(weight=of_weight(layer.weight), **vectors)
+
+    return of_input(input), [of(layer) for layer in layers], shortcut and of(shortcut)
+
+
+LAYOUTS = {
+    "channels_last": (last, same_memory, same_memory),
+    "weights_channels_last": (same_memory, last, same_memory),
+    "both_channels_last": (last, last, same_memory),
+    "input_of_more_channels": (of_more_channels, same_memory, same_memory),
+    "input_sliced_batch": (sliced_rows, same_memory, offset),
+    "input_every_second": (every_second, last, same_memory),
+    "all_every_second": (every_second, every_second, every_second),
+}
+
+
+@by_training
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, dtype, training, own, poisoned):
+    """The same bits as of contiguous tensors, in stock's format."""
+    for name in ("identity", "projection", "stride_2", "projection_with_tails"):
+        case = draw(BLOCKS[name], dtype, training)
+        upstream = upstream_of(case, training)
+        wanted = values(residual_block, case, upstream, training)
+        case = changed(case, *LAYOUTS[layout])
+        for given_upstream in (upstream, last(upstream), every_second(upstream)):
+            # Clones keep strides only of what is dense: these are the leaves themselves.
+            leaves = [x.detach() for x in copied_of(case)]
+            for leaf in leaves:
+                leaf.requires_grad_()
+            graded = replaced(case, leaves)
+            output = residual_block(*graded, training=training)
+            gradients = torch.autograd.grad(output, leaves, given_upstream.to(dtype))
+            for ours, want in zip((output, *gradients), wanted, strict=False):
+                assert torch.equal(ours, want)
+            with torch.no_grad():
+                assert output.stride() == stock(*graded, training=training).stride()
+
+
+def copied_of(case):
+    """input and what else has gradients, in the order of ``copied``."""
+    input, layers, shortcut = case
+    every = [*layers, *([] if shortcut is None else [shortcut])]
+    return [input, *(x for layer in every for x in layer.parameters if x is not None)]
+
+
+def replaced(case, leaves):
+    """The case of other leaves; running statistics are copies."""
+    leaves = iter(leaves)
+    input, layers, shortcut = case
+    of_input = next(leaves)
+
+    def of(layer):
+        names = ("weight", "bias", "norm_weight", "norm_bias")
+        made = {n: next(leaves) for n in names if getattr(layer, n) is not None}
+        running = {n: getattr(layer, n) for n in NORM[2:]}
+        return layer._replace(
+            **made, **{n: x if x is None else x.clone() for n, x in running.items()}
+        )
+
+    return of_input, [of(layer) for layer in layers], shortcut and of(shortcut)
+
+
+@by_training
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["tiles_left_over", "projection_with_tails", "stride_2"])
+def test_float32_norms_beside_half_precision(name, dtype, training, own, poisoned):
+    block = BLOCKS[name]
+    check(lambda: draw(block, dtype, training, torch.float32), training)
+    if not training:
+        with torch.no_grad():
+            check(lambda: draw(block, dtype, False, torch.float32), False, graded=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype, own):
+    """Computed and returned in autocast's dtype; gradients have their leaf's."""
+    case, leaves, _ = copied(draw(BLOCKS["projection"], torch.float32))
+    leaves = list(leaves.values())
+    narrow = [x.detach().to(dtype) for x in copied_of(case)]
+    with torch.autocast("cpu", dtype):
+        ours, wanted = (f(*replaced(case, leaves), training=True) for f in (residual_block, stock))
+    assert ours.dtype == wanted.dtype == dtype
+    halves = replaced(case, narrow)
+    layers = [
+        of._replace(norm_weight=a.norm_weight, norm_bias=a.norm_bias)
+        for of, a in zip((*halves[1], halves[2]), (*case[1], case[2]), strict=True)
+    ]
+    with torch.no_grad():
+        explicit = residual_block(halves[0], layers[:-1], layers[-1], training=True)
+    assert torch.equal(explicit, ours)
+    upstream = torch.randn(ours.shape).to(dtype)
+    a, b = (torch.autograd.grad(y, leaves, upstream) for y in (ours, wanted))
+    for leaf, ours_gradient, stocks_gradient in zip(leaves, a, b, strict=True):
+        assert ours_gradient.dtype == stocks_gradient.dtype == leaf.dtype
+    torch._dynamo.reset()
+    compiled = torch.compile(residual_block, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(compiled(*replaced(case, leaves), training=True), ours)
+
+
+@drawing(max_examples=40, deadline=None, derandomize=True)
+@given(
+    image=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 11), st.integers(1, 11)),
+    middle=st.sampled_from([1, 3, 16, 17]),
+    kernels=st.lists(st.sampled_from([1, 3]), min_size=1, max_size=3),
+    stride=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    projects=st.booleans(),
+    bias=st.booleans(),
+    affine=st.booleans(),
+    training=st.booleans(),
+    layout=st.sampled_from(list(LAYOUTS)),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_drawn_blocks(
+    image, middle, kernels, stride, projects, bias, affine, training, layout, dtype, seed
+):
+    dlkernels.config.kernels = "own"
+    torch.manual_seed(seed)
+    n, c, h, w = image
+    stride = stride if projects else (1, 1)
+    outputs = c + 3 if projects else c
+    layers = [Conv(middle, (k, k), padding=(k // 2, k // 2)) for k in kernels]
+    layers[0] = layers[0]._replace(stride=stride)
+    layers[-1] = layers[-1]._replace(outputs=outputs)
+    # Few values of a channel are seldom of both signs, and their statistics make rounding large.
+    assume(n * -(-h // stride[0]) * -(-w // stride[1]) >= 12)
+    shortcut = point(outputs, stride) if projects else None
+    block = Block(image, tuple(layers), shortcut, bias, affine)
+
+    def make():
+        return changed(draw(block, dtype, training), *LAYOUTS[layout])
+
+    # hypothesis looks for the worst luck
+    check(make, training, rounds=rounds(block, dtype), numbers=40, factor=4.0)
+
+
+# ------------------------------------------------------------------------------------------ stages
+
+ONE = [1, 1]
+CONVOLUTIONS = {
+    "winograd": Block((5, 16, 9, 11), (Conv(32),)),
+    "winograd_tails": Block((3, 65, 7, 5), (Conv(67),)),
+    "winograd_padding": Block((2, 32, 8, 9), (Conv(16, padding=(2, 0)),)),
+    "winograd_by_panels": Block((5, 64, 4, 3), (Conv(144),)),
+    "winograd_by_blocks": Block((70, 64, 4, 3), (Conv(144),)),
+    "direct": Block((2, 5, 7, 6), (Conv(9),)),
+    "stride_2": Block((2, 17, 9, 8), (Conv(33, stride=(2, 2)),)),
+    "one_by_one": Block((3, 7, 5, 6), (point(19),)),
+    "dilation": Block((2, 8, 9, 7), (Conv(6, padding=(2, 1), dilation=(2, 1)),)),
+    "groups": Block((2, 12, 7, 8), (Conv(18, groups=3),)),
+    "depthwise": Block((2, 19, 8, 7), (Conv(19, groups=19),)),
+}
+by_convolution = pytest.mark.parametrize("name", CONVOLUTIONS)
+# Of float32's and half precision's sums, and of float64's.
+SUMS = {torch.float64: torch.float64}
+ROOM = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def sums_of(dtype):
+    return SUMS.get(dtype, torch.float32)
+
+
+def near(ours, wanted, dtype, times=1.0):
+    """To the rounding of ``dtype``, relative to the largest."""
+    assert ours.shape == wanted.shape
+    room = times * ROOM[dtype] * max(1.0, wanted.abs().max().item() if wanted.numel() else 0)
+    torch.testing.assert_close(ours.double(), wanted.double(), rtol=0, atol=room)
+
+
+def vector(channels, dtype, scale=1.0, about=0.0):
+    return (about + scale * torch.randn(channels)).to(sums_of(dtype))
+
+
+def by_channel(x):
+    return x.double().view(-1, 1, 1)
+
+
+def geometry(conv):
+    return [list(pair) for pair in conv.settings()[:3]] + [conv.groups]
+
+
+def weight_of(block, dtype):
+    conv = block.layers[0]
+    fan_in = block.image[1] // conv.groups
+    weight = torch.randn(conv.outputs, fan_in, *conv.kernel)
+    return (weight / weight[0].numel() ** 0.5).to(dtype)
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["own", "aten"])
+@by_dtype
+@by_convolution
+def test_convolution_stage(name, dtype, ours, poisoned):
+    block = CONVOLUTIONS[name]
+    conv, channels = block.layers[0], block.image[1]
+    x = last(torch.randn(block.image).to(dtype))
+    scale, shift = vector(channels, dtype), vector(channels, dtype, about=0.5)
+    weight, bias = weight_of(block, dtype), torch.randn(conv.outputs).to(dtype)
+    for prologue, added, of_weight in ((True, bias, last), (False, None, same_memory)):
+        z = x.double()
+        if prologue:
+            z = F.relu(by_channel(scale) * z + by_channel(shift))
+        wanted = F.conv2d(z, weight.double(), None if added is None else added.double(), *conv[2:])
+        var, mean = torch.var_mean(wanted, (0, 2, 3), correction=0)
+        before = (scale, shift) if prologue else (None, None)
+        about = mean.float() + 0.5
+        for want in (True, False):
+            y, our_mean, our_var = ops.residual_block_convolution(
+                x, *before, of_weight(weight), added, about, *geometry(conv), want, False, ours
+            )
+            assert y.is_contiguous(memory_format=LAST)
+            near(y, wanted, dtype)
+            assert our_mean.dtype == our_var.dtype == sums_of(dtype)
+            if want:
+                near(our_mean, mean, dtype)
+                near(our_var, var, dtype)
+            else:
+                assert our_mean.shape == our_var.shape == (0,)
+
+
+@pytest.mark.parametrize("about", [None, 0.0, 1e3, -5e5, 1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["winograd", "winograd_tails", "stride_2"])
+def test_statistics_of_large_means(name, about, poisoned):
+    """Means of 1000 beside deviations of 1, about what is near, far, or no number at all."""
+    block = CONVOLUTIONS[name]
+    conv = block.layers[0]
+    x, bias = last(torch.randn(block.image)), 1e3 + torch.randn(conv.outputs)
+    bias[::2] *= -1
+    centre = None if about is None else torch.full((conv.outputs,), about)
+    y, mean, var = ops.residual_block_convolution(
+        x, None, None, weight_of(block, torch.float32), bias, centre, *geometry(conv), True, False,
+        True,
+    )  # fmt: skip
+    wanted_var, wanted_mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), wanted_mean, rtol=2e-7, atol=0)
+    torch.testing.assert_close(var.double(), wanted_var, rtol=1e-5, atol=0)
+
+
+def test_statistics_of_outliers_and_of_one_value(own, poisoned):
+    """The first row is far from all others; a channel has no variance at all."""
+    x = last(torch.randn(4, 16, 9, 9))
+    x[0, :, 0, 0] = 1e6
+    weight = torch.eye(16)[:, :, None, None].clone()
+    weight[3] = 0
+    bias = torch.full((16,), 7.0)
+    y, mean, var = ops.residual_block_convolution(
+        x, None, None, weight, bias, torch.full((16,), 1e9), ONE, [0, 0], ONE, 1, True, False, True
+    )
+    wanted_var, wanted_mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), wanted_mean, rtol=1e-5, atol=0)
+    torch.testing.assert_close(var.double(), wanted_var, rtol=1e-5, atol=0)
+    assert mean[3] == 7 and var[3] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_finalize_stage(dtype, poisoned):
+    mean, var = torch.randn(19).to(dtype), (torch.rand(19) + 0.1).to(dtype)
+    gamma, beta = torch.randn(19), torch.randn(19)
+    for weight, bias, parameters in (
+        (None, None, dtype), (gamma.to(dtype), beta.to(dtype), dtype), (None, beta.double(), dtype),
+        (gamma.bfloat16(), every_second(beta), torch.bfloat16), (gamma, None, torch.float16),
+    ):  # fmt: skip
+        running = [torch.randn(19).to(parameters), torch.rand(19).to(parameters)]
+        before = [x.clone() for x in running]
+        scale, shift, rstd = ops.residual_block_finalize(
+            mean, var, 41.0, weight, bias, *running, 0.3, 1e-3
+        )
+        wanted = 1 / (var.double() + 1e-3).sqrt()
+        near(rstd, wanted, dtype)
+        if weight is not None:
+            wanted = wanted * weight.double()
+        near(scale, wanted, dtype)
+        near(shift, (0 if bias is None else bias.double()) - mean.double() * wanted, dtype)
+        now = mean.double(), var.double() * 41 / 40
+        for ours, old, new in zip(running, before, now, strict=True):
+            torch.testing.assert_close(ours, (0.7 * old.double() + 0.3 * new).to(parameters))
+    ops.residual_block_finalize(mean, var, 1.0, None, None, None, None, 0.0, 1e-3)
+
+
+def packed(where):
+    """(N, C, P, Q) → the bits that the signs are."""
+    n, c, p, q = where.shape
+    bits = torch.zeros(n, p, q, (c + 7) // 8 * 8, dtype=torch.int32)
+    bits[..., :c] = where.permute(0, 2, 3, 1)
+    return (bits.view(n, p, q, -1, 8) << torch.arange(8)).sum(-1).to(torch.uint8)
+
+
+CHANNELS = [1, 3, 7, 8, 9, 12, 16, 23, 24, 31, 40, 67]
+
+
+@by_dtype
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_output_stage_and_its_signs(channels, dtype, poisoned):
+    x, other = (last(torch.randn(3, channels, 5, 7).to(dtype)) for _ in range(2))
+    x[0, 0, 0, 0], other[1, -1, 2, 3] = float("nan"), float("inf")
+    x[2, 0, 1, 1] = other[2, 0, 1, 1] = 0
+    s, t, rs, rt = (vector(channels, dtype) for _ in range(4))
+    t[0] = rt[0] = 0  # one output is 0
+    for affine in ((None, None), (rs, rt)):
+        y = by_channel(s) * x.double() + by_channel(t)
+        past = other.double()
+        if affine[0] is not None:
+            past = by_channel(rs) * past + by_channel(rt)
+        wanted = F.relu(y + past)
+        output, signs = ops.residual_block_output(x, s, t, other, *affine, True)
+        assert output.is_contiguous(memory_format=LAST)
+        assert torch.equal(output.isnan(), wanted.isnan()) and output.isnan().any()
+        finite = wanted.isfinite()
+        near(output[finite], wanted[finite], dtype)
+        assert torch.equal(output[~finite].double().nan_to_num(), wanted[~finite].nan_to_num())
+        # Of what float32 knew before it was rounded: in half precision 0 may have been above.
+        sure = ((wanted > 1e-5) | (wanted == 0) | wanted.isnan()).permute(0, 2, 3, 1)
+        assert sure.float().mean() > 0.99
+        bits = packed(~(wanted <= 0))
+        differ = (signs ^ bits)[..., None] >> torch.arange(8) & 1
+        differ = differ.flatten(-2)
+        assert not differ[..., channels:].any() and not (differ[..., :channels].bool() & sure).any()
+        same, none = ops.residual_block_output(x, s, t, other, *affine, False)
+        assert torch.equal(same.nan_to_num(), output.nan_to_num()) and none.shape == (0,)
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["own", "aten"])
+@by_dtype
+@by_convolution
+def test_folded_stage(name, dtype, ours, poisoned):
+    block = CONVOLUTIONS[name]
+    conv = block.layers[0]
+    x, weight = torch.randn(block.image).to(dtype), weight_of(block, dtype)
+    scale, shift = vector(conv.outputs, dtype), vector(conv.outputs, dtype)
+    y = F.conv2d(x.double(), weight.double(), None, *conv.settings())
+    residual = torch.randn(y.shape).to(dtype)
+    for past, relu in ((None, False), (None, True), (residual, False), (residual, True)):
+        wanted = by_channel(scale) * y + by_channel(shift)
+        if past is not None:
+            wanted = wanted + past.double()
+        output = ops.residual_block_folded(
+            x, weight, scale, shift, past, *geometry(conv), relu, False, ours
+        )
+        assert output.is_contiguous(memory_format=LAST)
+        near(output, F.relu(wanted) if relu else wanted, dtype)
+
+
+@by_dtype
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_reduce_stage(channels, dtype, poisoned):
+    """Rows beyond a block of 16; a sum is that of the numbers as they are stored."""
+    shape = (3, channels, 13, 7)
+    grad, y, other = (torch.randn(shape).to(dtype) for _ in range(3))
+    where = torch.rand(shape) < 0.4
+    mean, other_mean = (vector(channels, dtype) for _ in range(2))
+    rstd, other_rstd = (vector(channels, dtype, 0.1, 1.0) for _ in range(2))
+    g = grad.double() * where
+    wanted = [g.sum((0, 2, 3))]
+    for image, mu, r in ((y, mean, rstd), (other, other_mean, other_rstd)):
+        centred = (image.double() - by_channel(mu)) * by_channel(r)
+        wanted.append((g * centred).sum((0, 2, 3)))
+    sums = ops.residual_block_reduce(
+        last(grad), packed(where), last(y), mean, rstd, last(other), other_mean, other_rstd
+    )
+    for a, b in zip(sums, wanted, strict=True):
+        near(a, b, sums_of(dtype))
+    *two, none = ops.residual_block_reduce(
+        last(grad), packed(where), last(y), mean, rstd, None, None, None
+    )
+    assert none.shape == (0,) and all(map(torch.equal, two, sums))
+
+
+def test_sums_over_many_rows_are_in_double(poisoned):
+    """2^16 numbers near 1: of float32 sums the error would be a hundred times as large."""
+    shape = (1, 3, 256, 256)
+    grad, y = torch.rand(shape) + 0.5, torch.zeros(shape)
+    signs = torch.full((1, 256, 256, 1), 255, dtype=torch.uint8)
+    mean, rstd = torch.full((3,), -1.0), torch.ones(3)
+    total, product, _ = ops.residual_block_reduce(
+        last(grad), signs, last(y), mean, rstd, None, None, None
+    )
+    for ours in (total, product):
+        torch.testing.assert_close(ours.double(), grad.double().sum((0, 2, 3)), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_coefficients_stage(dtype, poisoned):
+    total, product, gamma = (torch.randn(21).to(dtype) for _ in range(3))
+    rstd = (torch.rand(21) + 0.5).to(dtype)
+    for weight, training in itertools.product((None, gamma, gamma.bfloat16()), (True, False)):
+        a = rstd.double() * (1 if weight is None else weight.double())
+        b, c = -a * rstd.double() * product.double() / 33, -a * total.double() / 33
+        wanted = torch.stack([a, b * training, c * training])
+        near(
+            ops.residual_block_coefficients(total, product, 33.0, weight, rstd, training),
+            wanted, dtype,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["own", "aten"])
+@by_dtype
+@by_convolution
+def test_gradient_stage(name, dtype, ours, poisoned):
+    block = CONVOLUTIONS[name]
+    conv, channels = block.layers[0], block.image[1]
+    weight, x = weight_of(block, dtype), torch.randn(block.image)
+    scale, shift = vector(channels, dtype, 0.1, 1.0), vector(channels, dtype, 0.1)
+    scale[::2] *= -1
+    # Away from 0 before the ReLU.
+    middle = -shift.view(-1, 1, 1) / scale.view(-1, 1, 1)
+    x = last((middle + x + 0.2 * x.sign()).to(dtype))
+    mean, rstd = vector(channels, dtype), vector(channels, dtype, 0.1, 1.0)
+    shape = F.conv2d(x.double(), weight.double(), None, *conv.settings()).shape
+    grad, y = (last(torch.randn(shape).to(dtype)) for _ in range(2))
+    output_mean, where = vector(conv.outputs, dtype), torch.rand(shape) < 0.5
+    coefficients = torch.randn(3, conv.outputs).to(sums_of(dtype))
+    skip, skip_where = last(torch.randn(x.shape).to(dtype)), torch.rand(x.shape) < 0.5
+    a, b, c = (by_channel(row) for row in coefficients)
+    inner = scale, shift, mean, rstd
+    for signs, before, more, more_signs, want_input, want_weight in (
+        (None, inner, None, None, True, True),
+        (where, inner, None, None, True, False),
+        (where, inner, None, None, False, True),
+        (where, None, skip, skip_where, True, True),
+        (None, None, skip, None, True, False),
+        (where, None, None, None, True, True),
+        (None, None, None, None, False, False),
+    ):
+        dy = a * grad.double() * (1 if signs is None else signs)
+        dy = dy + b * (y.double() - by_channel(output_mean)) + c
+        pre = by_channel(scale) * x.double() + by_channel(shift)
+        z = x.double() if before is None else F.relu(pre)
+        made = ops.residual_block_gradient(
+            grad, None if signs is None else packed(signs), y, output_mean, coefficients, x,
+            *(before or (None,) * 4), weight, *geometry(conv), more,
+            None if more_signs is None else packed(more_signs), False, ours, want_input,
+            want_weight,
+        )  # fmt: skip
+        dx = torch.nn.grad.conv2d_input(z.shape, weight.double(), dy, *conv.settings())
+        dw = torch.nn.grad.conv2d_weight(z, weight.shape, dy, *conv.settings())
+        sums = [torch.zeros(0)] * 2
+        if before is not None:
+            dx = dx * (pre > 0)
+            centred = (x.double() - by_channel(mean)) * by_channel(rstd)
+            sums = [dx.sum((0, 2, 3)), (dx * centred).sum((0, 2, 3))]
+        elif more is not None:
+            dx = dx + more.double() * (1 if more_signs is None else more_signs)
+        wanted = dx if want_input else torch.zeros(0), dw if want_weight else torch.zeros(0)
+        near(made[0], wanted[0], dtype, 2)
+        near(made[1], wanted[1], dtype, 2)
+        for got, want in zip(made[2:], sums if want_input else [torch.zeros(0)] * 2, strict=True):
+            assert got.dtype == sums_of(dtype)
+            # Of numbers that are rounded, not rounded sums.
+            near(got, want, dtype, 1)
+
+
+# ---------------------------------------------------------------------------------------- autograd
+
+GRADED = {
+    "identity": basic((3, 2, 3, 3), bias=True),
+    "projection": Block((3, 2, 4, 3), (Conv(3, stride=(2, 1)), Conv(3)), point(3, (2, 1))),
+    "bottleneck": Block((3, 2, 3, 3), (point(3), Conv(3), point(2)), bias=True),
+}
+
+
+def graded(name, training):
+    """A case in float64 none of whose outputs is near the last ReLU's kink, and its leaves."""
+    while True:
+        case = draw(GRADED[name], torch.float64, training)
+        with torch.no_grad():
+            before = stock(*copied(case, graded=False)[0], training=training, last_relu=lambda x: x)
+        if before.abs().min() > 1e-3:
+            return case, [x.requires_grad_() for x in copied_of(case)]
+
+
+@by_training
+@pytest.mark.parametrize("name", GRADED)
+def test_gradcheck_and_gradgradcheck(name, training, own):
+    case, leaves = graded(name, training)
+
+    def function(*leaves):
+        return residual_block(*replaced(case, leaves), training=training)
+
+    for check_gradient in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check_gradient(function, leaves, check_batched_grad=True, fast_mode=True)
+
+
+@by_training
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["tiles_left_over", "stride_2"])
+def test_a_second_backward(name, dtype, training, own):
+    case, leaves, _ = copied(draw(BLOCKS[name], dtype, training))
+    output = residual_block(*case, training=training)
+    leaves = list(leaves.values())
+    check_second_backward(output, leaves, torch.randn(output.shape).to(dtype), 0.5)
+
+
+class Asked(TorchDispatchMode):
+    """Notes what the stages of the backward are asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.wanted, self.stages = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "residual_block" in function.name():
+            self.stages.append(function.name().removeprefix("dlkernels::residual_block_"))
+        if function is ops.residual_block_gradient.default:
+            self.wanted.append(args[-2:])
+        return function(*args, **(kwargs or {}))
+
+
+@by_training
+@pytest.mark.parametrize("name", ["stride_2", "projection", "bottleneck", "one_layer"])
+def test_only_the_wanted_gradients_are_computed(name, training, own, poisoned):
+    case, leaves, _ = copied(draw(BLOCKS[name], torch.float32, training))
+    upstream = upstream_of(case, training)
+    every = evaluate(residual_block, case, upstream, training)
+    layers = len(BLOCKS[name].every())
+    for wanted in ("input", "0 weight", "0 norm_bias", f"{len(case[1]) - 1} norm_weight"):
+        for n, leaf in leaves.items():
+            leaf.requires_grad_(n == wanted)
+        fresh = replaced(case, copied_of(case))
+        output = residual_block(*fresh, training=training)
+        with Asked() as asked:
+            (gradient,) = torch.autograd.grad(output, leaves[wanted], upstream.float())
+        assert torch.equal(gradient, every[f"grad {wanted}"])
+        assert asked.stages == ["reduce", *["coefficients", "gradient"] * layers]
+        assert [weight for _, weight in asked.wanted].count(True) == (wanted == "0 weight")
+        of_input = asked.wanted[-1][0], (asked.wanted[0][0] if case[2] else True)
+        assert of_input == ((wanted == "input",) * 2 if case[2] else (wanted == "input", True))
+
+
+def storages(function):
+    """Bytes of the distinct storages that a call keeps for its backward."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = function()
+    return sum(kept.values()), output
+
+
+@pytest.mark.parametrize("name", ["identity", "projection"])
+def test_memory_kept_for_the_backward(name, own):
+    """x, the raw outputs of the convolutions, a bit of each output: 3.03 of stock's 5 images, and
+    of 6 with a projection 4.03."""
+    blocks = {
+        "identity": basic((4, 64, 32, 32)),
+        "projection": Block((4, 64, 32, 32), (Conv(64), Conv(64)), point(64)),
+    }
+    case, *_ = copied(draw(blocks[name], torch.float32))
+    case = changed(case, last)
+    ours, output = storages(lambda: residual_block(*case, training=True))
+    stocks, _ = storages(lambda: stock(*case, training=True))
+    image = output.numel() * 4
+    images, limit = (3, 0.65) if name == "identity" else (4, 0.75)
+    parameters = sum(x.numel() for x in copied_of(case)) * 4
+    assert ours <= images * image + output.numel() // 8 + parameters + 12 * 64 * 4
+    assert ours <= limit * stocks
+
+
+def test_nothing_is_kept_without_a_gradient(own):
+    case, *_ = copied(draw(BLOCKS["identity"], torch.float32), graded=False)
+    for training in (True, False):
+        with Asked() as asked:
+            kept, output = storages(lambda: residual_block(*case, training=training))  # noqa: B023
+        assert kept == 0 and not output.requires_grad
+        if training:
+            assert asked.stages[-1] == "output" and "folded" not in asked.stages
+        else:
+            assert asked.stages == ["finalize", "folded"] * 2
+    for mode in (torch.no_grad, torch.inference_mode):
+        case, *_ = copied(draw(BLOCKS["identity"], torch.float32))
+        with mode():
+            assert not residual_block(*case, training=True).requires_grad
+
+
+def test_changes_in_place_are_refused(own):
+    """Of what the backward reads; of the output, which it does not, they are not."""
+    for changed_one in ("input", "0 weight", "1 norm_weight"):
+        case, leaves, _ = copied(draw(BLOCKS["projection"], torch.float32))
+        x = replaced(case, [leaf * 1 for leaf in leaves.values()])
+        names = dict(zip(leaves, copied_of(x), strict=True))
+        output = residual_block(*x, training=True)
+        names[changed_one].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+    case, leaves, _ = copied(draw(BLOCKS["projection"], torch.float32))
+    output = residual_block(*case, training=True)
+    wanted = torch.autograd.grad(output.sum(), leaves["input"], retain_graph=True)[0]
+    output.detach().mul_(3)
+    assert torch.equal(torch.autograd.grad(output.sum(), leaves["input"])[0], wanted)
+
+
+def test_running_statistics_are_written_in_place(own):
+    """The version counter of the same tensors moves, momentum and the unbiased factor count."""
+    case, _, running = copied(draw(BLOCKS["stride_2"], torch.float32), graded=False)
+    before = {name: (x.clone(), x._version, x.data_ptr()) for name, x in running.items()}
+    residual_block(*case, training=True)
+    for name, x in running.items():
+        old, version, place = before[name]
+        assert x.data_ptr() == place and x._version > version and not torch.equal(x, old)
+    again = {name: (x.clone(), x._version) for name, x in running.items()}
+    residual_block(*case, training=False)
+    for name, x in running.items():
+        assert torch.equal(x, again[name][0]) and x._version == again[name][1]
+
+
+@pytest.mark.parametrize("value", [1e30, float("inf"), float("nan")])
+def test_a_lost_running_mean_does_not_reach_the_output(value, own):
+    """In training it is written, and only to be near to the batch's is it read."""
+    case, *_ = copied(draw(BLOCKS["identity"], torch.float32), graded=False)
+    wanted = residual_block(*case, training=True)
+    case[1][0].running_mean.fill_(value)
+    ours = residual_block(*case, training=True)
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_special_values_reach_the_output(own, poisoned):
+    """A NaN in a convolution's sums: of all pixels in training, of what it is under in eval."""
+    for name, training in itertools.product(("identity", "one_point"), (True, False)):
+        case, *_ = copied(draw(BLOCKS[name], torch.float32, training), graded=False)
+        case[0][-1, 2, 3, 3] = float("nan")
+        ours, wanted = (evaluate(f, case, None, training) for f in (residual_block, stock))
+        assert (ours["output"].isnan() | ~wanted["output"].isnan()).all()
+        assert wanted["output"].isnan().any()
+        assert training or ours["output"][0].isfinite().all()
+        for key in ("0 running_mean", "0 running_var"):
+            assert torch.equal(ours[key].isnan(), wanted[key].isnan())
+
+
+def test_a_call_keeps_no_memory(own):
+    case, *_ = copied(draw(Block((2, 3, 4, 4), (Conv(3),)), torch.float32), graded=False)
+    assert_nothing_is_kept(lambda: residual_block(*case, training=True), times=1000)
+    assert_nothing_is_kept(lambda: residual_block(*case), times=1000)
+
+
+def test_raw_ops_refuse_to_be_differentiated(own):
+    case, leaves, _ = copied(draw(BLOCKS["one_layer"], torch.float32))
+    x, w = last(case[0]), case[1][0].weight
+    y, mean, _ = ops.residual_block_convolution(
+        x, None, None, w, None, None, ONE, ONE, ONE, 1, True, False, True
+    )
+    mean = mean.detach()
+    output, _ = ops.residual_block_output(x, mean, mean, x, None, None, True)
+    folded = ops.residual_block_folded(x, w, mean, mean, None, ONE, ONE, ONE, 1, True, False, True)
+    for made in (y, output, folded):
+        with pytest.raises(NotImplementedError, match="raw op"):
+            made.sum().backward()
+
+
+# ------------------------------------------------------------------------------ the rest of torch
+
+EAGER = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+@by_training
+@pytest.mark.parametrize("name", GRADED)
+def test_opcheck(name, training):
+    case, *_ = copied(draw(GRADED[name], torch.float32, training))
+    input, layers, shortcut = case
+    every = [*layers, *([] if shortcut is None else [shortcut])]
+    flat = [x for layer in every for x in layer.parameters]
+    running = [] if training else [x for layer in every for x in layer[4:6]]
+    convolutions = [
+        n for layer in every for n in (*layer.stride, *layer.padding, *layer.dilation, layer.groups)
+    ]
+    arguments = (
+        last(input).detach().requires_grad_(), [x for x in flat if x is not None],
+        [x is not None for x in flat], running, convolutions, [1e-5] * len(every),
+        shortcut is not None, training, False, True,
+    )  # fmt: skip
+    torch.library.opcheck(ops.residual_block.default, arguments)
+
+
+@by_convolution
+def test_opcheck_of_the_stages(name):
+    block = CONVOLUTIONS[name]
+    conv, c = block.layers[0], block.image[1]
+    x, weight = last(torch.randn(block.image)), weight_of(block, torch.float32)
+    of_input, of_output = (lambda: vector(c, x.dtype)), (lambda: vector(conv.outputs, x.dtype))
+    how = *geometry(conv), False, True
+    y = last(F.conv2d(x, weight, None, *conv.settings()))
+    signs = packed(torch.rand(y.shape) < 0.5)
+    calls = {
+        "convolution": [
+            (x, of_input(), of_input(), last(weight), of_output(), None, *how[:4], True, *how[4:]),
+            (x, None, None, weight, None, of_output(), *how[:4], False, *how[4:]),
+        ],
+        "finalize": [
+            (of_input(), of_input().abs(), 9.0, of_input(), None, of_input(), of_input().abs(), 0.1,
+             1e-5)
+        ],
+        "output": [
+            (y, of_output(), of_output(), y, of_output(), of_output(), True),
+            (y, of_output(), of_output(), y, None, None, False),
+        ],
+        "folded": [(x, weight, of_output(), of_output(), y, *how[:4], True, *how[4:])],
+        "reduce": [
+            (y, signs, y, of_output(), of_output(), None, None, None),
+            (y, signs, y, of_output(), of_output(), y, of_output(), of_output()),
+        ],
+        "coefficients": [(of_output(), of_output(), 9.0, None, of_output(), True)],
+        "gradient": [
+            (y, signs, y, of_output(), torch.randn(3, conv.outputs), x, *before, w, *how[:4], skip,
+             None, *how[4:], *wanted)
+            for before, w, skip, wanted in (
+                ([of_input() for _ in range(4)], weight, None, (True, True)),
+                ((None,) * 4, last(weight), x, (True, False)),
+                ((None,) * 4, weight, None, (False, True)),
+            )
+        ],
+    }  # fmt: skip
+    for stage, arguments in calls.items():
+        op = getattr(ops, f"residual_block_{stage}").default
+        for each in arguments:
+            torch.library.opcheck(op, each, test_utils=EAGER)
+
+
+@by_training
+@pytest.mark.parametrize("layout", [same_memory, last])
+def test_compile(layout, training, own):
+    """One graph without a break, one compilation for every batch and image."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(residual_block, fullgraph=True, dynamic=True, backend=counter)
+    graphs = None
+    for batch, size in ((7, 9), (8, 10), (5, 14)):
+        block = Block(
+            (batch, 4, size, size + 3), (Conv(6, stride=(2, 2)), Conv(6)), point(6, (2, 2)), True
+        )
+        case = changed(draw(block, torch.float32, training), layout)
+        upstream = upstream_of(case, training)
+        results = [evaluate(f, case, upstream, training) for f in (compiled, residual_block)]
+        for name in results[0]:
+            a, b = (r[name] for r in results)
+            torch.testing.assert_close(a, b, msg=name)
+            assert a.stride() == b.stride() or name == "grad input"
+        graphs = graphs or list(counter.graphs)
+        assert len(counter.graphs) == len(graphs), "compiled again for another size"
+    targets = [node.target for graph in graphs for node in graph.graph.nodes]
+    assert targets.count(ops.residual_block) + targets.count(ops.residual_block.default) == 1
+
+
+class Module(torch.nn.Module):
+    """A block whose tensors are parameters and buffers."""
+
+    def __init__(self, case):
+        super().__init__()
+        self.case = case
+        for at, layer in enumerate((*case[1], *([] if case[2] is None else [case[2]]))):
+            for name in ("weight", "bias", *NORM):
+                if (x := getattr(layer, name)) is not None:
+                    x = x.detach()
+                    value = torch.nn.Parameter(x) if "running" not in name else x
+                    register = self.register_buffer if "running" in name else setattr
+                    args = (f"{name}_{at}", value)
+                    register(self, *args) if register is setattr else register(*args)
+
+    def forward(self, input):
+        def of(at, layer):
+            return layer._replace(
+                **{n: getattr(self, f"{n}_{at}", None) for n in ("weight", "bias", *NORM)}
+            )
+
+        layers = [of(at, layer) for at, layer in enumerate(self.case[1])]
+        shortcut = self.case[2] and of(len(layers), self.case[2])
+        return residual_block(input, layers, shortcut, training=self.training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_export(training, own):
+    case = draw(BLOCKS["projection"], torch.float32)
+    module = Module(case).train(training)
+    batch = torch.export.Dim("batch")
+    x = case[0]
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: batch},))
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count(ops.residual_block.default) == 1
+    torch.testing.assert_close(program.module()(x[:3]), module(x[:3]))
+
+
+def test_vmap_jvp_and_grad_of_functorch_are_torchs(own):
+    case = draw(BLOCKS["projection_with_tails"], torch.float32, False)
+    input, *rest = case
+    images = torch.stack([input, 2 * input])
+    with dlkernels.config.recording() as choices:
+        batched = torch.func.vmap(lambda x: residual_block(x, *rest))(images)
+    assert "functorch" in choices[-1].reason or all(c.kernel != "cpu" for c in choices)
+    looped = torch.stack([residual_block(x, *rest) for x in images])
+    torch.testing.assert_close(batched, looped, rtol=1e-4, atol=1e-4)
+    tangent = torch.randn_like(input)
+    for function in (residual_block, stock):
+        _, forward = torch.func.jvp(lambda x: function(x, *rest).sum(), (input,), (tangent,))  # noqa: B023
+        gradient = torch.func.grad(lambda x: function(x, *rest).sum())(input)  # noqa: B023
+        torch.testing.assert_close(forward, (gradient * tangent).sum(), rtol=1e-3, atol=1e-3)
+
+
+def test_checkpoint(own):
+    case, leaves, _ = copied(draw(BLOCKS["projection"], torch.float32))
+    leaves = list(leaves.values())
+
+    def block(*leaves):
+        return residual_block(*replaced(case, leaves), training=True)
+
+    def checkpointed(*leaves):
+        return torch.utils.checkpoint.checkpoint(block, *leaves, use_reentrant=False)
+
+    ours, wanted = (torch.autograd.grad(f(*leaves).sum(), leaves) for f in (checkpointed, block))
+    for a, b in zip(ours, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+# -------------------------------------------------------------------------- refusals and choices
+
+
+def refusals():
+    """Changes of a good case that torch's parts refuse: input, layer 0, shortcut."""
+    return {
+        "channels": ({"input": lambda x: x[:, :3]}, {}),
+        "no_batch": ({"input": lambda x: x[0, 0]}, {}),
+        "weight_dtype": ({"weight": lambda x: x.double()}, {}),
+        "bias_size": ({"bias": lambda x: x[:3]}, {}),
+        "norm_size": ({"norm_weight": lambda x: x[:3]}, {}),
+        "running_size": ({"running_mean": lambda x: x[:3]}, {}),
+        "kernel_beyond_the_image": ({"input": lambda x: x[..., :1, :1], "weight": torch.clone}, {}),
+        "stride_0": ({}, {"stride": (0, 1)}),
+        "negative_padding": ({}, {"padding": (-1, 1)}),
+        "groups": ({}, {"groups": 5}),
+    }
+
+
+@pytest.mark.parametrize("kernels", ["own", "auto"])
+@pytest.mark.parametrize("case", refusals())
+def test_refusals_are_the_parts(case, kernels):
+    """In torch's words, under "own" of the part that refuses."""
+    dlkernels.config.kernels = kernels
+    change, settings = refusals()[case]
+    block = Block((2, 5, 6, 7), (Conv(5, padding=(0, 0)), Conv(5, padding=(2, 2))), bias=True)
+    input, (first, second), _ = draw(block, torch.float32)
+    fields = {n: f(getattr(first, n)) for n, f in change.items() if n != "input"}
+    layers = [first._replace(**fields, **settings), second]
+    input = change.get("input", torch.clone)(input)
+    with pytest.raises(Exception) as wanted:  # noqa: B017  whatever it is, ours is the same
+        stock(input, layers, None, training=True)
+    with pytest.raises(wanted.type) as got:
+        residual_block(input, layers, None, training=True)
+    assert str(got.value).splitlines()[0] == str(wanted.value).splitlines()[0]
+
+
+def test_one_value_per_channel(own):
+    input, layers, _ = draw(Block((4, 5, 1, 1), (point(5), point(5))), torch.float32)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        residual_block(input[:1], layers, training=True)
+    assert residual_block(input[:1], layers).shape == (1, 5, 1, 1)
+
+
+def test_what_only_parts_take():
+    """Broadcast shortcuts, empty batches, half of the running statistics: the result of parts."""
+    input, layers, _ = draw(BLOCKS["three_channels"], torch.float32, False)
+    narrow = layers[0]._replace(weight=layers[0].weight[:, :1])
+    no_running = layers[0]._replace(running_mean=None, running_var=None)
+    cases = {
+        "a shortcut of shape": (input[:, :1], [narrow, layers[1]]),
+        "layers with running statistics and without": (input, [no_running, layers[1]]),
+        "input of shape": (input[:0], layers),
+    }
+    dlkernels.config.kernels = "own"
+    for reason, case in cases.items():
+        with dlkernels.config.recording() as choices:
+            ours = residual_block(*case)
+        ((kernel, said),) = [c[1:] for c in choices if c.op == "residual_block"]
+        assert kernel == "parts" and said.startswith(reason)
+        torch.testing.assert_close(ours, stock(*case))
+
+
+def bad_calls():
+    """stage → [(argument's place, bad value, message)], of good arguments."""
+    c, k = 4, 6
+    x, y = last(torch.randn(2, c, 5, 6)), last(torch.randn(2, k, 5, 6))
+    weight, vc, vk = torch.randn(k, c, 3, 3), torch.randn(c), torch.randn(k)
+    signs = torch.zeros(2, 5, 6, 1, dtype=torch.uint8)
+    how = ONE, ONE, ONE, 1
+    return {
+        "convolution": (
+            (x, vc, vc, weight, vk, vk, *how, True, False, True),
+            [
+                (0, x[0], "input with 4 dimensions"),
+                (0, x[:0], "input with 4 dimensions that is not empty"),
+                (0, x.int(), "input of dtype"),
+                (1, None, "scale and shift, or neither"),
+                (1, vk, "scale of shape"),
+                (2, vc.double(), "shift of dtype"),
+                (3, weight[0], "weight with 4 dimensions"),
+                (3, weight.double(), "weight of dtype"),
+                (3, weight[:, :3], "input with 3 channels"),
+                (5, vc, "about of shape"),
+                (6, [1], "pairs of stride"),
+                (6, [0, 1], "stride and dilation of at least 1"),
+                (7, [-1, 1], "padding of at least 0"),
+                (8, [9, 1], "a larger input"),
+                (9, 3, "3 groups"),
+            ],
+        ),
+        "finalize": (
+            (vc, vc.abs(), 8.0, vc, vc, vc.clone(), vc.clone(), 0.1, 1e-5),
+            [
+                (0, x, "mean with 1 dimension"),
+                (1, vk, "var of shape"),
+                (3, vk, "weight of shape"),
+                (5, vk, "running_mean of shape"),
+                (6, vc.int(), "running_var of dtype"),
+            ],
+        ),
+        "output": (
+            (y, vk, vk, y, vk, vk, True),
+            [
+                (1, vc, "scale of shape"),
+                (3, x, "residual of shape"),
+                (3, y.double(), "residual of dtype"),
+                (4, None, "residual_scale and residual_shift, or neither"),
+                (5, vk.repeat_interleave(2)[::2], "residual_shift"),
+            ],
+        ),
+        "folded": (
+            (x, weight, vk, vk, y, *how, True, False, True),
+            [
+                (2, vc, "scale of shape"),
+                (3, vk.double(), "shift of dtype"),
+                (4, x, "residual of shape"),
+                (4, y.half(), "residual of dtype"),
+            ],
+        ),
+        "reduce": (
+            (y, signs, y, vk, vk, y, vk, vk),
+            [
+                (0, x, "grad_output of shape"),
+                (1, signs[..., :0], "signs of shape"),
+                (1, signs.int(), "signs of dtype"),
+                (3, vc, "mean of shape"),
+                (5, x, "residual of shape"),
+                (6, None, "residual_mean and residual_rstd"),
+            ],
+        ),
+        "coefficients": (
+            (vk, vk, 9.0, vk, vk, True),
+            [(0, x, "sum with 1 dimension"), (1, vc, "product of shape"), (4, vc, "rstd of shape")],
+        ),
+        "gradient": (
+            (y, signs, y, vk, torch.randn(3, k), x, vc, vc, vc, vc, weight, *how, None, None, False,
+             True, True, True),
+            [
+                (0, x, "grad of shape"),
+                (1, signs[:1], "signs of shape"),
+                (2, y.double(), "output of dtype"),
+                (3, vc, "output_mean of shape"),
+                (4, torch.randn(2, k), "coefficients of shape"),
+                (5, x[..., :5], "output of shape"),
+                (6, None, "scale, shift, mean and rstd, or none"),
+                (15, x, "no skip behind a layer"),
+                (16, signs, "a skip with skip_signs"),
+            ],
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", bad_calls())
+def test_refusals_of_raw_ops(stage):
+    """No path into a kernel is unchecked, and nothing is written before."""
+    good, bad = bad_calls()[stage]
+    op = getattr(ops, f"residual_block_{stage}")
+    op(*good)
+    for at, value, message in bad:
+        with pytest.raises(RuntimeError, match=f"residual_block: expected .*{message}"):
+            op(*good[:at], value, *good[at + 1 :])
+
+
+def chosen(kernels, case, **keywords):
+    dlkernels.config.kernels = kernels
+    with dlkernels.config.recording() as choices:
+        residual_block(*case, **keywords)
+    return [(c.kernel, c.reason) for c in choices if c.op == "residual_block"]
+
+
+def test_choice():
+    case, *_ = copied(draw(BLOCKS["projection"], torch.float32), graded=False)
+    ours = dlkernels.config.owner("cpu")
+    for training in (True, False):
+        assert chosen("own", case, training=training) == [(ours, "covered")]
+        assert chosen("auto", case, training=training) == [(ours, "covered")]
+        ((kernel, reason),) = chosen("stock", case, training=training)
+        assert kernel == "parts" and reason == "dlkernels.config.kernels is 'stock'"
+    tiny, *_ = copied(draw(BLOCKS["few_values"], torch.float32), graded=False)
+    assert chosen("auto", tiny) == [("parts", "too small for our call overhead")]
+    assert chosen("own", tiny) == [(ours, "covered")]
+    wide = changed(case, lambda x: x.to(torch.complex64), lambda x: x.to(torch.complex64))
+    dlkernels.config.kernels = "auto"
+    with dlkernels.config.recording() as choices, pytest.raises((RuntimeError, TypeError)):
+        residual_block(*wide, training=True)
+    assert ("parts", "no kernel for torch.complex64") in [c[1:] for c in choices]
+
+
+def test_stock_is_torchs_and_auto_is_right():
+    case = draw(BLOCKS["projection"], torch.float32)
+    upstream = upstream_of(case, True)
+    dlkernels.config.kernels = "stock"
+    for a, b in zip(
+        values(residual_block, case, upstream), values(stock, case, upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    dlkernels.config.kernels = "auto"
+    check(lambda: draw(BLOCKS["projection"], torch.float32), rounds=True)
+
+
+def test_exact_is_as_exact_as_stock(own):
+    """2 × its error, where Winograd would have 4."""
+    dlkernels.config.winograd = "off"
+    for name in ("tiles_left_over", "one_layer"):
+        check(lambda: draw(BLOCKS[name], torch.float32))  # noqa: B023
+
+
+# ------------------------------------------------------------------------- threads and processes
+
+
+@by_training
+@pytest.mark.parametrize(
+    "name", ["tiles_left_over", "channels_with_tails", "sums_by_panels", "stride_2", "bottleneck"]
+)
+def test_the_same_bits_for_any_number_of_threads(name, training, own):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        if dtype == torch.float32 or name != "sums_by_panels":
+            case = draw(BLOCKS[name], dtype, training)
+            upstream = torch.randn(stock(*copied(case, graded=False)[0], training=training).shape)
+            assert_same_for_any_number_of_threads(values, residual_block, case, upstream, training)
+
+
+def test_the_same_bits_of_many_tiles(own):
+    case = draw(BLOCKS["many_tiles"], torch.float32)
+    upstream = torch.randn(case[0].shape)
+    assert_same_for_any_number_of_threads(values, residual_block, case, upstream)
+
+
+def test_four_threads_at_once(own):
+    def case(channels):
+        made = draw(basic((3, channels, 12, 12)), torch.float32)
+        return residual_block, made, torch.randn(made[0].shape)
+
+    assert_same_in_threads_at_once(values, [case(16 * (i + 1)) for i in range(4)])
+
+
+def test_in_a_forked_child(own):
+    case = draw(BLOCKS["projection"], torch.float32)
+    upstream = torch.randn(stock(*copied(case, graded=False)[0], training=True).shape)
+    assert_same_in_a_forked_child(values, residual_block, case, upstream)
+
+
+SYNC = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, "tests")
+import dlkernels, test_residual_block as of
+rank, file = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+
+def synchronised(*case, training):
+    return of.residual_block(*case, training=training, process_group=dist.group.WORLD)
+
+# Batches of 2 and 3 images, of our kernels and of their parts.
+for kernels in ("own", "stock"):
+    dlkernels.config.kernels = kernels
+    for name in ("projection", "stride_2", "bottleneck", "identity"):
+        torch.manual_seed(0)
+        block = of.BLOCKS[name]
+        block = block._replace(image=(5, *block.image[1:]))
+        case = of.draw(block, torch.float64)
+        upstream = of.upstream_of(case, True)
+        part = slice(2) if rank == 0 else slice(2, None)
+        one = of.evaluate(of.residual_block, case, upstream)
+        two = of.evaluate(synchronised, (case[0][part], *case[1:]), upstream[part])
+        for key, value in two.items():
+            wanted = one[key]
+            if key in ("output", "grad input"):
+                wanted = wanted[part]
+            elif key.startswith("grad"):
+                dist.all_reduce(value)
+            torch.testing.assert_close(value, wanted, msg=lambda m: f"{name} {key}: {m}")
+        print("equal")
+case, leaves, _ = of.copied(case)
+dlkernels.config.kernels = "own"
+output = synchronised(*case, training=True)
+try:
+    torch.autograd.grad(output.sum(), leaves["input"], create_graph=True)
+except NotImplementedError as error:
+    assert "double backward" in str(error)
+    print("refused")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_processes_equal_one_on_the_whole_batch(tmp_path):
+    command = [sys.executable, "-c", SYNC]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "rendezvous")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            output, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+            assert output.split() == ["equal"] * 8 + ["refused"]
+    finally:
+        for process in processes:
+            process.kill()

@@ -42,8 +42,8 @@ ScalarType sums_dtype(const Tensor& x) {
 
 void check_image(const char* argument, const Tensor& x) {
   check_cpu(kOp, argument, x);
-  DLK_CHECK(x.dim() == 4, kOp, ": expected ", argument, " with 4 dimensions, got shape ",
-            shape_string(x.sizes()));
+  DLK_CHECK(x.dim() == 4 && x.numel() > 0, kOp, ": expected ", argument,
+            " with 4 dimensions that is not empty, got shape ", shape_string(x.sizes()));
 }
 
 // Of the size and dtype of `like`.
@@ -102,8 +102,7 @@ T* to_write(const Tensor& x) {
   return data;
 }
 
-// -------------------------------------------------------------------------------------
-// convolutions
+// ------------------------------------------------------------------------------------ convolutions
 
 struct Settings {
   Ints stride, padding, dilation;

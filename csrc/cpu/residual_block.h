@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -347,7 +348,7 @@ struct Folded {
 // -------------------------------------------------------------------------------------- statistics
 
 // Mean and biased variance from Σ (y − about), Σ (y − about)² of `rows` numbers. False where about
-// was too far from the mean for the second to say much.
+// was no number, or too far from the mean for the second to say much.
 template <typename T>
 bool statistics_of(const double* totals, int64_t rows, int64_t channels, const T* about, T* mean,
                    T* var) {
@@ -356,8 +357,9 @@ bool statistics_of(const double* totals, int64_t rows, int64_t channels, const T
   for (int64_t c = 0; c < channels; ++c) {
     const double d = totals[c] / double(rows), square = totals[channels + c] / double(rows);
     mean[c] = T((about ? double(about[c]) : 0) + d);
-    var[c] = T(std::max(0.0, square - d * d));
-    near = near && !(d * d > kFar * (square - d * d));
+    const double variance = square - d * d;
+    var[c] = T(variance < 0 ? 0.0 : variance);
+    near = near && d * d <= kFar * variance && std::isfinite(variance);
   }
   return near;
 }

@@ -120,7 +120,7 @@ def _(weight, stride, dilation, groups):
 
 @torch.library.register_fake("dlkernels::conv2d_prepared")
 def _(input, weight, prepared, bias, stride, padding, dilation, groups, activation, exact, own):
-    size = output_size(input, weight, stride, padding, dilation)
+    size = output_size(input.shape, weight.shape, stride, padding, dilation)
     return empty_image(input, weight, weight.shape[0], size)
 
 
