@@ -167,6 +167,7 @@ REFUSED = {  # id: arguments, what the line must say
     "missing folder": (["--data", "nowhere"], "no folder nowhere"),
     "empty folder": (["--data", "."], "has no train-images-idx3-ubyte"),
     "no CIFAR-10 folder": (["lenet5_cifar", "--data", "."], ". has no labels.txt"),
+    "no image folders yet": (["resnet18_pokemon", "--data", "."], "cannot be read yet: ."),
     "no file for three points": (
         ["linear_regression", "--data", "."],
         "no --data for this network: it has three points of its own",

@@ -35,6 +35,52 @@ def inception(name, channels):
     )
 
 
+def norm(name, channels):
+    """The keys of a batch norm."""
+    keys = layers(**{name: (channels,)})
+    keys |= {f"{name}.running_mean": (channels,), f"{name}.running_var": (channels,)}
+    return keys | {f"{name}.num_batches_tracked": ()}
+
+
+def residual(name, before, after, shortcut, *, bias, projects):
+    """The keys of a residual block."""
+    keys = {}
+    for conv, bn, shape in (
+        ("conv1", "bn1", (after, before, 3, 3)),
+        ("conv2", "bn2", (after, after, 3, 3)),
+        (f"{shortcut}.0", f"{shortcut}.1", (after, before, 1, 1)),
+    ):
+        if conv[:4] == "conv" or projects:
+            keys |= layers(**{f"{name}.{conv}": shape})
+            if not bias:
+                del keys[f"{name}.{conv}.bias"]
+            keys |= norm(f"{name}.{bn}", after)
+    return keys
+
+
+def resnet18_cifar():
+    keys = {"conv1.weight": (64, 3, 3, 3), **norm("bn1", 64)}
+    for i, (before, after) in enumerate(((64, 64), (64, 128), (128, 256), (256, 512)), 1):
+        for at, channels in enumerate((before, after)):
+            keys |= residual(
+                f"block{i}.{at}",
+                channels,
+                after,
+                "shortcut",
+                bias=False,
+                projects=channels != after,
+            )
+    return keys | layers(linear=(10, 512))
+
+
+def four_blocks(channels, outlayer):
+    """The keys of resnet18_light and of resnet18_pokemon."""
+    keys = layers(**{"conv1.0": (channels[0], 3, 3, 3)}) | norm("conv1.1", channels[0])
+    for i, (before, after) in enumerate(zip(channels, channels[1:], strict=False), 1):
+        keys |= residual(f"blk{i}", before, after, "extra", bias=True, projects=before != after)
+    return keys | layers(outlayer=outlayer)
+
+
 # name: parameters, then each key and its shape.
 GOLDEN = {
     "diabetes_logistic": (9, layers(linear=(1, 8))),
@@ -89,6 +135,9 @@ GOLDEN = {
         575_050,
         layers(l1=(512, 784), l2=(256, 512), l3=(128, 256), l4=(64, 128), l5=(10, 64)),
     ),
+    "resnet18_cifar": (11_173_962, resnet18_cifar()),
+    "resnet18_light": (9_553_674, four_blocks((64, 128, 256, 512, 512), (10, 512))),
+    "resnet18_pokemon": (1_234_885, four_blocks((16, 32, 64, 128, 256), (5, 256 * 9))),
 }
 
 # name: data, loss and its arguments, learning rate, momentum, batch, epochs of the documents; None
@@ -106,10 +155,20 @@ RECIPES = {
     "mlp256": ("images", "CrossEntropyLoss", {}, None, None, None, None),
     "mnist_cnn": ("images", "CrossEntropyLoss", {}, 0.01, 0.5, 64, None),
     "mnist_mlp": ("images", "CrossEntropyLoss", {}, 0.01, 0.5, 64, 10),
+    "resnet18_cifar": ("cifar10", "CrossEntropyLoss", {}, 0.1, 0.9, 128, 200),
+    "resnet18_light": ("cifar10", "CrossEntropyLoss", {}, 1e-3, None, 128, 1000),
+    "resnet18_pokemon": ("folders", "CrossEntropyLoss", {}, 1e-3, None, 32, 10),
 }
 
 # name: optimiser, mean and std of its pixels; of the others SGD and MNIST's.
-OTHERS = {"lenet5_cifar": ("Adam", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OTHERS = {
+    "lenet5_cifar": ("Adam", *IMAGENET),
+    "resnet18_cifar": ("SGD", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "resnet18_light": ("Adam", *IMAGENET),
+    "resnet18_pokemon": ("Adam", *IMAGENET),
+}
+RESNETS = [name for name in NETWORKS if name.startswith("resnet")]
 
 network = pytest.mark.parametrize("network", sorted(NETWORKS))
 namespace = pytest.mark.parametrize("nn", [torch.nn, dlkernels.nn], ids=["stock", "ours"])
@@ -118,7 +177,8 @@ namespace = pytest.mark.parametrize("nn", [torch.nn, dlkernels.nn], ids=["stock"
 def input_shape(recipe):
     """Of one example."""
     image = recipe.channels, recipe.image_size, recipe.image_size
-    return {"images": image, "cifar10": image, "diabetes": (8,)}.get(recipe.data, (1,))
+    images = dict.fromkeys(("images", "cifar10", "folders"), image)
+    return {**images, "diabetes": (8,)}.get(recipe.data, (1,))
 
 
 def test_every_network_has_golden_values():
@@ -141,8 +201,8 @@ def test_parameters_and_keys(network, nn):
 def test_outputs_have_one_row_per_example(network, nn, batch):
     cls = NETWORKS[network]
     shape = input_shape(cls.recipe)
-    outputs = 10 if len(shape) == 3 else 1
-    assert cls(nn=nn)(torch.randn(batch, *shape)).shape == (batch, outputs)
+    outputs = cls.recipe.classes if len(shape) == 3 else 1
+    assert cls(nn=nn).eval()(torch.randn(batch, *shape)).shape == (batch, outputs)
 
 
 @namespace
@@ -166,6 +226,65 @@ def test_what_comes_out_of_the_convolutions(nn):
     assert NETWORKS["lenet5_cifar"](nn=nn).conv_unit(torch.randn(2, 3, 32, 32)).shape == (
         2, 32, 5, 5
     )  # fmt: skip
+
+
+@namespace
+@pytest.mark.parametrize(
+    ("network", "sizes"),
+    [
+        ("resnet18_cifar", {"bn1": 32, "block1": 32, "block2": 16, "block3": 8, "block4": 4}),
+        ("resnet18_light", {"conv1": 10, "blk1": 5, "blk2": 3, "blk3": 2, "blk4": 2}),
+        ("resnet18_pokemon", {"conv1": 74, "blk1": 25, "blk2": 9, "blk3": 5, "blk4": 3}),
+    ],
+)
+def test_sizes_along_a_resnet(network, sizes, nn):
+    seen = {}
+    model = NETWORKS[network](nn=nn).eval()
+    for name in sizes:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: seen.update({name: output.shape[2:]})
+        )
+    model(torch.randn(1, *input_shape(model.recipe)))
+    assert seen == {name: (size, size) for name, size in sizes.items()}
+
+
+def test_the_last_block_of_resnet18_light_with_a_strided_shortcut():
+    cls = NETWORKS["resnet18_light"]
+    for nn in (torch.nn, dlkernels.nn):
+        model = cls(nn=nn, strided_shortcut=True).eval()
+        more = set(model.state_dict()) - set(cls(nn=nn).state_dict())
+        blocks = (
+            residual("blk4", 512, 512, "extra", bias=True, projects=projects)
+            for projects in (True, False)
+        )
+        assert more == set.difference(*map(set, blocks))
+        assert model._features(torch.randn(2, 3, 32, 32)).shape == (2, 512, 1, 1)
+
+
+@pytest.mark.parametrize("network", RESNETS)
+def test_resnets_run_on_their_blocks(network, monkeypatch):
+    """In training and in eval every block is one op but the one that broadcasts."""
+    monkeypatch.setattr(config, "kernels", "own")
+    model = NETWORKS[network]()
+    x = torch.randn(2, *input_shape(model.recipe))
+    for mode in (True, False):
+        with config.recording() as choices:
+            model.train(mode)(x)
+        taken = [c.kernel for c in choices if c.op == "residual_block"]
+        blocks = {"resnet18_cifar": 8, "resnet18_light": 3, "resnet18_pokemon": 4}[network]
+        assert taken == [config.owner("cpu")] * blocks
+
+
+def test_the_schedule_of_resnet18_cifar():
+    side, _ = train.twins("resnet18_cifar", 0, torch.device("cpu"))
+    assert side.optimiser.param_groups[0]["weight_decay"] == 5e-4
+    rates = []
+    for _ in range(201):
+        rates.append(side.optimiser.param_groups[0]["lr"])
+        side.optimiser.step()
+        side.schedule.step()
+    assert rates[149] == 0.1 and rates[150] == rates[199] == pytest.approx(0.01)
+    assert rates[200] == pytest.approx(0.001)
 
 
 def test_an_inception_block_is_its_four_branches_in_order():
@@ -241,7 +360,7 @@ def test_what_stands_behind_the_last_layer(network):
     """The documented activation on the outputs: a ReLU on logits is kept."""
     cls = NETWORKS[network]
     model = cls(nn=torch.nn).eval()
-    outputs = model(torch.randn(200, *input_shape(cls.recipe)))
+    outputs = model(torch.randn(20, *input_shape(cls.recipe)))
     if cls.recipe.loss == "BCELoss":
         assert (0 < outputs).all() and (outputs < 1).all()
     elif network == "mlp200":
@@ -272,7 +391,7 @@ def batches(examples, size, steps):
         yield examples.train_inputs[chosen], examples.train_targets[chosen]
 
 
-@network
+@pytest.mark.parametrize("network", sorted(set(NETWORKS) - set(RESNETS)))
 def test_loss_curve_is_as_close_to_float64_as_stock(network, monkeypatch):
     """20 steps of stock, ours and a float64 twin from the same weights, on the same batches.
 
@@ -308,6 +427,34 @@ def test_loss_curve_is_as_close_to_float64_as_stock(network, monkeypatch):
     ulp = highest * torch.finfo(torch.float32).eps
     for ours_error, stock_error in zip(errors("ours"), errors("stock"), strict=True):
         assert ours_error <= 2 * stock_error + ulp
+
+
+@pytest.mark.parametrize("network", RESNETS)
+def test_loss_curve_of_a_resnet_is_stocks(network, monkeypatch):
+    """20 steps of few images, of which the last ones fit: ours leaves the float64 curve by no more
+    than the spread of stock in another layout and order of the batch, which the steps amplify."""
+    monkeypatch.setattr(config, "kernels", "own")
+    recipe = NETWORKS[network].recipe
+    images = torch.randn(8, *input_shape(recipe))
+    targets = torch.arange(8) % recipe.classes
+    stock, ours = train.twins(network, 7, torch.device("cpu"))
+    other, _ = train.twins(network, 7, torch.device("cpu"))
+    exact, _ = train.twins(network, 7, torch.device("cpu"))
+    exact.model.double()
+    turned = images.flip(0).contiguous(memory_format=torch.channels_last)
+    for _ in range(20):
+        train.step(stock, images, targets)
+        train.step(ours, images, targets)
+        train.step(other, turned, targets.flip(0))
+        train.step(exact, images.double(), targets)
+
+    def away(side):
+        pairs = zip(side.losses, exact.losses, strict=True)
+        return max(abs(a - b) for a, b in pairs)
+
+    assert exact.losses[-1] < exact.losses[0]
+    ulp = max(exact.losses) * torch.finfo(torch.float32).eps
+    assert away(ours) <= 4 * max(away(stock), away(other)) + ulp
 
 
 # ------------------------------------------------------------- values of the documents, recomputed
