@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from dlkernels import functional
+from dlkernels.ops.batch_norm import sync_batch_norm
+from dlkernels.ops.common import activation_named
 
 if TYPE_CHECKING:  # what __getattr__ gives, for type checkers and editors
     from torch.nn import *  # noqa: F403
@@ -273,9 +275,153 @@ class LazyConvTranspose2d(torch.nn.LazyConvTranspose2d):
     cls_to_become = ConvTranspose2d
 
 
+class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+    """What the batch norms share: torch's forward, on ``dlkernels.functional.batch_norm``."""
+
+    # Default on the class, as of CrossEntropyLoss.
+    process_group: "torch.distributed.ProcessGroup | str | None" = None
+
+    def __init__(self, *arguments, process_group=None, **keywords) -> None:
+        super().__init__(*arguments, **keywords)
+        if process_group is not None:
+            self.process_group = process_group
+
+    def extra_repr(self) -> str:
+        """Stock's, and a process group."""
+        group = "" if self.process_group is None else f", process_group={self.process_group}"
+        return super().extra_repr() + group
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input, normalised for each channel: of its shape, dtype and memory format."""
+        return _normalise(self, input)
+
+
+def _normalise(
+    module: torch.nn.modules.batchnorm._BatchNorm,
+    input: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """A batch norm's forward as torch's module has it, with what can be fused."""
+    module._check_input_dim(input)
+    momentum = 0.0 if module.momentum is None else module.momentum
+    if module.training and module.track_running_stats and module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        if module.momentum is None:  # a cumulative average
+            momentum = 1.0 / float(module.num_batches_tracked)
+    mean, var = module.running_mean, module.running_var
+    of_batch = module.training or (mean is None and var is None)
+    if module.training and not module.track_running_stats:
+        mean = var = None
+    arguments = input, mean, var, module.weight, module.bias
+    fused = {"residual": residual, "activation": activation}
+    group = getattr(module, "process_group", None)
+    if group is not None and module.training and _is_distributed():
+        group = None if group == "world" else group
+        return sync_batch_norm(*arguments, momentum, module.eps, group, **fused)
+    return functional.batch_norm(*arguments, of_batch, momentum, module.eps, **fused)
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d`` on ``dlkernels.functional.batch_norm``.
+
+    Args (those before ``process_group`` are stock's):
+        process_group: of torch.distributed, or ``"world"`` for the default one: in training the
+            statistics are those of all its processes' batches. ``None``: of this process's alone.
+
+    ``forward(input)``: ``input`` (N, C) or (N, C, L), floating point. Errors are those of the
+    functional form, raised at the call, as stock's are. TorchScript can trace it, not script it.
+    """
+
+
+class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d``, likewise, of (N, C, H, W)."""
+
+
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d``, likewise, of (N, C, D, H, W)."""
+
+
+class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d):
+    """``torch.nn.LazyBatchNorm1d`` that becomes ours, with its first input's channels."""
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(torch.nn.LazyBatchNorm2d):
+    """``torch.nn.LazyBatchNorm2d``, likewise."""
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(torch.nn.LazyBatchNorm3d):
+    """``torch.nn.LazyBatchNorm3d``, likewise."""
+
+    cls_to_become = BatchNorm3d
+
+
+class BatchNormAct2d(BatchNorm2d):
+    """A ``BatchNorm2d``, a residual and an activation as one; its ``state_dict`` is a
+    ``BatchNorm2d``'s.
+
+    Args (those before ``activation`` are those of ``BatchNorm2d``):
+        activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"tanh"``, ``"sigmoid"`` or None.
+
+    ``forward(input, residual=None)``: both (N, C, H, W); the residual is added before the
+    activation.
+    """
+
+    def __init__(self, *arguments, activation: str | None = "relu", **keywords) -> None:
+        super().__init__(*arguments, **keywords)
+        activation_named("BatchNormAct2d", activation)
+        self.activation = activation
+
+    def extra_repr(self) -> str:
+        """That of ``BatchNorm2d``, and the activation."""
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The activation of the normalised input and the residual, of the input's shape."""
+        return _normalise(self, input, residual, self.activation)
+
+
+BATCH_NORMS = {
+    torch.nn.BatchNorm1d: BatchNorm1d,
+    torch.nn.BatchNorm2d: BatchNorm2d,
+    torch.nn.BatchNorm3d: BatchNorm3d,
+}
+
+
+def convert_sync_batchnorm(
+    model: torch.nn.Module,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+) -> torch.nn.Module:
+    """Gives every batch norm of ``model``, ours or torch's, the statistics of all processes of a
+    group; in place, returns ``model``.
+
+    Args:
+        process_group: of torch.distributed; by default the one of all processes, which may be set
+            up later.
+
+    Parameters, buffers and ``state_dict`` keys stay. Of torch's only the exact classes are changed:
+    to ours.
+    """
+    for module in model.modules():
+        if ours := BATCH_NORMS.get(type(module)):
+            module.__class__ = ours
+        if isinstance(module, (_BatchNorm, LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d)):
+            module.process_group = "world" if process_group is None else process_group
+    return model
+
+
 class Sequential(torch.nn.Sequential):
-    """``torch.nn.Sequential`` that runs a convolution, a ``MaxPool2d(2)`` and a ReLU before or
-    behind the pool, or none, as one: ``dlkernels.functional.conv2d_max_pool2d``.
+    """``torch.nn.Sequential`` that runs as one, on a function of ``dlkernels.functional``: a
+    convolution, a ``MaxPool2d(2)`` and a ReLU before or behind the pool, or none
+    (``conv2d_max_pool2d``); a batch norm and a ReLU (``batch_norm``).
 
     A chain in which a module has a hook, is parametrized or is of a subclass runs module by module.
     """
@@ -284,8 +430,10 @@ class Sequential(torch.nn.Sequential):
         """The last module's output."""
         modules, at = list(self), 0
         while at < len(modules):
-            length = _pooled(modules, at)
-            if length and not any(map(is_observed, modules[at : at + length])):
+            length = _fused(modules, at)
+            if length and any(map(is_observed, modules[at : at + length])):
+                length = 0
+            if length and type(modules[at]) in (Conv2d, torch.nn.Conv2d):
                 conv = modules[at]
                 input = functional.conv2d_max_pool2d(
                     input,
@@ -298,19 +446,29 @@ class Sequential(torch.nn.Sequential):
                     activation="relu" if length == 3 else None,
                 )
                 at += length
+            elif length:
+                input = _normalise(modules[at], input, activation="relu")
+                at += length
             else:
                 input = modules[at](input)
                 at += 1
         return input
 
 
-def pooled_chains(module: torch.nn.Module) -> list[list[torch.nn.Module]]:
+def fused_chains(module: torch.nn.Module) -> list[list[torch.nn.Module]]:
     """The chains of a ``torch.nn.Sequential``, or of ours, that ``Sequential`` runs as one."""
     if type(module) not in (torch.nn.Sequential, Sequential):
         return []
     modules = list(module)
-    lengths = (_pooled(modules, at) for at in range(len(modules)))
+    lengths = (_fused(modules, at) for at in range(len(modules)))
     return [modules[at : at + length] for at, length in enumerate(lengths) if length]
+
+
+def _fused(modules: list[torch.nn.Module], at: int) -> int:
+    """How many modules from ``at`` on are one call; 0 if only the first is."""
+    if type(modules[at]) in (*BATCH_NORMS, *BATCH_NORMS.values()):
+        return 2 if [type(module) for module in modules[at + 1 : at + 2]] == [torch.nn.ReLU] else 0
+    return _pooled(modules, at)
 
 
 def _pooled(modules: list[torch.nn.Module], at: int) -> int:
@@ -352,15 +510,23 @@ def is_observed(module: torch.nn.Module) -> bool:
 
 
 _OURS = (
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct2d",
     "Conv2d",
     "ConvTranspose2d",
     "CrossEntropyLoss",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
     "LazyConv2d",
     "LazyConvTranspose2d",
     "LazyLinear",
     "Linear",
     "LinearCrossEntropyLoss",
     "Sequential",
+    "convert_sync_batchnorm",
     "functional",
 )
 __all__ = sorted({*_OURS, *(name for name in dir(torch.nn) if not name.startswith("_"))})

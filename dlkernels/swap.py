@@ -43,13 +43,17 @@ class Twin(NamedTuple):
 
 # One line per class. The first that fits is taken; a class of ours stands in one line only.
 TWINS: list[Twin] = [
+    *(
+        Twin("batch_norm", stock, ours, extras=("process_group",))
+        for stock, ours in nn.BATCH_NORMS.items()
+    ),
     Twin("conv2d", torch.nn.Conv2d, nn.Conv2d, allowed=(4.0, 5.0)),
     Twin("conv2d", torch.nn.ConvTranspose2d, nn.ConvTranspose2d, allowed=(4.0, 5.0)),
     Twin(
         "conv2d_max_pool2d",
         torch.nn.Sequential,
         nn.Sequential,
-        fits=lambda module: bool(nn.pooled_chains(module)),
+        fits=lambda module: bool(nn.fused_chains(module)),
         allowed=(4.0, 5.0),
     ),
     Twin(
@@ -343,7 +347,7 @@ def _fused(modules: Iterable[tuple[str, torch.nn.Module]]) -> dict[torch.nn.Modu
         module: name
         for name, parent in modules
         if type(parent) is nn.Sequential
-        for chain in nn.pooled_chains(parent)
+        for chain in nn.fused_chains(parent)
         if not any(map(nn.is_observed, chain))
         for module in chain
     }

@@ -158,6 +158,8 @@ DLK_PIECE(__m512d, __m128d, _mm512_insertf64x2, _mm512_extractf64x2_pd)
 #undef DLK_PIECE
 inline __m128 _mm512_castps512_ps128(__m512 a) { return _mm512_extractf32x4_ps(a, 0); }
 inline __m128d _mm512_castpd512_pd128(__m512d a) { return _mm512_extractf64x2_pd(a, 0); }
+inline __m256 _mm512_castps512_ps256(__m512 a) { return avx512::half<__m256>(a, 0); }
+#define _mm512_extractf32x8_ps(a, at) avx512::half<__m256>(a, at)
 inline __m512d _mm512_cvtps_pd(__m256 a) {
   return avx512::join<__m512d>(_mm256_cvtps_pd(_mm256_castps256_ps128(a)),
                                _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));

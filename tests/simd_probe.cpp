@@ -81,7 +81,12 @@ using namespace dlkernels;
     transpose_columns<T>(in, out, stride);                                                       \
   }                                                                                              \
   EXPORT void load_double_##T(const T* in, double* out) { store(out, load_double(in)); }         \
-  EXPORT void store_rounded_##T(const double* in, T* out) { store_rounded(out, load(in)); }
+  EXPORT void store_rounded_##T(const double* in, T* out) { store_rounded(out, load(in)); }      \
+  EXPORT void to_doubles_##T(const T* in, double* out) {                                         \
+    Vec<double> parts[sizeof(double) / sizeof(T)];                                               \
+    to_doubles(load(in), parts);                                                                 \
+    for (const auto& part : parts) store(out, part), out += Vec<double>::size;                   \
+  }
 
 // load: the lanes of load(p, n), or of load(p) where n is 0, as they arrive; store likewise.
 #define MEMORY(S)                                                              \

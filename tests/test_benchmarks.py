@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
+    batch_norm,
     conv2d,
     conv2d_max_pool2d,
     cross_entropy,
@@ -417,6 +418,33 @@ def test_the_input_of_linear_is_fresh_for_each_sample(case):
     assert torch.equal(data.x, data.master)
 
 
+# The same of batch_norm.
+
+
+@pytest.mark.parametrize("case", batch_norm.CASES, ids=by_name)
+def test_batch_norm_counts_its_images_and_does_the_work_of_stock(case):
+    case = case._replace(shape=(4, 6, 5, 3), calls=1)
+    for layout in batch_norm.LAYOUTS:
+        data = batch_norm.Data(case, layout, "cpu")
+        results = data.work(batch_norm._stock(case))()
+        images = [*data.images, *(t for t in results if t.dim() == 4)]
+        if case.work != "forward":
+            images.append(data.upstream)  # read once, and the output and the input a second time
+            images += [data.images[0]] + ([results[0]] if case.activation else [])
+            if case.residual and not case.activation:
+                images.pop()
+        assert batch_norm._counted(case)[0] == sum(t.nbytes for t in images)
+        fresh = batch_norm.Data(case, layout, "cpu")
+        ours = fresh.work(batch_norm._ours(case))()
+        assert measure.difference(ours, results) < measure.WRONG
+        for a, b in zip(data.running, fresh.running, strict=True):
+            torch.testing.assert_close(a, b)
+        with torch.no_grad():
+            data.sources[0].zero_()
+        data.prepare()
+        assert torch.equal(data.images[0], data.masters[0])
+
+
 # The same of conv2d, each direction alone.
 
 
@@ -526,7 +554,7 @@ def test_flops_of_a_known_row():
     ("op", "device"),
     [
         (op, device)
-        for op in (conv2d, conv2d_max_pool2d, cross_entropy, linear)
+        for op in (batch_norm, conv2d, conv2d_max_pool2d, cross_entropy, linear)
         for device in ("cpu", "cuda")
     ],
     ids=lambda value: getattr(value, "OP", value),

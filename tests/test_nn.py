@@ -35,6 +35,7 @@ def test_every_public_name_of_torch_nn_is_there():
 def test_names_without_a_kernel_are_torchs_own_objects():
     ours = {"CrossEntropyLoss", "LazyLinear", "Linear", "LinearCrossEntropyLoss", "functional"}
     ours |= {"Conv2d", "ConvTranspose2d", "LazyConv2d", "LazyConvTranspose2d", "Sequential"}
+    ours |= {f"{lazy}BatchNorm{d}d" for lazy in ("", "Lazy") for d in (1, 2, 3)}
     others = [name for name in dir(torch.nn) if name[0] != "_" and name not in ours]
     assert len(others) > 100
     assert [name for name in others if getattr(nn, name) is not getattr(torch.nn, name)] == []
@@ -57,7 +58,7 @@ def test_a_name_that_neither_has_is_an_attribute_error():
 def test_functional_is_ours_completed_by_torchs():
     assert nn.functional is dlkernels.functional
     assert nn.functional.cross_entropy is not torch.nn.functional.cross_entropy
-    for name in ("conv2d", "conv_transpose2d", "linear"):
+    for name in ("batch_norm", "conv2d", "conv_transpose2d", "linear"):
         assert getattr(nn.functional, name) is not getattr(torch.nn.functional, name)
     assert nn.functional.relu is torch.nn.functional.relu
     assert "max_pool2d" in dir(nn.functional)

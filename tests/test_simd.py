@@ -313,6 +313,10 @@ def test_conversion_to_double(probe, kind):
     wide = np.random.standard_normal(size)
     probe.call(f"store_rounded_{kind}", wide, back)
     np.testing.assert_array_equal(back, wide.astype(dtype))
+    narrow = np.random.standard_normal(probe.size(kind)).astype(dtype)
+    wide = np.empty(len(narrow))
+    probe.call(f"to_doubles_{kind}", narrow, wide)
+    np.testing.assert_array_equal(wide, narrow.astype(np.float64))
 
 
 # --- memory -------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""PyTorch's own test data for conv2d, conv_transpose2d, cross_entropy, linear and (from 2.13 on)
-linear_cross_entropy, OpInfo and ModuleInfo, through ours.
+"""PyTorch's own test data for batch_norm, conv2d, conv_transpose2d, cross_entropy, linear and (from
+2.13 on) linear_cross_entropy, OpInfo and ModuleInfo, through ours.
 
 The samples are a few rows of three classes or outputs. One of them says little of an error: stock
 is often exact by luck; the errors of all samples of a dtype, of several draws, are judged together.
@@ -23,6 +23,7 @@ from torch.testing._internal.common_modules import module_db
 
 import dlkernels
 from dlkernels.functional import (
+    batch_norm,
     conv2d,
     conv_transpose2d,
     cross_entropy,
@@ -156,6 +157,74 @@ def upstream_of_convolution(stock):
     )
 
 
+def over_parameters(function):
+    """batch_norm as a function of input, weight and bias. Running statistics of the samples, which
+    vmap cannot update, are read alone."""
+
+    def call(x, weight=None, bias=None, *, running=(None, None), training=False, **settings):
+        training = training or running[0] is None
+        if training:
+            running = (None, None)
+        running = [t if t is None else t.to(x.dtype) for t in running]
+        return function(x, *running, weight, bias, training, **settings)
+
+    return call
+
+
+def samples_over_parameters(info):
+    """Those of batch_norm for ``over_parameters``. One without parameters has no second input, one
+    without dimensions is stock's."""
+    info = copy.copy(info)
+    draw = info.sample_inputs_func
+
+    def drawn(*arguments, **keywords):
+        for sample in draw(*arguments, **keywords):
+            *running, weight, bias = sample.args
+            if weight is not None:
+                sample.args, sample.kwargs["running"] = (weight, bias), tuple(running)
+                yield sample
+
+    info.sample_inputs_func = drawn
+    return info
+
+
+def broken_batch_norm(inputs, arguments):
+    x, weight, bias = inputs
+    channels = x.shape[1] + 1
+    yield "weight size", [x, x.new_ones(channels), bias], arguments
+    yield "bias size", [x, weight, x.new_ones(channels)], arguments
+    yield "weight dtype", [x, weight.to(torch.complex64), bias], arguments
+    yield "momentum", inputs, arguments | {"momentum": None}
+    yield "eps", inputs, arguments | {"eps": -1.0}
+    yield "one value", [x[:1].flatten(1)[:, : x.shape[1]], weight, bias], {"training": True}
+    yield "running size", inputs, {"running": (x.new_ones(channels),) * 2}
+
+
+BATCH_NORM = Op(
+    ours=over_parameters(batch_norm),
+    stock=over_parameters(F.batch_norm),
+    info=samples_over_parameters(
+        info_of(op_db, name="nn.functional.batch_norm", variant_test_name="")
+    ),
+    module_info=info_of(module_db, module_cls=torch.nn.BatchNorm2d),
+    modules=(dlkernels.nn.BatchNorm2d, torch.nn.BatchNorm2d),
+    results=("output", "grad input", "grad weight", "grad bias"),
+    upstream=lambda x, *parameters, **arguments: torch.randn(x.shape, dtype=torch.float64),
+    least=9,
+    strided=3,
+    broken=broken_batch_norm,
+    faults=7,
+    alone=(0, 1),
+    compiled=2,
+    module_settings=("training", "running", "eps"),
+)
+BATCH_NORM1D, BATCH_NORM3D = (
+    BATCH_NORM._replace(module_info=info_of(module_db, module_cls=stock), modules=(ours, stock))
+    for ours, stock in (
+        (dlkernels.nn.BatchNorm1d, torch.nn.BatchNorm1d),
+        (dlkernels.nn.BatchNorm3d, torch.nn.BatchNorm3d),
+    )
+)
 CONVOLUTION = {
     "results": ("output", "grad input", "grad weight", "grad bias"),
     "broken": broken_conv2d,
@@ -222,6 +291,7 @@ LINEAR = Op(
     compiled=3,
 )
 OPS = {
+    "batch_norm": BATCH_NORM,
     "conv2d": CONV2D,
     "conv_transpose2d": CONV_TRANSPOSE2D,
     "cross_entropy": CROSS_ENTROPY,
@@ -401,7 +471,9 @@ def test_linear_of_complex_and_integers_is_stocks(dtype):
 def test_refusals(op, dtype, own):
     """Good samples, broken in one place, are refused with the type and the words of stock; so are
     the error inputs of the OpInfos, where there are any."""
-    assert (op.info.error_inputs_func is None) == (op in (CONV_TRANSPOSE2D, CROSS_ENTROPY, LINEAR))
+    assert (op.info.error_inputs_func is None) == (
+        op in (BATCH_NORM, CONV_TRANSPOSE2D, CROSS_ENTROPY, LINEAR)
+    )
     errors = op.info.error_inputs("cpu") if op.info.error_inputs_func else ()
     for error in errors:
         sample = error.sample_input
@@ -498,7 +570,7 @@ def test_forward_mode(op, dtype, own):
                     for f in (op.ours, op.stock)
                 )
             assert torch.equal(ours_dual, stock_dual)
-            if op is not LINEAR_CROSS_ENTROPY:
+            if op not in (BATCH_NORM, OPS.get("linear_cross_entropy")):
                 assert torch.equal(ours_dual, stock)
             if dtype == torch.float64:
                 leaf = x.clone().requires_grad_()
@@ -572,12 +644,16 @@ def linear_loss_modules(dtype, requires_grad=True, training=True):
 
 
 MODULE_CASES = {
-    conv2d: modules_of(CONV2D, 4),
-    conv_transpose2d: modules_of(CONV_TRANSPOSE2D, 2),
-    cross_entropy: module_cases,
-    linear: modules_of(LINEAR, 3),
-    linear_cross_entropy: linear_loss_modules,
+    torch.nn.BatchNorm1d: modules_of(BATCH_NORM1D, 6),
+    torch.nn.BatchNorm2d: modules_of(BATCH_NORM, 6),
+    torch.nn.BatchNorm3d: modules_of(BATCH_NORM3D, 6),
+    torch.nn.Conv2d: modules_of(CONV2D, 4),
+    torch.nn.ConvTranspose2d: modules_of(CONV_TRANSPOSE2D, 2),
+    torch.nn.CrossEntropyLoss: module_cases,
+    torch.nn.Linear: modules_of(LINEAR, 3),
 }
+if "linear_cross_entropy" in OPS:
+    MODULE_CASES[torch.nn.LinearCrossEntropyLoss] = linear_loss_modules
 
 
 def settings_of(module):
@@ -627,6 +703,14 @@ def test_modules_gradcheck(own):
         assert gradgradcheck(lambda x: ours(x, target), x), desc  # noqa: B023
 
 
+def setting_of(module, name):
+    if name == "running":  # copies: a call in training moves them
+        return tuple(
+            t if t is None else t.clone() for t in (module.running_mean, module.running_var)
+        )
+    return getattr(module, name)
+
+
 def with_own_parameters(module):
     """A module as a function of its parameters too, which float64 is given instead; its settings it
     holds itself."""
@@ -635,7 +719,15 @@ def with_own_parameters(module):
     )
 
 
-LAYERS = {"conv2d": CONV2D, "conv_transpose2d": CONV_TRANSPOSE2D, "linear": LINEAR}
+LAYERS = {
+    "batch_norm1d": BATCH_NORM1D,
+    "batch_norm2d": BATCH_NORM,
+    "batch_norm3d": BATCH_NORM3D,
+    "conv2d": CONV2D,
+    "conv_transpose2d": CONV_TRANSPOSE2D,
+    "linear": LINEAR,
+}
+BATCH_NORMS = (BATCH_NORM, BATCH_NORM1D, BATCH_NORM3D)
 LAYERS_AND_DTYPES = {
     f"{name}-{dtype}": (op, dtype) for name, op in LAYERS.items() for dtype in op.module_dtypes()
 }
@@ -647,25 +739,27 @@ def test_layers(layout, op, dtype, own, poisoned):
     """Forward and gradients, training and evaluating, of every case and layout."""
     pool = Pool(op)
     for _, training in itertools.product(range(8), (True, False)):
-        for desc, ours, stock, x, reference in MODULE_CASES[op.ours](dtype, training=training):
+        for desc, ours, stock, x, reference in MODULE_CASES[op.modules[1]](
+            dtype, training=training
+        ):
             ours.train(training), stock.train(training)
             assert repr(ours) == repr(stock) and ours.training == stock.training
             x = LAYOUTS[layout](x)
             parameters = [*ours.parameters()]
             functions = [with_own_parameters(module) for module in (ours, stock)]
-            settings = {name: getattr(ours, name) for name in op.module_settings}
+            settings = {name: setting_of(ours, name) for name in op.module_settings}
             pool.add(x, *parameters, ours=functions[0], stock=functions[1], **settings)
             if dtype == torch.float64 and reference is not None:
                 torch.testing.assert_close(ours(x), reference(ours, x), msg=desc)
     pool.check()
     info = op.module_info
-    assert not info.train_and_eval_differ
-    assert info.module_memformat_affects_out == (op is not LINEAR)
+    assert info.train_and_eval_differ == (op in BATCH_NORMS)
+    assert info.module_memformat_affects_out == (op not in (*BATCH_NORMS, LINEAR))
 
 
 @pytest.mark.parametrize("op", LAYERS.values(), ids=LAYERS)
 def test_layers_gradcheck(op, own):
-    for desc, ours, _, x, _ in MODULE_CASES[op.ours](torch.float64):
+    for desc, ours, _, x, _ in MODULE_CASES[op.modules[1]](torch.float64):
         inputs = (x, *ours.parameters())
         assert gradcheck(with_own_parameters(ours), inputs, fast_mode=op is not LINEAR), desc
         assert gradgradcheck(with_own_parameters(ours), inputs, fast_mode=op is not LINEAR), desc
@@ -678,7 +772,7 @@ def with_own_weight(module):
     )
 
 
-@pytest.mark.skipif(len(OPS) == 4, reason="torch below 2.13")
+@pytest.mark.skipif("linear_cross_entropy" not in OPS, reason="torch below 2.13")
 @pytest.mark.parametrize("dtype", CROSS_ENTROPY.module_dtypes(), ids=str)
 def test_linear_cross_entropy_modules(dtype, own, poisoned):
     """Forward and gradients of every case."""
@@ -701,7 +795,7 @@ def same(a, b, desc):
 @by_module_dtype
 def test_modules_are_saved_and_copied(op, dtype, own):
     """state_dict there and back, pickle and deepcopy: the same bits from every case."""
-    cases = MODULE_CASES[op.ours](dtype)
+    cases = MODULE_CASES[op.modules[1]](dtype)
     for desc, ours, stock, *inputs in cases:
         inputs = [x for x in inputs if torch.is_tensor(x)]
         assert list(ours.state_dict()) == list(stock.state_dict()), desc
@@ -722,11 +816,11 @@ def test_modules_are_saved_and_copied(op, dtype, own):
 @by_module_dtype
 def test_module_errors(op, dtype, own):
     info = op.module_info
-    if op in LAYERS.values():
+    if op in LAYERS.values() and op not in BATCH_NORMS:
         assert info.module_error_inputs_func is None  # with its first ones, this test asks for them
         return
     cases = info.module_error_inputs_func(info, "cpu", dtype, requires_grad=True, training=True)
-    assert len(cases) >= 5
+    assert len(cases) >= (2 if op in BATCH_NORMS else 5)
     for case in cases:
         error = case.module_error_input
         made, called = error.constructor_input, error.forward_input

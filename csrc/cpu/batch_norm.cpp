@@ -199,21 +199,33 @@ double rstd_of(double variance, double eps) { return 1 / std::sqrt(variance + ep
 
 // y = f((x − mean)·scale + shift + residual), of constants in this order.
 template <typename S, typename Act>
-auto normalise(Act act, const S* x, const S* residual, S* y) {
+struct Normalise {
   using V = Vec<accumulate_t<S>>;
-  return [=](int64_t at, int64_t lanes, const V(&p)[3]) {
+  Act act;
+  const S *x, *residual;
+  S* y;
+
+  void operator()(int64_t at, int64_t lanes, const V (&p)[3]) const {
     V value = fma(load(x + at, lanes) - p[0], p[1], p[2]);
     if (residual) value = value + load(residual + at, lanes);
     store(y + at, activate(act, value), lanes);
-  };
-}
+  }
+  void prefetch(int64_t at) const {
+    __builtin_prefetch(x + at, 0, 2);
+    if (residual) __builtin_prefetch(residual + at, 0, 2);
+  }
+};
 
 // dx = a·g + b·(x − mean) + c, without an x a·g, of constants mean, a, b and c; and g itself. Where
 // y is null the gradient is g already.
 template <typename S, typename Act>
-auto differentiate(Act act, const S* dy, const S* x, const S* y, S* dx, S* g_to) {
+struct Differentiate {
   using V = Vec<accumulate_t<S>>;
-  return [=](int64_t at, int64_t lanes, const V(&p)[4]) {
+  Act act;
+  const S *dy, *x, *y;
+  S *dx, *g_to;
+
+  void operator()(int64_t at, int64_t lanes, const V (&p)[4]) const {
     V g = load(dy + at, lanes);
     if constexpr (!batch_norm::is_none<Act>)
       if (y) g = through(act, g, load(y + at, lanes));
@@ -222,8 +234,13 @@ auto differentiate(Act act, const S* dy, const S* x, const S* y, S* dx, S* g_to)
     V value = p[1] * g;
     if (x) value = value + fma(p[2], load(x + at, lanes) - p[0], p[3]);
     store(dx + at, value, lanes);
-  };
-}
+  }
+  void prefetch(int64_t at) const {
+    __builtin_prefetch(dy + at, 0, 2);
+    if (x) __builtin_prefetch(x + at, 0, 2);
+    if (y) __builtin_prefetch(y + at, 0, 2);
+  }
+};
 
 // Whether g may be read again from where it was written, rounded.
 template <typename S>
@@ -285,8 +302,9 @@ Training train(const Tensor& input, const Optional& weight, const Optional& bias
       constants[2][c] = T(double(given[1][c]) + (double(T(m.mean)) - m.mean) * scale);
     };
     batch_norm::for_activation(act, [&](auto act) {
-      walk.template run_moments<3>(x, moments.data(), then, constants.all(),
-                                   normalise<S>(act, x, data<S>(added), written<S>(made.output)));
+      walk.template run_moments<3>(
+          x, moments.data(), then, constants.all(),
+          Normalise<S, decltype(act)>{act, x, data<S>(added), written<S>(made.output)});
     });
   });
   std::vector<double> means(channels), variances(channels);
@@ -346,7 +364,8 @@ Tensor batch_norm_apply(Tensor input, Optional weight, Optional bias, Optional r
       constants[1][c] = T(rstd_of(double(constants[1][c]), eps) * double(weights[c]));
     batch_norm::for_activation(act, [&](auto act) {
       walk.template for_all<3>(
-          constants.all(), normalise<S>(act, data<S>(laid), data<S>(added), written<S>(output)));
+          constants.all(),
+          Normalise<S, decltype(act)>{act, data<S>(laid), data<S>(added), written<S>(output)});
     });
   });
   return output;
@@ -401,8 +420,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
       constants[3][c] = T(-a * (total[c].g / double(n)));
     };
     batch_norm::for_activation(act, [&](auto act) {
-      const auto body = differentiate<S>(act, keeps ? g_to : dy, training ? x : nullptr,
-                                         keeps ? nullptr : y, dx, keeps ? nullptr : g_to);
+      const auto body = Differentiate<S, decltype(act)>{
+          act, keeps ? g_to : dy,     training ? x : nullptr, keeps ? nullptr : y,
+          dx,  keeps ? nullptr : g_to};
       S* const first = keeps ? g_to : nullptr;
       const bool again = dx || (g_to && !keeps);
       if (sums && again) {
@@ -488,9 +508,10 @@ std::tuple<Tensor, Tensor> batch_norm_gradient(Tensor grad_output, Tensor input,
       constants[3][c] = T(-a * double(constants[3][c]));
     }
     batch_norm::for_activation(act, [&](auto act) {
-      walk.template for_all<4>(constants.all(),
-                               differentiate<S>(act, data<S>(grad), data<S>(laid), data<S>(outputs),
-                                                written<S>(grad_input), written<S>(grad_residual)));
+      walk.template for_all<4>(
+          constants.all(),
+          Differentiate<S, decltype(act)>{act, data<S>(grad), data<S>(laid), data<S>(outputs),
+                                          written<S>(grad_input), written<S>(grad_residual)});
     });
   });
   return {grad_input, grad_residual};

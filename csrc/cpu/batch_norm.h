@@ -4,7 +4,8 @@
 // Sums are cut into blocks whose size the shape alone sets: in float within a block (double for
 // double), in double over blocks, in order. A block's values are read once: their deviations are
 // taken from a copy in L1, about the block's own mean; blocks go together by Chan's formula. The
-// statistics of double are torch's to the bit: one sum in order, and one of the squares.
+// statistics of double are those of torch on one thread to the bit: one sum in order, and one of
+// the squares.
 //
 // A second pass starts where the first one ended, at what the caches still hold.
 #pragma once
@@ -97,7 +98,8 @@ void for_activation(Activation activation, const Function& f) {
   }
 }
 
-// What is done to each vector: body(offset, lanes, parameters), the parameters of its channels.
+// What is done to each vector: body(offset, lanes, parameters), the parameters of its channels; and
+// body.prefetch(offset), of what it will read.
 // The arrays of parameters are as long as there are channels.
 template <typename T, int count>
 using Parameters = std::array<const T*, count>;
@@ -234,16 +236,19 @@ struct Planes {
         piece, [&](int64_t block) { return sums_of_block(act, dy, x, y, g_to, mean, c, block); });
   }
 
-  // Elements [begin, end) of a plane.
+  // Elements [begin, end) of a plane; `next` is the offset of what comes then.
   template <int count, typename Body>
-  void for_plane(int64_t n, int64_t c, int64_t begin, int64_t end,
+  void for_plane(int64_t n, int64_t c, int64_t begin, int64_t end, int64_t next,
                  const Parameters<T, count>& parameters, const Body& body) const {
     V p[count];
     for (int k = 0; k < count; ++k) p[k] = V(parameters[k][c]);
     const int64_t offset = at(n, c);
     int64_t i = begin;
     for (; i + kUnroll * V::size <= end; i += kUnroll * V::size)
-      for (int64_t u = 0; u < kUnroll; ++u) body(offset + i + u * V::size, V::size, p);
+      for (int64_t u = 0; u < kUnroll; ++u) {
+        body(offset + i + u * V::size, V::size, p);
+        body.prefetch(next + i - begin + u * V::size);
+      }
     for (; i < end; i += V::size) body(offset + i, std::min(V::size, end - i), p);
   }
 
@@ -286,7 +291,7 @@ struct Planes {
         for (int64_t piece = 1; piece < pieces(); ++piece) total[c].add(of(c, piece));
         then(c);
         for (int64_t n = shape.outer; n-- > 0;)
-          for_plane<count>(n, c, 0, shape.inner, parameters, body);
+          for_plane<count>(n, c, 0, shape.inner, at(n > 0 ? n - 1 : 0, c), parameters, body);
       }
     });
   }
@@ -300,8 +305,10 @@ struct Planes {
     torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
       for (int64_t tile = end; tile-- > begin;) {
         const int64_t plane = tile / cut, i = tile % cut * kPiece;
+        const int64_t next = std::max<int64_t>(0, tile - 1);
         for_plane<count>(plane / shape.channels, plane % shape.channels, i,
-                         std::min(shape.inner, i + kPiece), parameters, body);
+                         std::min(shape.inner, i + kPiece),
+                         next / cut * shape.inner + next % cut * kPiece, parameters, body);
       }
     });
   }
@@ -597,8 +604,10 @@ struct Rows {
 
   template <int count, typename Body>
   void for_all(const Parameters<T, count>& parameters, const Body& body) const {
-    constexpr int64_t kRows = 16;  // for which parameters stay in registers
+    // Rows for which parameters stay in registers, and elements that are passed over upwards.
+    constexpr int64_t kRows = 16, kRun = 1 << 14;
     const Aligned<T> memory(count * pitch);
+    const int64_t run = std::max(kRows, kRun / width / kRows * kRows);
     Parameters<T, count> spread_out;
     for (int k = 0; k < count; ++k) {
       spread(parameters[k], memory.get() + k * pitch);
@@ -607,16 +616,18 @@ struct Rows {
     torch::stable::parallel_for(0, pieces, grain(), [&](int64_t begin, int64_t end) {
       for (int64_t at = end; at-- > begin;) {
         const Piece p = piece(at);
-        for (int64_t r1 = p.end; r1 > p.begin; r1 -= kRows) {
-          const int64_t r0 = std::max(p.begin, r1 - kRows);
-          for_strips(p.width, [&](int64_t j, int64_t lanes, auto vectors) {
-            V q[vectors][count];
-            for (int64_t v = 0; v < vectors; ++v)
-              for (int k = 0; k < count; ++k) q[v][k] = load(spread_out[k] + j + v * V::size);
-            for (int64_t r = r0; r < std::min(r1, p.end); ++r)
-              for (int64_t v = 0; v < vectors; ++v) body(r * width + j + v * V::size, lanes, q[v]);
-          });
-        }
+        for (int64_t end_of_run = p.end; end_of_run > p.begin; end_of_run -= run)
+          for (int64_t r0 = std::max(p.begin, end_of_run - run); r0 < end_of_run; r0 += kRows) {
+            const int64_t r1 = std::min(end_of_run, r0 + kRows);
+            for_strips(p.width, [&](int64_t j, int64_t lanes, auto vectors) {
+              V q[vectors][count];
+              for (int64_t v = 0; v < vectors; ++v)
+                for (int k = 0; k < count; ++k) q[v][k] = load(spread_out[k] + j + v * V::size);
+              for (int64_t r = r0; r < r1; ++r)
+                for (int64_t v = 0; v < vectors; ++v)
+                  body(r * width + j + v * V::size, lanes, q[v]);
+            });
+          }
       }
     });
   }
@@ -637,25 +648,20 @@ struct Rows {
     for_all<count>(parameters, body);
   }
 
-  // As that of planes: the same bits.
+  // As torch's of this layout: one row after another, squares and all.
   void moments_in_order(const S* x, Moments* total) const {
-    constexpr int64_t kRun = 64;
     const int64_t n = shape.values(), channels = shape.channels;
     const int64_t strips = (channels + V::size - 1) / V::size;
     const int64_t grain = std::max<int64_t>(1, kPiece / 2 / V::size / n);
     torch::stable::parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin * V::size; c < std::min(channels, end * V::size); c += V::size) {
         const int64_t lanes = std::min(V::size, channels - c);
-        V sum(T(0)), squares(T(0)), square[kRun];
+        V sum(T(0)), squares(T(0));
         for (int64_t r = 0; r < n; ++r) sum = sum + load(x + r * channels + c, lanes);
         const V mean = sum / V(T(n));
-        for (int64_t r0 = 0; r0 < n; r0 += kRun) {
-          const int64_t count = std::min(kRun, n - r0);
-          for (int64_t r = 0; r < count; ++r) {
-            const V d = load(x + (r0 + r) * channels + c, lanes) - mean;
-            square[r] = d * d;
-          }
-          for (int64_t r = 0; r < count; ++r) squares = squares + square[r];
+        for (int64_t r = 0; r < n; ++r) {
+          const V d = load(x + r * channels + c, lanes) - mean;
+          squares = fma(d, d, squares);
         }
         T m[V::size], s[V::size];
         store(m, mean), store(s, squares);

@@ -190,7 +190,11 @@ def _backward(ctx, grad_output):
         return None, None, None, None
     input, weight, output, mean, spread = ctx.saved_tensors
     training, eps, activation, own = ctx.settings
-    wanted = ctx.needs_input_grad[:4]
+    *wanted, of_residual = ctx.needs_input_grad[:4]
+    if activation == "none" and not any(wanted):
+        return None, None, None, grad_output
+    # Without an activation the gradient of the residual is that of the output, as it is.
+    wanted.append(of_residual and activation != "none")
     if input is None:
         shape, stride, dtype = ctx.of_input
         input = grad_output.new_empty_strided(shape, stride, dtype=dtype)
@@ -198,19 +202,18 @@ def _backward(ctx, grad_output):
     rstd = spread if eps is None else torch.rsqrt(spread.to(computed) + eps)
     mean = mean.to(computed)
     if torch.is_grad_enabled() or is_batched(grad_output):
-        gradients = _gradients(
-            before_activation(grad_output, output, activation),
-            input, weight, mean, rstd, training, ctx.eps, wanted,
-        )  # fmt: skip
+        g = before_activation(grad_output, output, activation)
+        gradients = _gradients(g, input, weight, mean, rstd, training, ctx.eps, wanted)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             gradients = _ops.batch_norm_backward(
                 grad_output, input, weight, output, mean, rstd, training, activation, own, *wanted
             )
-    return tuple(
+    *gradients, of_r = (
         g.to(dtype) if want else None
         for g, dtype, want in zip(gradients, ctx.dtypes, wanted, strict=True)
     )
+    return *gradients, grad_output if of_residual and activation == "none" else of_r
 
 
 def _gradients(g, input, weight, mean, rstd, training, eps, wanted):
@@ -367,8 +370,6 @@ def _refusal(input, running_mean, running_var, weight, bias, training, momentum,
             f"residual of {residual.dtype} and shape {tuple(residual.shape)} for input of {dtype}"
             f" and shape {tuple(shape)}"
         )
-    if training and input.numel() == shape[1]:
-        return f"input of shape {tuple(shape)}: one value per channel"
     return None
 
 
@@ -379,7 +380,7 @@ def _is_small(input):
     return isinstance(input, Tensor) and input.is_cpu and input.numel() < _SMALL
 
 
-def _choose(torchs, stocks, *arguments):
+def _choose(torchs, stocks, arguments):
     """(kernel, reason). "reference" is the definition in torch ops, for what stock lacks."""
     if transform := active_transform():
         return torchs, transform
@@ -387,6 +388,9 @@ def _choose(torchs, stocks, *arguments):
     if kernels == "stock":
         return torchs, "dlkernels.config.kernels is 'stock'"
     refusal = _refusal(*arguments)
+    input, training = arguments[0], arguments[5]
+    if refusal is None and training and input.numel() == input.shape[1]:
+        refusal = f"input of shape {tuple(input.shape)}: one value per channel"
     if refusal is not None:
         if kernels == "own":
             stocks()  # bad input is torch's to refuse
@@ -394,7 +398,7 @@ def _choose(torchs, stocks, *arguments):
         return torchs, refusal
     if torch.compiler.is_compiling():
         return "own", "covered"
-    return config.owner(arguments[0].device.type), "covered"
+    return config.owner(input.device.type), "covered"
 
 
 # ------------------------------------------------------------------------------------------- public
@@ -490,20 +494,18 @@ def batch_norm(
     activation = activation_named(_OP, activation)
     torchs = "stock" if activation == "none" and residual is None else "reference"
 
+    stock_arguments = (
+        input, running_mean, running_var, weight, bias, training, momentum, eps
+    )  # fmt: skip
+
     def stocks():
-        return batch_norm_reference(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, residual,
-            activation,
-        )  # fmt: skip
+        return batch_norm_reference(*stock_arguments, residual, activation)
 
     if _is_small(input):
         if config.is_recording():
             config.record(_OP, torchs, "too small for our call overhead")
         return stocks()
-    kernel, reason = _choose(
-        torchs, stocks, input, running_mean, running_var, weight, bias, training, momentum, eps,
-        residual,
-    )  # fmt: skip
+    kernel, reason = _choose(torchs, stocks, (*stock_arguments, residual))
     config.record(_OP, kernel, reason)
     if kernel == torchs:
         return stocks()
@@ -511,3 +513,144 @@ def batch_norm(
     if training:
         return _train(input, running_mean, running_var, weight, bias, float(momentum), *settings)
     return _evaluate(input, running_mean, running_var, weight, bias, *settings)
+
+
+# ------------------------------------------------------------------------- statistics of processes
+
+
+def statistics_reference(input):
+    """batch_norm_statistics in torch ops."""
+    x, dimensions = input.detach().to(_computed(input)), _dimensions(input)
+    if x.numel() == 0:
+        return _of_channels(input).zero_(), _of_channels(input).zero_()
+    mean = x.mean(dimensions)
+    return mean, (x - _along_channels(mean, x)).square().mean(dimensions)
+
+
+def reduce_reference(grad_output, input, output, mean, rstd, activation):
+    """batch_norm_reduce in torch ops."""
+    x = input.to(_computed(input))
+    g = before_activation(grad_output, output, activation).to(x.dtype)
+    normal = (x - _along_channels(mean, x)) * _along_channels(rstd, x)
+    return g.sum(_dimensions(x)), (g * normal).sum(_dimensions(x))
+
+
+def gradient_reference(
+    grad_output, input, weight, output, mean, rstd, mean_g, mean_g_xhat, activation
+):
+    """batch_norm_gradient in torch ops."""
+    x = input.to(_computed(input))
+    g = before_activation(grad_output, output, activation)
+    normal = (x - _along_channels(mean, x)) * _along_channels(rstd, x)
+    of_x = g.to(x.dtype) - _along_channels(mean_g, x) - normal * _along_channels(mean_g_xhat, x)
+    of_x = of_x * _along_channels(rstd if weight is None else rstd * weight, x)
+    return of_x.to(input.dtype), g
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    """In training, over all processes of a group. ``own`` None: in torch ops."""
+
+    @staticmethod
+    def forward(
+        ctx, input, weight, bias, residual, running_mean, running_var, momentum, eps, activation,
+        own, group,
+    ):  # fmt: skip
+        all_reduce = torch.distributed.all_reduce
+        if own is None:
+            mean, var = statistics_reference(input)
+        else:
+            mean, var = _ops.batch_norm_statistics(input, own)
+        # Two sums, since one of squares would cancel: of the values, then of their deviations.
+        values = input.numel() // max(1, input.shape[1])
+        local = torch.cat([mean.double() * values, mean.new_full((1,), values).double()])
+        all_reduce(local, group=group)
+        count = local[-1].clamp(min=1)
+        mean_of_all = local[:-1] / count
+        squares = values * (var.double() + (mean.double() - mean_of_all).square())
+        all_reduce(squares, group=group)
+        if running_mean is not None:
+            momentum = momentum * (local[-1] > 0).double()
+            _update(running_mean, mean_of_all, momentum)
+            _update(running_var, squares / (count - 1), momentum)
+        mean, var = mean_of_all.to(mean.dtype), (squares / count).to(mean.dtype)
+        if own is None:
+            output = batch_norm_reference(
+                input, mean.to(input.dtype), var.to(input.dtype), _in(weight, input),
+                _in(bias, input), False, 0.0, eps, residual, activation,
+            )  # fmt: skip
+        else:
+            output = _ops.batch_norm_apply(
+                input, weight, bias, residual, mean, var, eps, activation, own
+            )
+        ctx.set_materialize_grads(False)
+        ctx.settings = eps, activation, own, group
+        ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
+        y = output if activation != "none" else None
+        ctx.save_for_backward(input, weight, y, mean, var, count)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        eps, activation, own, group = ctx.settings
+        input, weight, output, mean, var, count = ctx.saved_tensors
+        of_input, of_weight, of_bias, of_residual = ctx.needs_input_grad[:4]
+        if grad_output is None:  # the others wait for our part of the sums
+            grad_output = torch.zeros_like(input)
+        rstd = torch.rsqrt(var + eps)
+        arguments = grad_output, input
+        if own is None:
+            sums = reduce_reference(*arguments, output, mean, rstd, activation)
+        else:
+            sums = _ops.batch_norm_reduce(*arguments, output, mean, rstd, activation, own)
+        of_x = of_r = None
+        if of_input:
+            means = torch.cat(sums).double()
+            torch.distributed.all_reduce(means, group=group)
+            means = (means / count).to(mean.dtype).view(2, -1)
+            if own is None:
+                of_x, of_r = gradient_reference(
+                    *arguments, weight, output, mean, rstd, *means, activation
+                )
+            else:
+                of_x, of_r = _ops.batch_norm_gradient(
+                    *arguments, weight, output, mean, rstd, *means, activation, own, of_residual
+                )
+        elif of_residual:
+            of_r = before_activation(grad_output, output, activation)
+        sum_g, sum_g_normal = sums
+        return (
+            of_x,
+            sum_g_normal.to(ctx.dtypes[0]) if of_weight else None,
+            sum_g.to(ctx.dtypes[1]) if of_bias else None,
+            of_r if of_residual else None,
+            *(None,) * 7,
+        )
+
+
+def _in(tensor, input):
+    return None if tensor is None else tensor.to(input.dtype)
+
+
+def sync_batch_norm(
+    input, running_mean, running_var, weight, bias, momentum, eps, group, *, residual, activation
+):
+    """``batch_norm`` in training, with the statistics of all processes of a group. Each has a batch
+    of its own size, of none too; all of them call this, and its backward. No double backward."""
+    arguments = input, running_mean, running_var, weight, bias, True, momentum, eps
+    if torch.distributed.get_world_size(group) == 1:
+        return batch_norm(*arguments, residual=residual, activation=activation)
+    activation = activation_named(_OP, activation)
+    own, reason = None, active_transform()
+    if config.forced() == "stock":
+        reason = "dlkernels.config.kernels is 'stock'"
+    if reason is None and (reason := _refusal(*arguments, residual)) is None:
+        own = config.forced() == "own"
+    if own is None and config.forced() == "own":
+        raise NotImplementedError(f"batch_norm: no kernel of ours: {reason}")
+    kernel = "reference" if own is None else config.owner(input.device.type)
+    config.record(_OP, kernel, reason or "covered")
+    return _SyncBatchNorm.apply(
+        input, weight, bias, residual, running_mean, running_var, momentum, float(eps), activation,
+        own, group,
+    )  # fmt: skip
