@@ -428,6 +428,8 @@ struct Rows {
     return {at * height, std::min(rows, (at + 1) * height), width};
   }
   int64_t grain() const { return std::max<int64_t>(1, kPiece / 2 / (height * width)); }
+  // Whether a strip of several rows is no run of memory, which the processor would see coming.
+  bool is_strided() const { return width > kStrip; }
 
   // body(j, lanes, vectors) for the strips of a row; `vectors` is known to the compiler.
   template <typename Body>
@@ -469,7 +471,9 @@ struct Rows {
         for (int64_t v = 0; v < vectors; ++v) mean[v] = one[v] = two[v] = zero;
         for (int64_t r = 0; r < count; ++r)
           for (int64_t v = 0; v < vectors; ++v) {
-            const V value = load(x + (r0 + r) * width + j + v * V::size, lanes);
+            const S* const at = x + (r0 + r) * width + j + v * V::size;
+            const V value = load(at, lanes);
+            if (is_strided()) __builtin_prefetch(at + kHeight * width, 0, 2);
             store(values + (r * vectors + v) * V::size, value);
             mean[v] = mean[v] + value;
           }
@@ -521,6 +525,11 @@ struct Rows {
             if (g_to) store(g_to + at, g, lanes);
             sum[v] = sum[v] + g;
             dot[v] = fma(g, load(x + at, lanes) - mu[v], dot[v]);
+            if (!is_strided()) continue;
+            const int64_t ahead = at + kRows * width;
+            __builtin_prefetch(dy + ahead, 0, 2);
+            __builtin_prefetch(x + ahead, 0, 2);
+            if constexpr (!is_none<Act>) __builtin_prefetch(y + ahead, 0, 2);
           }
         for (int64_t v = 0; v < vectors; ++v) {
           add(to.first + j + v * V::size, sum[v]);
@@ -624,8 +633,10 @@ struct Rows {
               for (int64_t v = 0; v < vectors; ++v)
                 for (int k = 0; k < count; ++k) q[v][k] = load(spread_out[k] + j + v * V::size);
               for (int64_t r = r0; r < r1; ++r)
-                for (int64_t v = 0; v < vectors; ++v)
+                for (int64_t v = 0; v < vectors; ++v) {
                   body(r * width + j + v * V::size, lanes, q[v]);
+                  if (is_strided()) body.prefetch((r + kRows) * width + j + v * V::size);
+                }
             });
           }
       }
