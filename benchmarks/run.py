@@ -24,7 +24,14 @@ import torch
 from benchmarks import machine, measure, records
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ("conv2d", "conv2d_max_pool2d", "cross_entropy", "linear", "linear_cross_entropy")
+OPS = (
+    "conv2d",
+    "conv2d_max_pool2d",
+    "cross_entropy",
+    "linear",
+    "linear_cross_entropy",
+    "residual_block",
+)
 COLUMNS = {  # heading: field, format, factor
     "median ms": ("median_ms", ".4g", 1),
     "min": ("min_ms", ".4g", 1),
