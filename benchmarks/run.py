@@ -31,6 +31,7 @@ OPS = (
     "cross_entropy",
     "linear",
     "linear_cross_entropy",
+    "residual_block",
 )
 COLUMNS = {  # heading: field, format, factor
     "median ms": ("median_ms", ".4g", 1),

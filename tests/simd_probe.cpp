@@ -13,6 +13,16 @@ void map(Function function, T* out, int64_t n, const P*... in) {
   }
 }
 
+// The bits of the lanes that are less, and the lanes of given bits.
+template <typename T>
+uint32_t bits_of_less(const T* a, const T* b) {
+  return bits_of(load(a), less(load(a), load(b)));
+}
+template <typename T>
+void select_bits(T* out, uint32_t bits, const T* yes, const T* no) {
+  store(out, select(mask_of(load(yes), bits), load(yes), load(no)));
+}
+
 // A matrix of Vec::size rows of kPiece columns, `stride` apart, to its columns; and back.
 template <typename T>
 void transpose_rows(const T* in, int64_t stride, T* out) {
@@ -73,6 +83,10 @@ using namespace dlkernels;
   EXPORT T max_element_##T(const T* a) { return max_element(load(a)); }                          \
   EXPORT void first_##T(T* out, int64_t n, const T* a, const T* b) {                             \
     store(out, first(n, load(a), load(b)));                                                      \
+  }                                                                                              \
+  EXPORT uint32_t bits_of_##T(const T* a, const T* b) { return bits_of_less(a, b); }             \
+  EXPORT void mask_of_##T(T* out, int64_t bits, const T* yes, const T* no) {                     \
+    select_bits(out, uint32_t(bits), yes, no);                                                   \
   }                                                                                              \
   EXPORT void transpose_rows_##T(const T* in, int64_t stride, T* out) {                          \
     transpose_rows<T>(in, stride, out);                                                          \

@@ -209,7 +209,7 @@ def nothing_imports_tests_or_benchmarks(root):
 @rule
 def cpu_kernels_include_their_own_and_the_shared_headers_only(root):
     """Let <op>.cpp, <op>.h and <op>_<part>.h include each other, check.h, activation.h, gemm.h,
-    layout.h, memory.h, simd.h, sums.h, and the headers of the op that they stand on."""
+    layout.h, memory.h, simd.h, sums.h, and the headers of the ops that they stand on."""
     shared = ("activation", "gemm", "layout", "memory", "simd", "sums")
     ours = ("../check.h", *(f"{name}.h" for name in shared))
     ops = [path.stem for path in under(root, "csrc/cpu", suffixes=[".cpp"])]
@@ -410,6 +410,8 @@ HOUSE = {
     "csrc/cpu/simd.h": "#include <immintrin.h>\n__m256 load(const float*);\n",
     "csrc/cpu/conv2d.cpp": '#include "../check.h"\n#include "../conv2d.h"\n#include "simd.h"\n'
     "#include <sys/mman.h>\n#include <torch/headeronly/util/Half.h>\n// not _mm256_add_ps\n",
+    "csrc/cpu/residual_block.h": '#include "activation.h"\n#include "conv2d_winograd.h"\n',
+    "csrc/cpu/residual_block.cpp": '#include "residual_block.h"\n#include "conv2d.h"\n',
     "csrc/cuda/arch.h": '#include "cuda_on_cpu.h"\n#include <cuda_runtime.h>\n'
     'asm volatile("bar.sync 0;");\n#define DLK_KERNEL __global__\n',
     "csrc/cuda/common.cuh": "cudaLaunchKernelExC(&config, kernel, arguments);\n",
@@ -423,6 +425,10 @@ HOUSE = {
     "dlkernels/ops/common.py": "import torch\n",
     "dlkernels/ops/conv2d.py": "import math\nimport torch\nfrom dlkernels import config\n"
     "from .. import config as same\nfrom dlkernels.ops.common import is_plain\n",
+    "dlkernels/ops/residual_block.py": "from dlkernels.ops.batch_norm import batch_norm\n"
+    "from dlkernels.ops.conv2d import conv2d\n",
+    "tests/test_residual_block.py": "",
+    "benchmarks/residual_block.py": "",
     "dlkernels/kernels/common.py": "import triton\n",
     "dlkernels/kernels/conv2d.py": "import triton.language as tl\nfrom . import common\n",
     "dlkernels/models/lenet.py": "import dlkernels.nn\n",
@@ -450,6 +456,11 @@ PLANTED = [
         ops_import_torch_config_and_common_only,
         "dlkernels/ops/cross_entropy.py",
         "from dlkernels.ops.linear_cross_entropy import linear_cross_entropy",
+    ),
+    (
+        ops_import_torch_config_and_common_only,
+        "dlkernels/ops/residual_block.py",
+        "from dlkernels.ops.linear import linear",
     ),
     (ops_import_torch_config_and_common_only, "dlkernels/ops/conv2d.py", "import numpy as np"),
     (
@@ -494,6 +505,16 @@ PLANTED = [
         cpu_kernels_include_their_own_and_the_shared_headers_only,
         "csrc/cpu/linear_cross_entropy.cpp",
         '#include "conv2d.h"',
+    ),
+    (
+        cpu_kernels_include_their_own_and_the_shared_headers_only,
+        "csrc/cpu/residual_block.h",
+        '#include "linear.h"',
+    ),
+    (
+        cpu_kernels_include_their_own_and_the_shared_headers_only,
+        "csrc/cpu/conv2d_winograd.h",
+        '#include "residual_block.h"',
     ),
     (
         cpu_kernels_include_their_own_and_the_shared_headers_only,

@@ -289,6 +289,27 @@ def test_first(probe, kind):
 
 
 @by_type
+def test_masks_as_bits(probe, kind):
+    """Lane i is bit i, both ways; a mask does not heed bits beyond its lanes."""
+    size, dtype = probe.size(kind), TYPES[kind]
+    yes, no = np.random.standard_normal((2, size)).astype(dtype)
+    yes[0] = np.nan
+    lanes = 1 << np.arange(size)
+    each = range(1 << size) if size <= 8 else np.random.randint(0, 1 << size, 500)
+    for wanted in (*each, 0, (1 << size) - 1, *lanes.tolist()):
+        where = (int(wanted) & lanes) != 0
+        less = probe.call(
+            f"bits_of_{kind}", np.where(where, -1, 1).astype(dtype), np.zeros(size, dtype),
+            returns=ctypes.c_uint32,
+        )  # fmt: skip
+        assert less == wanted
+        for beyond in (0, 1 << size, (1 << 32) - (1 << size)):
+            out = np.empty_like(yes)
+            probe.call(f"mask_of_{kind}", out, int(wanted) | beyond, yes, no)
+            np.testing.assert_array_equal(bits(out), bits(np.where(where, yes, no)))
+
+
+@by_type
 def test_transpose_pieces(probe, kind):
     """Rows of 16 bytes, apart from each other, to columns, and back."""
     size, dtype = probe.size(kind), TYPES[kind]

@@ -559,8 +559,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradient(
   const Tensor sum = empty_sums(x, sums ? channels : 0),
                product = empty_sums(x, sums ? channels : 0);
   const Tensor more = skip ? channels_last(*skip) : x;
-  const bool whole = (!want_input || is_winograd(set, shape, x, Direction::kInputGradient)) &&
-                     (!want_weight || is_winograd(set, shape, x, Direction::kWeightGradient));
+  // Whatever is wanted: the same bits come with it and without.
+  const bool whole = is_winograd(set, shape, x, Direction::kInputGradient) &&
+                     is_winograd(set, shape, x, Direction::kWeightGradient);
   for_dtype<bf16, f16>(x.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     using T = accumulate_t<S>;

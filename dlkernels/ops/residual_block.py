@@ -332,7 +332,8 @@ def _backward(grad, input, signs, outputs, norms, counts, parameters, s, want_in
             grad_weight if want_weights[at] else None,
             None if bias is None else of_bias.to(bias.dtype),
             None if gamma is None else sums[1].to(gamma.dtype),
-            None if beta is None else sums[0].to(beta.dtype),
+            # β of the shortcut and of the last layer have one sum: a copy for each.
+            None if beta is None else sums[0].to(beta.dtype, copy=True),
         )
         return grad_input, more
 
@@ -465,7 +466,6 @@ def _of_op(parameters, given, running, convolutions, eps, projects, training, ex
 
 
 @torch.library.impl("dlkernels::residual_block", "CompositeExplicitAutograd")
-@torch.library.register_fake("dlkernels::residual_block")
 def _(input, *arguments):
     flat, running, s = _of_op(*arguments)
     output, signs, outputs, norms, variances, _ = _forward(input, _layers_of(flat), running, s)
@@ -473,6 +473,24 @@ def _(input, *arguments):
         variances = [var.clone() for var in variances]
         norms = [norm._replace(mean=norm.mean.clone()) for norm in norms]
     return output, signs, outputs, [x for norm in norms for x in norm], variances
+
+
+@torch.library.register_fake("dlkernels::residual_block")
+def _(input, *arguments):
+    flat, _, s = _of_op(*arguments)
+    parameters = _layers_of(flat)
+    layers = len(parameters) - s.projects
+    outputs, x = [], input
+    for at, (weight, *_) in enumerate(parameters):
+        stride, padding, dilation, _ = s.convolutions[at]
+        x = _convolved(input if at == layers else x, weight, stride, padding, dilation)
+        outputs.append(x)
+    last = outputs[layers - 1]
+    n, c, p, q = last.shape
+    norms = [_sums(y, y.shape[1]) for y in outputs for _ in _Norm._fields]
+    variances = [_sums(y, y.shape[1]) for y in outputs]
+    signs = last.new_empty((n, p, q, (c + 7) // 8), dtype=torch.uint8)
+    return torch.empty_like(last), signs, outputs, norms, variances
 
 
 def _setup_context(ctx, inputs, output):
@@ -587,6 +605,13 @@ def _refusal(input, layers, shortcut, training):
 # ------------------------------------------------------------------------------------------- public
 
 
+def _is_alike(x, layer, past):
+    pairs = layer.stride, layer.padding, layer.dilation
+    if x.dim() != 4 or not all(isinstance(pair, (tuple, list)) for pair in pairs):
+        return False
+    return [*past.shape[2:]] == output_size(x.shape, layer.weight.shape, *pairs)
+
+
 def _parts(input, layers, shortcut, training, group):
     """The block of the library's convolutions and batch norms, which choose for themselves."""
 
@@ -603,7 +628,9 @@ def _parts(input, layers, shortcut, training, group):
     x = input
     for of in layers[:-1]:
         x = layer(x, of, activation="relu")
-    return layer(x, layers[-1], residual=past, activation="relu")
+    if layers[-1].weight.shape[0] == past.shape[1] and _is_alike(x, layers[-1], past):
+        return layer(x, layers[-1], residual=past, activation="relu")
+    return F.relu(layer(x, layers[-1]) + past)  # one of them is broadcast
 
 
 def _agreed(reason, input, group):
@@ -721,7 +748,7 @@ def residual_block(
         is_exact(device),
         config.forced() == "own",
     )
-    last = any(suggests_channels_last(x) for x in (image, *(layer.weight for layer in every)))
+    last = any(suggests_channels_last(x) for x in (image, *(layer.weight for layer in layers)))
     output = _run(image.contiguous(memory_format=_LAST), every, s)
     if last:
         return output
