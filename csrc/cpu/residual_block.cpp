@@ -305,7 +305,7 @@ void update(const Optional& running, const std::vector<double>& before,
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> finalize(Tensor mean, Tensor var, double count, Optional weight,
+std::tuple<Tensor, Tensor, Tensor> finalize(Tensor mean, Tensor var, int64_t count, Optional weight,
                                             Optional bias, Optional running_mean,
                                             Optional running_var, double momentum, double eps) {
   check_floating(kOp, "mean", mean);
@@ -319,7 +319,7 @@ std::tuple<Tensor, Tensor, Tensor> finalize(Tensor mean, Tensor var, double coun
   const auto old_mean = numbers("running_mean", running_mean, channels, 0),
              old_var = numbers("running_var", running_var, channels, 0);
   std::vector<double> unbiased = vars;
-  for (double& value : unbiased) value *= count / (count - 1);
+  for (double& value : unbiased) value *= double(count) / double(count - 1);
   update(running_mean, old_mean, means, momentum);
   update(running_var, old_var, unbiased, momentum);
   const Tensor scale = torch::stable::empty_like(mean), shift = torch::stable::empty_like(mean),
@@ -490,7 +490,7 @@ std::tuple<Tensor, Tensor, Tensor> reduce(Tensor grad_output, Tensor signs, Tens
 }
 
 // dy = a·g + b·(y − μ) + c
-Tensor coefficients(Tensor sum, Tensor product, double count, Optional weight, Tensor rstd,
+Tensor coefficients(Tensor sum, Tensor product, int64_t count, Optional weight, Tensor rstd,
                     bool training) {
   check_floating(kOp, "sum", sum);
   DLK_CHECK(sum.dim() == 1, kOp, ": expected sum with 1 dimension, got shape ",
@@ -510,8 +510,8 @@ Tensor coefficients(Tensor sum, Tensor product, double count, Optional weight, T
       const size_t at = size_t(c);
       const double a = gamma[at] * r[at];
       to[c] = narrow<S>(T(a));
-      to[channels + c] = narrow<S>(T(training ? -a * r[at] * products[at] / count : 0));
-      to[2 * channels + c] = narrow<S>(T(training ? -a * sums[at] / count : 0));
+      to[channels + c] = narrow<S>(T(training ? -a * r[at] * products[at] / double(count) : 0));
+      to[2 * channels + c] = narrow<S>(T(training ? -a * sums[at] / double(count) : 0));
     }
   });
   return result;

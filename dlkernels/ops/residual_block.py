@@ -69,7 +69,7 @@ for _schema in (
     "residual_block_convolution(Tensor input, Tensor? scale, Tensor? shift, Tensor weight,"
     f" Tensor? bias, Tensor? about, {_CONVOLUTION}, bool statistics, {_CHOICE})"
     " -> (Tensor output, Tensor mean, Tensor var)",
-    "residual_block_finalize(Tensor mean, Tensor var, float count, Tensor? weight, Tensor? bias,"
+    "residual_block_finalize(Tensor mean, Tensor var, SymInt count, Tensor? weight, Tensor? bias,"
     " Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps)"
     " -> (Tensor scale, Tensor shift, Tensor rstd)",
     "residual_block_output(Tensor input, Tensor scale, Tensor shift, Tensor residual,"
@@ -80,7 +80,7 @@ for _schema in (
     "residual_block_reduce(Tensor grad_output, Tensor signs, Tensor input, Tensor mean,"
     " Tensor rstd, Tensor? residual, Tensor? residual_mean, Tensor? residual_rstd)"
     " -> (Tensor sum, Tensor product, Tensor residual_product)",
-    "residual_block_coefficients(Tensor sum, Tensor product, float count, Tensor? weight,"
+    "residual_block_coefficients(Tensor sum, Tensor product, SymInt count, Tensor? weight,"
     " Tensor rstd, bool training) -> Tensor",
     # Of the layer with output ``output`` and g = ``grad``, where ``signs``, if given, are set.
     # ``scale``, ``shift``, ``mean``, ``rstd`` are those of the layer before, whose output is
@@ -238,7 +238,7 @@ def _normalise(y, statistics, parameters, running, at, s):
     if s.group is not None:
         dtype = mean.dtype
         mean, squares, total = combined_statistics(mean, var, count, s.group)
-        mean, var, count = mean.to(dtype), (squares / total).to(dtype), float(total)
+        mean, var, count = mean.to(dtype), (squares / total).to(dtype), int(total)
     scale, shift, rstd = _ops.residual_block_finalize(
         mean, var, count, gamma, beta, *running, s.momenta[at], s.eps[at]
     )
