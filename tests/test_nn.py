@@ -691,8 +691,11 @@ def passed(block, x, upstream):
 @by_block
 @pytest.mark.parametrize("mode", ["training", "eval", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_residual_blocks_compute_what_their_twins_do(name, arguments, settings, mode, dtype, own):
-    """By the rule; in float32 with the rounding of Winograd's convolutions, as of the op."""
+def test_residual_blocks_compute_what_their_twins_do(
+    name, arguments, settings, mode, dtype, own, monkeypatch
+):
+    """By the rule; what Winograd's convolutions round more is for the op's own tests."""
+    monkeypatch.setattr(dlkernels.config, "winograd", "off")
     results = []
     for _ in range(12):  # of 16 channels: of few numbers stock gets some by luck
         stock, ours = both_blocks(name, *arguments, **settings)
@@ -716,8 +719,7 @@ def test_residual_blocks_compute_what_their_twins_do(name, arguments, settings, 
             if "conv" in key or key.endswith(".0.bias"):  # the norm takes it away
                 assert (results[0][0][key] == 0).all()
                 continue
-        factor = 2.0 if dtype == torch.float64 else 5.0
-        assert_no_worse(key, *([r[j][key] for r in results] for j in range(3)), factor)
+        assert_no_worse(key, *([r[j][key] for r in results] for j in range(3)))
 
 
 @pytest.mark.parametrize(
