@@ -345,7 +345,7 @@ def _backward(grad, input, signs, outputs, norms, counts, parameters, s, want_in
         of_input = at == 0
         g, sums = layer(
             at, g, signs if at == last else None, sums,
-            skip if of_input and want_input else None, skip_signs if of_input else None,
+            *((skip, skip_signs) if of_input and want_input else (None, None)),
             want_input or not of_input,
         )  # fmt: skip
     return g if want_input else None, gradients
