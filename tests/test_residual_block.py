@@ -435,13 +435,14 @@ def test_autocast(dtype, own):
     torch._dynamo.reset()
     compiled = torch.compile(residual_block, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", dtype):
-        near(compiled(*replaced(case, leaves), training=True), ours, dtype)
+        # Its sums are not about the running mean, which is no argument of the op that it traces.
+        torch.testing.assert_close(compiled(*replaced(case, leaves), training=True), ours)
 
 
 @drawing(max_examples=40, deadline=None, derandomize=True)
 @given(
-    image=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 11), st.integers(1, 11)),
-    # Of one channel an image's format is open, and stock's own way through it a choice.
+    # Of one channel a format is open, and its weight has no gradient before a norm.
+    image=st.tuples(st.integers(1, 3), st.integers(2, 20), st.integers(1, 11), st.integers(1, 11)),
     middle=st.sampled_from([2, 3, 16, 17]),
     kernels=st.lists(st.sampled_from([1, 3]), min_size=1, max_size=3),
     # torch 2.13's oneDNN writes past its memory in the weight gradient of 1×1 with two strides.
