@@ -93,7 +93,7 @@ struct Layout {
              : x.dim() == 4 ? MemoryFormat::ChannelsLast
                             : MemoryFormat::ChannelsLast3d;
     const int64_t channels = x.size(1), values = channels ? x.numel() / channels : 0;
-    if (channels == 1)
+    if (channels == 1 && x.scalar_type() != ScalarType::Double)  // whose sums are torch's
       shape = {1, 1, values};
     else if (last)
       shape = {values, channels, 1};

@@ -354,7 +354,8 @@ struct Planes {
   }
 
   // As torch's: a sum of all values one after another, and one of the squared deviations, each of
-  // which is rounded before it is added: hence the array. Channels side by side hide the latency.
+  // which is rounded before it is added, hence the array; but for the last of an odd plane, which
+  // torch's compiler fuses. Channels side by side hide the latency.
   template <int64_t side>
   void moments_in_order(const S* x, int64_t c, Moments* total) const {
     constexpr int64_t kRun = 256;
@@ -371,8 +372,14 @@ struct Planes {
             const double d = x[at(n, c + k) + begin + i] - mean[k];
             square[k][i] = d * d;
           }
-        for (int64_t i = 0; i < length; ++i)
+        const bool fused = begin + length == shape.inner && shape.inner % 2 == 1;
+        for (int64_t i = 0; i < length - fused; ++i)
           for (int64_t k = 0; k < side; ++k) squares[k] += square[k][i];
+        if (!fused) continue;
+        for (int64_t k = 0; k < side; ++k) {
+          const Vec<double> d(x[at(n, c + k) + shape.inner - 1] - mean[k]);
+          squares[k] = first_element(fma(d, d, Vec<double>(squares[k])));
+        }
       }
     for (int64_t k = 0; k < side; ++k) total[k] = {double(shape.values()), mean[k], squares[k]};
   }
