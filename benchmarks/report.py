@@ -1,10 +1,11 @@
-"""Writes the README's table and draws its picture, from what benchmarks/run.py has measured.
+"""Writes the README's table, all rows, and a picture, from what benchmarks/run.py has measured.
 
     python -m benchmarks.report [benchmarks/results/<machine>.jsonl ...]
 
-The table goes between the two comments of the README that hold its place; the picture (ratio bars,
-roofline) beside the results file. Of each row the newest record counts. Records whose gate was
-skipped count nowhere.
+The table of the rows that SHOWN names goes between the two comments of the README that hold its
+place, all rows to docs/benchmarks.md, the picture (ratio bars of the rows shown, roofline of all)
+beside the results file. Of each row the newest record counts. Records whose gate was skipped count
+nowhere.
 """
 
 import argparse
@@ -19,18 +20,64 @@ from benchmarks import machine, records
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 README = Path(__file__).resolve().parent.parent / "README.md"
+ALL = Path("docs") / "benchmarks.md"  # beside the README
+
+# What the README shows of each op, gains and losses: its usual sizes, a large one, a small one.
+SHOWN = {
+    "batch_norm": (
+        "64x64x32x32",
+        "64x64x32x32 NCHW",
+        "64x64x32x32 residual",
+        "64x256x8x8",
+        "64x64x32x32 forward",
+        "1x16x32x32 NCHW",
+    ),
+    "conv2d": (
+        "64x64x32x32 64 3x3",
+        "64x64x32x32 64 3x3 NCHW",
+        "64x256x8x8 256 3x3",
+        "1x64x56x56 64 3x3 forward",
+        "64x64x32x32 64 3x3 bfloat16 forward",
+        "16x64x56x56 256 1x1 forward",
+        "64x3x32x32 64 3x3 NCHW",
+        "16x3x224x224 64 7x7 s2",
+    ),
+    "cross_entropy": (
+        "4096x1000",
+        "2048x32000",
+        "512x128256 bfloat16",
+        "32x21x128x128",
+        "2048x32000 forward",
+        "128x10",
+    ),
+    "linear": ("200x784x200", "256x1024x1024", "1x784x512", "2048x2048x2048 product"),
+    "linear_cross_entropy": (
+        "2048x512x32000",
+        "512x1024x128256",
+        "512x1024x128256 forward",
+        "512x1024x128256 bfloat16",
+    ),
+    "residual_block": (
+        "64x64x32x32 64-64",
+        "64x64x32x32 64-64 forward",
+        "64x128x16x16 128-128",
+        "64x64x32x32 128-128 s2",
+        "16x256x14x14 64-64-256",
+    ),
+}
+Rows = dict[tuple[str, str], dict[str, dict]]
 
 
 class ReportError(ValueError):
     """There is nothing to report, or no place for it; the message is one line."""
 
 
-def newest(objects: Sequence[dict]) -> dict[tuple[str, str], dict[str, dict]]:
+def newest(objects: Sequence[dict]) -> Rows:
     """(op, row) -> provider -> the record of the newest run of that row, green gates only.
 
     Whole rows: providers of two runs were never interleaved, so they are not compared.
     """
-    rows: dict[tuple[str, str], dict[str, dict]] = {}
+    rows: Rows = {}
     for one in objects:
         if one["gate"] != "green":
             continue
@@ -52,7 +99,16 @@ def _best_stock(providers: dict[str, dict]) -> float:
     )
 
 
-def table(rows: dict[tuple[str, str], dict[str, dict]]) -> str:
+def shown(rows: Rows) -> Rows:
+    """Those that SHOWN names; of an op that it does not know, all."""
+    return {
+        (op, row): providers
+        for (op, row), providers in rows.items()
+        if op not in SHOWN or row in SHOWN[op]
+    }
+
+
+def table(rows: Rows) -> str:
     """The Markdown table: one line per row that has a time of ours."""
     lines = [
         "| op, row | stock ms | torch.compile ms | ours ms | × stock | × compile | own × stock"
@@ -87,10 +143,8 @@ def table(rows: dict[tuple[str, str], dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
-def section(path: Path, picture: Path, readme: Path) -> str:
-    """The table of one results file, with the machine and the commands that it comes from."""
-    rows = newest(records.read(path))
-    shown = table(rows)
+def section(path: Path, rows: Rows) -> str:
+    """The table of rows of a results file, with the machine and the commands that it comes from."""
     ours = [providers["auto"] for providers in rows.values() if "auto" in providers]
     runs = dict.fromkeys((one["command"], one["date"][:10], one["commit"]) for one in ours)
     commands = [
@@ -99,11 +153,10 @@ def section(path: Path, picture: Path, readme: Path) -> str:
     ]
     return "\n\n".join(
         [
-            shown,
+            table(rows),
             f"Ours is what a user gets (`auto`); `own` never goes to stock. Stock in its best"
             f" layout; medians; peak memory as a part of stock's. {'; '.join(commands)}. "
             f"{machine.line(ours[-1]['machine'])}.",
-            f"![{path.stem}]({os.path.relpath(picture, readme.parent)})",
         ]
     )
 
@@ -115,11 +168,12 @@ def draw(path: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = {
-        f"{op} {row}": providers
-        for (op, row), providers in newest(records.read(path)).items()
+    measured = {
+        key: providers
+        for key, providers in newest(records.read(path)).items()
         if providers.get("auto", {}).get("median_ms")
     }
+    rows = {f"{op} {row}": providers for (op, row), providers in shown(measured).items()}
     figure, (bars, roof) = plt.subplots(
         1, 2, figsize=(13, 1.5 + 0.28 * len(rows)), width_ratios=(3, 2), layout="constrained"
     )
@@ -138,7 +192,7 @@ def draw(path: Path, picture: Path) -> None:
     bars.margins(x=0.1)
 
     for name, colour, label in (("stock", "tab:grey", "stock"), ("auto", "tab:blue", "ours")):
-        points = [one[name] for one in rows.values() if one[name]["gflop_s"]]
+        points = [one[name] for one in measured.values() if one[name]["gflop_s"]]
         intensity = [one["flops"] / one["bytes"] for one in points]
         roof.loglog(intensity, [one["gflop_s"] for one in points], "o", color=colour, label=label)
     ceilings = next(iter(rows.values()))["auto"]["machine"]
@@ -156,6 +210,18 @@ def draw(path: Path, picture: Path) -> None:
     figure.suptitle(f"{ceilings.get('gpu') or ceilings['cpu']}, {ceilings['threads']} threads")
     _replace(picture, lambda file: figure.savefig(file, format="png", dpi=120))
     plt.close(figure)
+
+
+def write_all(path: Path, parts: Sequence[tuple[str, str]]) -> None:
+    """docs/benchmarks.md, of (title, section)."""
+    text = "\n\n".join(f"## {title}\n\n{section}" for title, section in parts)
+    head = (
+        "# Every row\n\nWritten by `python -m benchmarks.report` from `benchmarks/results/`. What a"
+        " row computes, on which data, and how bytes and flops are counted: the head of"
+        " `benchmarks/<op>.py`.\n\n"
+    )
+    path.parent.mkdir(exist_ok=True)
+    _replace(path, lambda file: file.write(f"{head}{text}\n".encode()))
 
 
 def write(readme: Path, text: str) -> None:
@@ -190,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 0, or 1 when there is nothing to report, or 2 without matplotlib."""
     command = argparse.ArgumentParser(
         prog="python -m benchmarks.report",
-        description="Writes the README's speed table and draws its picture.",
+        description="Writes the README's speed table, docs/benchmarks.md and the picture.",
     )
     command.add_argument("files", nargs="*", type=Path, help="results (default: all there are)")
     command.add_argument("--readme", type=Path, default=README, help="default: README.md")
@@ -201,12 +267,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ReportError(
                 f"no results in {records.RESULTS}: run python -m benchmarks.run first"
             )
-        parts = []
+        parts, every = [], []
         for path in files:
-            picture = path.with_suffix(".png")
-            parts.append(section(path, picture, options.readme))
+            rows, picture = newest(records.read(path)), path.with_suffix(".png")
+            link = f"![{path.stem}]({os.path.relpath(picture, options.readme.parent)})"
+            parts.append(f"{section(path, shown(rows))}\n\n{link}")
+            every.append((path.stem, section(path, rows)))
             draw(path, picture)
         write(options.readme, "\n\n".join(parts))
+        write_all(options.readme.parent / ALL, every)
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise

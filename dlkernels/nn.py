@@ -21,7 +21,7 @@ from dlkernels import functional
 from dlkernels.ops.batch_norm import sync_batch_norm
 from dlkernels.ops.common import activation_named
 from dlkernels.ops.conv2d import prepare as prepare_conv2d
-from dlkernels.ops.residual_block import ResidualLayer
+from dlkernels.ops.residual_block import Kept, ResidualLayer, keep
 
 if TYPE_CHECKING:  # what __getattr__ gives, for type checkers and editors
     from torch.nn import *  # noqa: F403
@@ -39,7 +39,7 @@ class _Kept:
 
     def is_of(self, weights: list[Tensor]) -> bool:
         """Whether these are the weights that it was made of, and nobody was seen to write."""
-        return all(
+        return len(weights) == len(self.weights) and all(
             weight is kept and _state(weight) == tuple(state)
             for weight, (kept, *state) in zip(weights, self.weights, strict=True)
         )
@@ -664,8 +664,11 @@ class _Residual(torch.nn.Module):
         return torch.relu(norm(conv(x)) + getattr(self, self._shortcut)(input))
 
 
-class _Fused:
-    """A residual block on ``dlkernels.functional.residual_block``."""
+class _Fused(Freezable):
+    """A residual block on ``dlkernels.functional.residual_block``.
+
+    Frozen, it keeps the scales and shifts of its batch norms, and its convolutions what they keep.
+    """
 
     def __init__(self, *arguments, process_group=None, **keywords) -> None:
         super().__init__(*arguments, **keywords)
@@ -677,14 +680,42 @@ class _Fused:
         fits = isinstance(input, Tensor) and input.dim() == 4
         if not fits or not self.is_covered() or any(map(is_observed, self.called())):
             return super().forward(input)
-        shortcut, norm = getattr(self, self._shortcut), self.bn1
+        norm, pairs = self.bn1, self._pairs()
+        layers = [_layer(*pair) for pair in pairs]
+        if (affine := self._prepared()) is not None:
+            weights = [c._prepared() if isinstance(c, Freezable) else None for c, _ in pairs]
+            layers = [
+                layer._replace(kept=Kept(*scale_shift, weight))
+                for layer, scale_shift, weight in zip(layers, affine, weights, strict=True)
+            ]
+        count = len(self._layers())
         return functional.residual_block(
             input,
-            [_layer(*pair) for pair in self._layers()],
-            _layer(*shortcut) if len(shortcut) else None,
+            layers[:count],
+            layers[count] if len(layers) > count else None,
             training=norm.training,
             process_group=_group(norm) if norm.training else None,
         )
+
+    def keep_prepared(self) -> None:
+        """Keeps them where the block is one op."""
+        self.drop_prepared()
+        if self.is_covered():
+            super().keep_prepared()
+
+    def _prepare(self, *weights: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        made = [keep(_layer(*pair)) for pair in self._pairs()]
+        return None if any(affine is None for affine in made) else made
+
+    def _weights(self) -> list[Tensor]:
+        layers = [_layer(*pair) for pair in self._pairs()]
+        tensors = [x for layer in layers for x in (*layer.parameters, *layer[4:6])]
+        return [x for x in tensors if x is not None]
+
+    def _pairs(self) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
+        """The convolution and the batch norm of each layer, the shortcut's last."""
+        shortcut = getattr(self, self._shortcut)
+        return [*self._layers(), *([tuple(shortcut)] if len(shortcut) else [])]
 
 
 def _layer(conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d) -> ResidualLayer:

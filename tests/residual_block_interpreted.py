@@ -228,7 +228,7 @@ def test_folded(name, own, relu, adds, dtype, launched, poisoned):
             residual = image(y.shape, dtype) if residual is None else residual
             y = y + residual
         results.append((F.relu(y) if relu else y).to(images.dtype))
-    ours = kernels._folded(x, weight, *norm[:2], residual, *case.settings(), relu, False, own)
+    ours = kernels._folded(x, weight, None, *norm[:2], residual, *case.settings(), relu, False, own)
     assert_no_worse("output", ours, *results)
     assert names(launched) == (["_convolve"] if own else ["_blend"])
     assert ours.is_contiguous(memory_format=LAST)
@@ -594,7 +594,10 @@ REFUSED = {
     "weight": (lambda: convolution(C, C, W[:, :3]), "weight of shape"),
     "output": (lambda: kernels._output(X, C, C, Y, None, None, True), "residual of shape"),
     "dimensions": (lambda: kernels._output(X[0], C, C, X[0], None, None, True), "4 dimensions"),
-    "folded": (lambda: kernels._folded(X, W, K, K, X, *PLAIN, True, False, True), "residual of"),
+    "folded": (
+        lambda: kernels._folded(X, W, None, K, K, X, *PLAIN, True, False, True),
+        "residual of",
+    ),
     "reduce": (lambda: kernels._reduce_gradient(X, S[..., :0], X, C, C, None, None, None), "signs"),
     "reduced": (lambda: kernels._reduce_gradient(X, S, X, C, C, X, None, C), "or none of them"),
     "finalize": (

@@ -1,5 +1,6 @@
 """The benchmark house itself: that a figure means what it says. No time is asserted here."""
 
+import importlib
 import json
 import math
 import os
@@ -611,7 +612,7 @@ def test_a_machine_without_a_compiler_says_so(monkeypatch, compiler, why):
 # ------------------------------------------------------------------------------------------ report
 
 
-def measured_rows(quick_about, date="2026-01-01T00:00:00", gate="green", ms=2.0):
+def measured_rows(quick_about, date="2026-01-01T00:00:00", gate="green", ms=2.0, name="4096x1000"):
     seen = [
         measure.Measured("stock", True, [6.0, 6.0], peak_bytes=300),
         measure.Measured("torch.compile", False, [4.0, 4.0]),
@@ -621,7 +622,8 @@ def measured_rows(quick_about, date="2026-01-01T00:00:00", gate="green", ms=2.0)
     measured = {"providers": seen, "batches": 1, "steady": True}
     measured |= {"core_latency_ns": 40.0, "busy_elsewhere": 0.0}
     about = {"gate": gate, "machine": quick_about, "date": date, "commit": "abc"}
-    return records.of_row(row_of(), measured, about | {"command": "python -m benchmarks.run"})
+    about["command"] = "python -m benchmarks.run"
+    return records.of_row(row_of(name=name), measured, about)
 
 
 @pytest.fixture
@@ -632,15 +634,15 @@ def results(quick, tmp_path):
     records.append(path, measured_rows(about, "2026-01-02T00:00:00"))
     records.append(path, measured_rows(about, "2026-01-01T00:00:00", ms=1.0))
     records.append(path, measured_rows(about, "2026-01-03T00:00:00", gate="skipped", ms=0.5))
+    records.append(path, measured_rows(about, "2026-01-04T00:00:00", name="a row of many"))
     return path
 
 
 def test_the_report_takes_the_newest_green_run(results):
     lines = report.table(report.newest(records.read(results))).splitlines()
-    assert len(lines) == 3
-    assert (
-        lines[2] == "| cross_entropy a row | 6 | 4 | 2 | **3.00** | 2.00 | 3.00 | 0% | 0% | 33% |"
-    )
+    cells = "6 | 4 | 2 | **3.00** | 2.00 | 3.00 | 0% | 0% | 33% |"
+    names = ("4096x1000", "a row of many")
+    assert lines[2:] == [f"| cross_entropy {name} | {cells}" for name in names]
 
 
 def test_the_report_writes_between_its_comments(results, tmp_path):
@@ -652,10 +654,18 @@ def test_the_report_writes_between_its_comments(results, tmp_path):
     assert text.startswith(f"before\n{report.BEGIN}\n| op, row |")
     assert text.endswith(f"{report.END}\nafter\n") and "old" not in text
     assert "`python -m benchmarks.run` (2026-01-02, commit abc)" in text
-    assert "![a-machine](a-machine.png)" in text
+    assert "![a-machine](a-machine.png)" in text and "a row of many" not in text
+    every = (tmp_path / report.ALL).read_text()
+    assert "## a-machine\n\n| op, row |" in every and every.count("\n| cross_entropy ") == 2
     assert (tmp_path / "a-machine.png").read_bytes().startswith(b"\x89PNG")
     assert report.main([str(results), "--readme", str(readme)]) == 0
     assert readme.read_text() == text
+
+
+def test_the_report_shows_rows_that_there_are():
+    for op, names in report.SHOWN.items():
+        rows = importlib.import_module(f"benchmarks.{op}").rows("cpu")
+        assert set(names) <= {row.name for row in rows}
 
 
 def test_the_report_refuses(results, tmp_path, capsys):

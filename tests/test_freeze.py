@@ -250,6 +250,100 @@ def test_refusals():
             function([module])
 
 
+def block(kind=nn.ResidualBlock, channels=(64, 64), **keywords):
+    """A residual block in eval mode whose batch norms have seen images, and an image."""
+    module = kind(*channels, **keywords)
+    x = torch.randn(2, channels[0], 12, 12).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for _ in range(3):
+            module(torch.randn(4, channels[0], 9, 9) * 2 + 1)
+    return module.eval(), x
+
+
+def spoil_affine(module):
+    module._kept.value[0][0].fill_(float("nan"))
+
+
+BLOCKS = {
+    "identity": {},
+    "projection": {"channels": (48, 64), "stride": 2},
+    "biases": {"kind": nn.ResBlk, "channels": (64, 80)},
+    "bottleneck": {"kind": nn.BottleneckBlock, "channels": (64, 16)},
+    "bfloat16": {},
+    "float64": {},
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_frozen_residual_block(name, poisoned):
+    """Its convolutions' transforms are kept once, by them."""
+    module, x = block(**BLOCKS[name])
+    if name in ("bfloat16", "float64"):
+        dtype = getattr(torch, name)
+        module, x = module.to(dtype), x.to(dtype)
+    with torch.no_grad():
+        wanted = module(x)
+        dlkernels.freeze(module)
+        assert torch.equal(module(x), wanted)
+        convolution = module.conv2
+        if is_frozen(convolution):
+            before = convolution._kept.value.clone()
+            spoil(convolution)
+            assert module(x).isnan().any()
+            convolution._kept.value.copy_(before)
+        assert is_frozen(convolution) == (name != "float64")
+        spoil_affine(module)
+        assert module(x).isnan().any()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module(x).isfinite().all()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        assert compiled(x).isfinite().all()
+    assert torch.isfinite(module(x)).all()  # with a gradient
+    dlkernels.unfreeze(module)
+    with torch.no_grad():
+        assert torch.equal(module(x), wanted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.bn1.running_mean.add_(1),
+        lambda m: m.bn2.weight.mul_(2),
+        lambda m: setattr(m.conv1, "bias", torch.nn.Parameter(torch.ones(64))),
+        lambda m: setattr(m.bn1, "bias", torch.nn.Parameter(torch.ones(64))),
+        lambda m: m.load_state_dict(m.state_dict()),
+        lambda m: m.train().eval(),
+        lambda m: m.double().float(),
+    ],
+    ids=["running", "weight", "a_bias_more", "bias", "load_state_dict", "train", "to"],
+)
+def test_a_changed_residual_block_is_computed_anew(change):
+    module, x = block()
+    dlkernels.freeze(module)
+    spoil_affine(module)
+    with torch.no_grad():
+        assert module(x).isnan().any()
+        change(module)
+        ours = module(x)
+        dlkernels.config.kernels = "stock"
+        torch.testing.assert_close(ours, module(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_frozen_block_whose_parts_are_called():
+    """What a hook sees is right, and a block that is no single op keeps nothing."""
+    module, x = block()
+    dlkernels.freeze(module)
+    with torch.no_grad():
+        wanted = module(x)
+        spoil_affine(module)
+        module.bn1.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(module(x), wanted, rtol=1e-3, atol=1e-3)
+    module, _ = block()
+    module.bn2 = torch.nn.GroupNorm(4, 64)
+    dlkernels.freeze(module)
+    assert module._kept is None
+
+
 def test_refusals_of_raw_ops():
     module, x = convolution()
     weight, settings = module.weight.detach(), ([1, 1], [1, 1], [1, 1], 1, "none", False, True)

@@ -144,7 +144,17 @@ def test_products(name, dtype, arch, exact, taken_down, tmp_path):
 def test_folded(arch, taken_down, tmp_path):
     x, weight = image((64, 128, 16, 16), torch.bfloat16), image((128, 128, 3, 3), torch.bfloat16)
     launches = taken_down(
-        kernels._folded, x, weight, *(numbers(128),) * 2, x, *PLAIN, True, False, True, arch=arch
+        kernels._folded,
+        x,
+        weight,
+        None,
+        *(numbers(128),) * 2,
+        x,
+        *PLAIN,
+        True,
+        False,
+        True,
+        arch=arch,
     )
     check_compiled(launches["_convolve"], arch, "half", tmp_path)
 

@@ -536,6 +536,26 @@ std::string conv2d_algorithm(Tensor input, Tensor weight, Optional bias, Ints st
 }
 
 }  // namespace
+
+Tensor conv2d::convolution(const Tensor& input, const Tensor& weight, const Optional& bias,
+                           const Ints& stride, const Ints& padding, const Ints& dilation,
+                           int64_t groups, bool exact, bool own) {
+  const Settings set{kConvolution, stride, padding, dilation, {0, 0}, groups, false, exact, own};
+  return forward(set, input, weight, bias, Activation::kNone);
+}
+
+std::array<Tensor, 2> conv2d::convolution_gradients(const Tensor& grad_output, const Tensor& input,
+                                                    const Tensor& weight, const Ints& stride,
+                                                    const Ints& padding, const Ints& dilation,
+                                                    int64_t groups, bool exact, bool own,
+                                                    bool want_input, bool want_weight) {
+  const Settings set{kConvolution, stride, padding, dilation, {0, 0}, groups, false, exact, own};
+  const auto [of_input, of_weight, none] =
+      backward(set, grad_output, input, weight, std::nullopt, Activation::kNone,
+               {want_input, want_weight, false});
+  return {of_input, of_weight};
+}
+
 }  // namespace dlkernels
 
 STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {

@@ -1,11 +1,15 @@
 // The algorithms of conv2d, and which of them a convolution takes. Tensors are dense NHWC.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <optional>
 #include <type_traits>
+#include <vector>
 
 #include "conv2d_depthwise.h"
 #include "conv2d_direct.h"
@@ -194,5 +198,22 @@ void weight_gradient(const Shape& shape, Algorithm algorithm, const S* dy, const
                                       winograd::Pixels<S>{x, shape.c}, dw);
   direct_weight_gradient(shape, dy, x, dw);
 }
+
+// conv2d_forward and conv2d_backward without activation and bias gradient, for what stands on them.
+// Not by the dispatcher: torch 2.13 keeps each string that it is handed.
+torch::stable::Tensor convolution(const torch::stable::Tensor& input,
+                                  const torch::stable::Tensor& weight,
+                                  const std::optional<torch::stable::Tensor>& bias,
+                                  const std::vector<int64_t>& stride,
+                                  const std::vector<int64_t>& padding,
+                                  const std::vector<int64_t>& dilation, int64_t groups, bool exact,
+                                  bool own);
+
+// Of input and weight, as they are wanted: the others have no elements.
+std::array<torch::stable::Tensor, 2> convolution_gradients(
+    const torch::stable::Tensor& grad_output, const torch::stable::Tensor& input,
+    const torch::stable::Tensor& weight, const std::vector<int64_t>& stride,
+    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+    bool exact, bool own, bool want_input, bool want_weight);
 
 }  // namespace dlkernels::conv2d

@@ -3,7 +3,6 @@
 // beside the others, it is a pass over memory of its own.
 #include "residual_block.h"
 
-#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -158,31 +157,15 @@ conv2d::Weight<S> weight_of(const Tensor& weight, Pointer data) {
 
 Tensor convolve(const Tensor& input, const Tensor& weight, const Optional& bias,
                 const Settings& set) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 10> stack{
-      from(input),       from(weight),       from(bias),       from(set.stride),
-      from(set.padding), from(set.dilation), from(set.groups), from(std::string("none")),
-      from(set.exact),   from(set.own)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("dlkernels::conv2d_forward", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return conv2d::convolution(input, weight, bias, set.stride, set.padding, set.dilation, set.groups,
+                             set.exact, set.own);
 }
 
 std::array<Tensor, 2> convolution_gradients(const Tensor& grad, const Tensor& input,
                                             const Tensor& weight, const Settings& set,
                                             bool want_input, bool want_weight) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  std::array<StableIValue, 14> stack{
-      from(grad),         from(input),      from(weight),
-      from(Optional()),   from(set.stride), from(set.padding),
-      from(set.dilation), from(set.groups), from(std::string("none")),
-      from(set.exact),    from(set.own),    from(want_input),
-      from(want_weight),  from(false)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("dlkernels::conv2d_backward", "", stack.data(), TORCH_ABI_VERSION));
-  to<Tensor>(stack[2]);  // of the bias: empty
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+  return conv2d::convolution_gradients(grad, input, weight, set.stride, set.padding, set.dilation,
+                                       set.groups, set.exact, set.own, want_input, want_weight);
 }
 
 // ------------------------------------------------------------------------------------------ passes
@@ -379,9 +362,9 @@ std::tuple<Tensor, Tensor> output(Tensor input, Tensor scale, Tensor shift, Tens
   return {result, signs};
 }
 
-Tensor folded(Tensor input, Tensor weight, Tensor scale, Tensor shift, Optional residual,
-              Ints stride, Ints padding, Ints dilation, int64_t groups, bool relu, bool exact,
-              bool own) {
+Tensor folded(Tensor input, Tensor weight, Optional prepared, Tensor scale, Tensor shift,
+              Optional residual, Ints stride, Ints padding, Ints dilation, int64_t groups,
+              bool relu, bool exact, bool own) {
   check_image("input", input);
   check_floating(kOp, "input", input);
   const Settings set{stride, padding, dilation, groups, exact, own};
@@ -392,6 +375,16 @@ Tensor folded(Tensor input, Tensor weight, Tensor scale, Tensor shift, Optional 
     check_dtype(kOp, argument, *x, sums_dtype(input));
     check_shape(kOp, argument, *x, Ints{shape.k});
     check_contiguous(kOp, argument, *x);
+  }
+  const float* transform = nullptr;
+  if (prepared) {
+    DLK_CHECK(conv2d::may_be_winograd(shape, weight.scalar_type()), kOp,
+              ": expected no prepared for weight of shape ", shape_string(weight.sizes()));
+    check_cpu(kOp, "prepared", *prepared);
+    check_dtype(kOp, "prepared", *prepared, ScalarType::Float);
+    check_shape(kOp, "prepared", *prepared, Ints{conv2d::prepared_size(shape)});
+    check_contiguous(kOp, "prepared", *prepared);
+    transform = static_cast<const float*>(prepared->const_data_ptr());
   }
   const Tensor x = channels_last(input);
   Tensor y, more;
@@ -412,7 +405,7 @@ Tensor folded(Tensor input, Tensor weight, Tensor scale, Tensor shift, Optional 
         y = empty_image(x, sizes);
         conv2d::winograd_forward(shape, conv2d::winograd::Pixels<S>{data_of<S>(x), shape.c},
                                  weight_of<const S>(weight, weight.const_data_ptr()),
-                                 to_write<S>(y), fold);
+                                 to_write<S>(y), fold, transform);
       }
       return;
     }

@@ -494,7 +494,8 @@ def _output(input, scale, shift, residual, residual_scale, residual_shift, want_
 
 @_on_device
 def _folded(
-    input, weight, scale, shift, residual, stride, padding, dilation, groups, relu, exact, own
+    input, weight, prepared, scale, shift, residual, stride, padding, dilation, groups, relu, exact,
+    own,
 ):  # fmt: skip
     settings, size = conv2d.check_convolution(
         _OP, input, weight, None, stride, padding, dilation, groups

@@ -23,7 +23,8 @@ channels_last.
 ``residual_block_finalize``      s, t and r of a batch norm; updates its running statistics
 ``residual_block_output``        out and its signs (N, P, Q, ⌈C/8⌉): bit j of byte i is channel
                                  8i + j's, set but where out ≤ 0
-``residual_block_folded``        f(s·(x * w) + t + residual): a layer whose statistics are given
+``residual_block_folded``        f(s·(x * w) + t + residual): a layer whose statistics are given, by
+                                 Winograd of ``prepared`` in place of w: see ``conv2d_prepare``
 ``residual_block_reduce``        Σ g and Σ g·ŷ of the last layer, and of the shortcut's
 ``residual_block_coefficients``  a, b, c of dy = a·g + b·(y − μ) + c
 ``residual_block_gradient``      g and the sums of the layer before, and dw, from g of a layer
@@ -75,8 +76,8 @@ for _schema in (
     "residual_block_output(Tensor input, Tensor scale, Tensor shift, Tensor residual,"
     " Tensor? residual_scale, Tensor? residual_shift, bool want_signs)"
     " -> (Tensor output, Tensor signs)",
-    "residual_block_folded(Tensor input, Tensor weight, Tensor scale, Tensor shift,"
-    f" Tensor? residual, {_CONVOLUTION}, bool relu, {_CHOICE}) -> Tensor",
+    "residual_block_folded(Tensor input, Tensor weight, Tensor? prepared, Tensor scale,"
+    f" Tensor shift, Tensor? residual, {_CONVOLUTION}, bool relu, {_CHOICE}) -> Tensor",
     "residual_block_reduce(Tensor grad_output, Tensor signs, Tensor input, Tensor mean,"
     " Tensor rstd, Tensor? residual, Tensor? residual_mean, Tensor? residual_rstd)"
     " -> (Tensor sum, Tensor product, Tensor residual_product)",
@@ -140,7 +141,8 @@ def _(input, scale, shift, residual, residual_scale, residual_shift, want_signs)
 
 @torch.library.register_fake("dlkernels::residual_block_folded")
 def _(
-    input, weight, scale, shift, residual, stride, padding, dilation, groups, relu, exact, own,
+    input, weight, prepared, scale, shift, residual, stride, padding, dilation, groups, relu, exact,
+    own,
 ):  # fmt: skip
     return _convolved(input, weight, stride, padding, dilation)
 
@@ -188,11 +190,20 @@ class ResidualLayer(NamedTuple):
     groups: int = 1
     momentum: float = 0.1
     eps: float = 1e-5
+    kept: "Kept | None" = None  # what a frozen module keeps, read where no gradient is needed
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
         """What has a gradient."""
         return self.weight, self.bias, self.norm_weight, self.norm_bias
+
+
+class Kept(NamedTuple):
+    """What is read in place of a layer's parameters and running statistics."""
+
+    scale: Tensor  # (K): s
+    shift: Tensor  # (K): t, of the convolution without its bias
+    weight: Tensor | None  # what conv2d takes as ``prepared``
 
 
 _PARAMETERS = 4  # of a layer
@@ -271,19 +282,25 @@ def _forward(input, parameters, running, s, want_signs=True):
     return output, signs, outputs, norms, variances, counts
 
 
-def _inference(input, parameters, running, s):
+def _affine(weight, bias, gamma, beta, mean, var, eps):
+    """s and t of given statistics, of the convolution without its bias."""
+    mean, var = (r.to(_statistics_dtype(weight)) for r in (mean, var))
+    if bias is not None:
+        mean = mean - bias
+    return _ops.residual_block_finalize(mean, var, 1, gamma, beta, None, None, 0.0, eps)[:2]
+
+
+def _inference(input, parameters, running, s, kept):
     """out where statistics are given and no gradient is wanted."""
 
     def layer(x, at, residual, relu):
-        weight, bias, gamma, beta = parameters[at]
-        mean, var = (r.to(_statistics_dtype(x)) for r in running[at])
-        if bias is not None:
-            mean = mean - bias
-        scale, shift, _ = _ops.residual_block_finalize(
-            mean, var, 1, gamma, beta, None, None, 0.0, s.eps[at]
-        )
+        weight = parameters[at][0]
+        if kept[at] is None:
+            affine, prepared = _affine(*parameters[at], *running[at], s.eps[at]), None
+        else:
+            *affine, prepared = kept[at]
         return _ops.residual_block_folded(
-            x, weight, scale, shift, residual, *s.convolutions[at], relu, s.exact, s.own
+            x, weight, prepared, *affine, residual, *s.convolutions[at], relu, s.exact, s.own
         )
 
     layers = len(parameters) - s.projects
@@ -350,6 +367,18 @@ def _backward(grad, input, signs, outputs, norms, counts, parameters, s, want_in
             want_input or not of_input,
         )  # fmt: skip
     return g if want_input else None, gradients
+
+
+def keep(layer: ResidualLayer) -> tuple[Tensor, Tensor] | None:
+    """``Kept.scale`` and ``shift`` of a layer; None where there is no kernel for it."""
+    weight = layer.weight
+    has_statistics = layer.running_mean is not None and layer.running_var is not None
+    if weight.dim() != 4 or weight.dtype not in DTYPES or not has_statistics:
+        return None
+    if unfit(layer.parameters) or not has_kernel("residual_block_finalize", weight.device.type):
+        return None
+    with torch._C._AutoDispatchBelowAutograd():
+        return _affine(*layer.parameters, *layer[4:6], layer.eps)
 
 
 # ----------------------------------------------------------------------------------------- autograd
@@ -650,7 +679,7 @@ def _cast(input, layers):
     dtype = autocast_dtype(input, device)
     bias = [None if layer.bias is None else layer.bias.to(dtype) for layer in layers]
     return input.to(dtype), [
-        layer._replace(weight=layer.weight.to(dtype), bias=b)
+        layer._replace(weight=layer.weight.to(dtype), bias=b, kept=None)
         for layer, b in zip(layers, bias, strict=True)
     ]
 
@@ -678,7 +707,8 @@ def _run(input, layers, s):
     else:
         with torch._C._AutoDispatchBelowAutograd():
             if not s.training:
-                return _inference(input, _layers_of(flat), running, s)
+                kept = [layer.kept for layer in layers]
+                return _inference(input, _layers_of(flat), running, s, kept)
             output, *_ = _forward(input, _layers_of(flat), running, s, want_signs=False)
     if s.training:
         written(*(x for pair in running for x in pair))
