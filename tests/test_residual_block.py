@@ -310,7 +310,7 @@ def test_shapes(name, dtype, training, own, poisoned):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "dtype", "training"), cases(False))
+@pytest.mark.parametrize(("name", "dtype", "training"), list(cases(False)))
 def test_inference(name, dtype, training, own, poisoned):
     """Norms folded into their convolutions."""
     block = BLOCKS[name]
