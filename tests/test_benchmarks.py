@@ -277,7 +277,7 @@ def test_other_work_is_not_timed(quick):
     stock, close, wrong, nan = measured["providers"]
     assert len(stock.samples) == len(close.samples) == 2
     assert close.difference == pytest.approx(0.001, rel=1e-3) and close.missing is None
-    assert wrong.samples == [] and "off by 1" in wrong.missing
+    assert wrong.samples == [] and "off by 0.71" in wrong.missing
     assert nan.samples == [] and "off by inf" in nan.missing
 
 
