@@ -22,6 +22,7 @@ import torch
 
 import dlkernels
 from dlkernels import config, data, info
+from dlkernels.files import write_atomically
 from dlkernels.models import NETWORKS
 from dlkernels.train import Comparison, Measured, Score, Side, Spread, compare
 
@@ -346,16 +347,6 @@ def picture_writer(out: Path) -> Callable[[str, Comparison], None]:
         write_atomically(out, image.getvalue())
 
     return save
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside ``path``, then renames: ``path`` is the old file or the whole new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def bench(argv: list[str]) -> int:

@@ -380,7 +380,7 @@ def test_peak_memory_is_the_highest_sum_and_not_the_total():
     size = 1_000_000
     model = Temporaries(size)
     optimiser = torch.optim.SGD(model.parameters())
-    side = train.Side("x", model, lambda out, labels: out, optimiser, schedule=None)
+    side = train.Side("x", model, lambda out, labels: out, {"": optimiser}, schedules=[])
     peak = train.peak_memory(side, torch.ones(10), torch.ones(1))
     assert 4 * size <= peak < 4 * size + 4096
     assert model.w.grad is None

@@ -277,12 +277,13 @@ def test_resnets_run_on_their_blocks(network, monkeypatch):
 
 def test_the_schedule_of_resnet18_cifar():
     side, _ = train.twins("resnet18_cifar", 0, torch.device("cpu"))
-    assert side.optimiser.param_groups[0]["weight_decay"] == 5e-4
+    (optimiser,), (schedule,) = side.optimisers.values(), side.schedules
+    assert optimiser.param_groups[0]["weight_decay"] == 5e-4
     rates = []
     for _ in range(201):
-        rates.append(side.optimiser.param_groups[0]["lr"])
-        side.optimiser.step()
-        side.schedule.step()
+        rates.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
     assert rates[149] == 0.1 and rates[150] == rates[199] == pytest.approx(0.01)
     assert rates[200] == pytest.approx(0.001)
 

@@ -27,7 +27,8 @@ def load_for(recipe, path: Path | None = None) -> Examples:
     Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
     """
     if recipe.data in _FILES:
-        return load(recipe.image_size, recipe.mean, recipe.std, path, recipe.data)
+        examples = load(recipe.image_size, recipe.mean, recipe.std, path, recipe.data)
+        return aimed(examples, recipe.target)
     if recipe.data == "folders":
         if path is not None:
             raise ValueError(
@@ -42,6 +43,18 @@ def load_for(recipe, path: Path | None = None) -> Examples:
     if recipe.data == "line":
         return Examples("y = 2x at 1, 2, 3", *points.line())
     return Examples("0, 0, 1 at 1, 2, 3", *points.step())
+
+
+def aimed(examples: Examples, target: str) -> Examples:
+    """The examples with other targets: "inputs", themselves as rows; "real", ones (N, 1)."""
+    if target == "label":
+        return examples
+    x, _, test_x, _ = examples[1:]
+    if target == "inputs":
+        y, test_y = x.flatten(1), test_x.flatten(1)
+    else:
+        y, test_y = (torch.ones(len(inputs), 1) for inputs in (x, test_x))
+    return Examples(examples.name, x, y, test_x, test_y)
 
 
 def load(
