@@ -21,7 +21,7 @@ class Examples(NamedTuple):
         return Examples(self.name, *(tensor.to(device) for tensor in self[1:]))
 
 
-def load_for(recipe, path: Path | None = None) -> Examples:
+def load_for(recipe, path: Path | None = None, margin: bool = False) -> Examples:
     """The data set that a ``dlkernels.models.Recipe`` names; from ``path`` where it is given.
 
     Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
