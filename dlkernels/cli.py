@@ -29,8 +29,8 @@ from dlkernels.models import NETWORKS
 from dlkernels.train import Comparison, Measured, Score, Spread, compare
 
 DATA_HELP = (
-    "a folder of MNIST IDX files, or a diabetes CSV file, gzipped or not; or a folder of CIFAR-10 "
-    "PNG files"
+    "a folder of MNIST IDX files; CIFAR-10's archive, its folder, or one of PNG files; a folder of "
+    "image folders; a diabetes CSV file, gzipped or not"
 )
 EXTRA = "pip install 'dlkernels[train]'"
 
@@ -293,13 +293,13 @@ def train_one(
             )
         trainer.check(settings, examples)
         trainer.together()  # before the first file is written
-        out.mkdir(parents=True, exist_ok=True)
-        sinks = ()
-        if args.log != "csv" and is_first():
-            step = checkpoint["state"]["step"] if checkpoint else 0
-            sinks = (logs.SINKS[args.log](out, out.name, step),)
         run = trainer.Run(
-            settings, examples, out, checkpoint=checkpoint, sinks=sinks, save_every=args.save_every
+            settings,
+            examples,
+            out,
+            checkpoint=checkpoint,
+            log=logs.SINKS.get(args.log),
+            save_every=args.save_every,
         )
     with contextlib.closing(run):
         name = args.network if fold is None else f"fold {fold[0] + 1}"

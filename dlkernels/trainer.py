@@ -38,10 +38,14 @@ from dlkernels.logs import Files
 from dlkernels.models import NETWORKS
 from dlkernels.train import Score, judge, objective, optimisers_of, outputs_of
 
+# Without SparseAdam: no network here has a sparse gradient.
 OPTIMISERS = sorted(
-    name
-    for name, cls in vars(torch.optim).items()
-    if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and name != "Optimizer"
+    {
+        name
+        for name, cls in vars(torch.optim).items()
+        if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)
+    }
+    - {"Optimizer", "SparseAdam"}
 )
 SCHEDULES = {"multistep": "MultiStepLR", "step": "StepLR", "plateau": "ReduceLROnPlateau"}
 SHOWN = 8  # images in a row of a picture
@@ -229,8 +233,8 @@ class _Objective(torch.nn.Module):
 class Run:
     """One training, from its first step or from ``last.pt``, in the folder ``out``.
 
-    ``sinks`` are told of steps, epochs and pictures as ``dlkernels.logs.Files`` is. Only process 0
-    of several writes and tells.
+    ``log`` is a class of ``dlkernels.logs.SINKS``, told beside the files. Only process 0 of several
+    writes and tells.
     """
 
     def __init__(
@@ -240,7 +244,7 @@ class Run:
         out: Path,
         *,
         checkpoint: dict | None = None,
-        sinks: tuple = (),
+        log: type | None = None,
         save_every: int | None = None,
     ) -> None:
         self.settings, self.examples, self.out = settings, examples, out
@@ -274,6 +278,8 @@ class Run:
             )
         self.sinks: tuple = ()
         if self.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            sinks = [log(out, out.name, self.state.step)] if log else []
             turns = [turn for turn in self.optimisers if turn]
             self.files = Files(out, ["step", "epoch", "lr", "loss", *turns], self.state.files)
             self.sinks = (self.files, *sinks)
