@@ -66,7 +66,7 @@ def read_archive(path: Path) -> tuple[dict[str, bytes], Callable[[str], str]]:
                 if member.isreg() and name.removesuffix(".bin") in wanted:
                     found[name] = archive.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: broken archive: {error}") from error
+        raise ValueError(f"{path}: broken archive: {str(error).splitlines()[0]}") from error
     return found, lambda name: f"{path}: {name}"
 
 
