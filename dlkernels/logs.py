@@ -74,7 +74,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # What was written after the checkpoint is not shown: these steps come again.
-        self._writer = SummaryWriter(out / "tensorboard", purge_step=step or None)
+        self._writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
         self._step = step
 
     def step(self, row: dict) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_data import write_mnist
+from test_data import batches, binary, write_archive, write_diabetes, write_folders, write_mnist
 
 from dlkernels import cli, data, trainer
 from dlkernels.models import GAN, NETWORKS, AdversarialAutoEncoder, LeNet
@@ -307,7 +307,6 @@ def test_every_optimiser_of_torch_takes_a_step(tmp_path, capsys, small, one_thre
 
 
 def test_tensorboard_has_the_curves_and_the_picture(tmp_path, small, one_thread):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     argv = ["train", "autoencoder", "--log", "tensorboard", "--batch-size", "40"]
@@ -517,6 +516,55 @@ def test_files_in_mnists_format_are_trained_on(tmp_path, capsys, one_thread):
     assert cli.main([*argv, "--out", str(tmp_path / "other")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and str(bad) in err and not (tmp_path / "other").exists()
+
+
+def test_image_folders_are_trained_on_and_resumed(tmp_path, monkeypatch, one_thread):
+    """Rotated images of 1.25 times the size; 224 is for the patient."""
+    cls = NETWORKS["lenet5_cifar"]
+    recipe = {"data": "folders", "augment": ("flip", "rotate"), "validation": 0.25}
+    monkeypatch.setattr(cls, "recipe", dataclasses.replace(cls.recipe, **recipe, classes=5))
+    write_folders(tmp_path / "images")
+    argv = ["train", "lenet5_cifar", "--data", str(tmp_path / "images"), "--batch-size", "5"]
+    assert cli.main([*argv, "--epochs", "2", "--out", str(tmp_path / "whole")]) == 0
+    for more in (["--epochs", "1"], ["--epochs", "2", "--resume"]):
+        assert cli.main([*argv, *more, "--out", str(tmp_path / "parts")]) == 0
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    broken = tmp_path / "images" / "mewtwo" / "001.JPG"
+    broken.write_bytes(broken.read_bytes()[:60])
+    assert cli.main([*argv, "--out", str(tmp_path / "other")]) == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_other_documented_files_are_trained_on(tmp_path, capsys, one_thread):
+    write_archive(tmp_path / "cifar-10-binary.tar.gz", "cifar-10-batches-bin", batches(binary)[0])
+    write_diabetes(tmp_path / "diabetes.csv", rows=20)
+    for network in ("lenet5_cifar", "diabetes_logistic"):
+        argv = ["train", network, "--data", str(tmp_path), "--epochs", "1"]
+        assert cli.main([*argv, "--out", str(tmp_path / network)]) == 0
+        assert "/4]" in capsys.readouterr().out
+    with open(tmp_path / "diabetes.csv", "a") as lines:
+        lines.write("1,2\n")
+    assert cli.main([*argv, "--out", str(tmp_path / "other")]) == 2
+    err = capsys.readouterr().err
+    assert "diabetes.csv:21: 2 columns" in err and err.count("\n") == 1
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("network", ["lenet", "mnist_cnn"])
+def test_the_digits_are_learnt(tmp_path, capsys, one_thread, network):
+    argv = ["train", network, "--lr", "0.01", "--momentum", "0.5", "--epochs", "30"]
+    assert cli.main([*argv, "--validation", "0", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert int(said.partition("[")[2].partition("/360]")[0]) >= 0.97 * 360, said
+
+
+def test_an_autoencoder_learns_to_reconstruct(tmp_path, one_thread):
+    argv = ["train", "autoencoder", "--epochs", "4", "--out", str(tmp_path)]
+    assert cli.main(argv) == 0
+    epochs = [json.loads(line) for line in (tmp_path / "epochs.jsonl").read_text().splitlines()]
+    images = data.load_for(NETWORKS["autoencoder"].recipe).train_inputs
+    spread = (images - images.mean(0)).square().mean().item()  # the error of one mean image
+    assert epochs[-1]["validation_mean_squared_error"] < 0.8 * spread
 
 
 # ------------------------------------------------------------------------------- networks' turns
