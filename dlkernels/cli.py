@@ -1,4 +1,5 @@
-"""The command ``dlkernels``: ``compare`` trains a network on both sides, ``bench`` times the ops.
+"""The command ``dlkernels``: ``train`` trains a network, ``compare`` one on both sides, ``bench``
+times the ops.
 
 Results go to stdout, progress bars and errors to stderr. Exit status: 0; 1 if the training fails;
 2 for a request that cannot be met (one line says why, and nothing is written); 130 after Ctrl-C.
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,13 +23,14 @@ from typing import NoReturn
 import torch
 
 import dlkernels
-from dlkernels import config, data, info
+from dlkernels import config, data, info, logs, trainer
+from dlkernels.files import write_atomically
 from dlkernels.models import NETWORKS
-from dlkernels.train import Comparison, Measured, Score, Side, Spread, compare
+from dlkernels.train import Comparison, Measured, Score, Spread, compare
 
 DATA_HELP = (
-    "a folder of MNIST IDX files, or a diabetes CSV file, gzipped or not; or a folder of CIFAR-10 "
-    "PNG files"
+    "a folder of MNIST IDX files; CIFAR-10's archive, its folder, or one of PNG files; a folder of "
+    "image folders; a diabetes CSV file, gzipped or not"
 )
 EXTRA = "pip install 'dlkernels[train]'"
 
@@ -47,15 +50,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[:1] == ["bench"]:  # its options are those of benchmarks.run
             return bench(argv[1:])
-        return run_compare(parser().parse_args(argv))
+        args = parser().parse_args(argv)
+        return {"compare": run_compare, "train": run_train}[args.command](args)
     except (RequestError, NotImplementedError) as error:  # the latter where "own" was forced
-        print(error, file=sys.stderr)
+        if is_first():  # of several processes, all say the same
+            print(error, file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        print(f"dlkernels compare: training diverged: {error}", file=sys.stderr)
+        print(f"dlkernels {args.command}: training diverged: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted{error}", file=sys.stderr)
         return 130
 
 
@@ -69,16 +74,73 @@ def parser() -> argparse.ArgumentParser:
         description="Trains the network twice from the same weights on the same batches.",
     )
     c.add_argument("network", nargs="?", default="lenet", choices=sorted(NETWORKS))
-    c.add_argument("--epochs", type=whole, help="default: the network's recipe")
-    c.add_argument("--batch-size", type=whole, help="default: the network's recipe")
-    c.add_argument("--device", type=device, default=torch.device("cpu"), help="default: cpu")
+    add_common(c)
     c.add_argument("--seed", type=seed, default=0, help="weights and batches; default: 0")
-    c.add_argument("--threads", type=whole, help="default: torch's own choice")
-    c.add_argument("--data", type=Path, metavar="PATH", help=DATA_HELP)
     c.add_argument("--out", type=Path, default=Path("compare.png"), help="default: compare.png")
     c.add_argument("--json", action="store_true", help="one JSON document on stdout, no tables")
+    t = commands.add_parser(
+        "train",
+        help="train a documented network by its recipe, or go on with it",
+        description="Trains the network. Under torchrun, each batch is divided over the processes.",
+    )
+    t.add_argument("network", choices=sorted(NETWORKS))
+    add_common(t)
+    t.add_argument("--seed", type=seed, help="decides all that chance does; default: 0")
+    t.add_argument("--out", type=Path, metavar="DIR", help="default: runs/NETWORK")
+    t.add_argument("--resume", action="store_true", help="go on from last.pt of --out")
+    t.add_argument("--log", choices=["csv", *logs.SINKS], default="csv", help="beside the files")
+    t.add_argument("--save-every", type=whole, metavar="STEPS", help="last.pt also within an epoch")
+    t.add_argument("--patience", type=whole, metavar="EPOCHS", help="stop when none was better")
+    t.add_argument("--validation", type=share, help="of the training set, held out")
+    t.add_argument("--folds", type=folds, help="as many trainings, each with a part held out")
+    t.add_argument("--amp", action="store_true", default=None, help="mixed precision")
+    t.add_argument("--drop-last", action="store_true", default=None, help="full batches only")
+    recipe = t.add_argument_group("instead of the recipe's")
+    recipe.add_argument("--optimiser", choices=trainer.OPTIMISERS, metavar="NAME")
+    recipe.add_argument("--lr", type=number)
+    recipe.add_argument("--momentum", type=number)
+    recipe.add_argument("--weight-decay", type=number)
+    recipe.add_argument("--l1", type=number, help="weight of the sum of the |parameters|")
+    recipe.add_argument("--clip", type=number, metavar="NORM", help="largest norm of the gradients")
+    recipe.add_argument("--schedule", help="multistep:150,200, step:30 or plateau:10")
     commands.add_parser("bench", help="time the ops: python -m benchmarks.run", add_help=False)
     return top
+
+
+def add_common(command: argparse.ArgumentParser) -> None:
+    """The options that ``compare`` and ``train`` share."""
+    command.add_argument("--epochs", type=whole, help="default: the network's recipe")
+    command.add_argument("--batch-size", type=whole, help="default: the network's recipe")
+    command.add_argument("--device", type=device, default=torch.device("cpu"), help="default: cpu")
+    command.add_argument("--threads", type=whole, help="default: torch's own choice")
+    command.add_argument("--data", type=Path, metavar="PATH", help=DATA_HELP)
+
+
+def number(text: str) -> float:
+    """An option's finite number from 0, or ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"wanted a number from 0, got {text!r}")
+    return value
+
+
+def share(text: str) -> float:
+    """An option's number from 0 to below 1, or ArgumentTypeError."""
+    value = number(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"wanted a number below 1, got {text!r}")
+    return value
+
+
+def folds(text: str) -> int:
+    """An option's whole number from 2, or ArgumentTypeError."""
+    value = whole(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"wanted 2 at least, got {text!r}")
+    return value
 
 
 def whole(text: str) -> int:
@@ -115,22 +177,15 @@ def run_compare(args: argparse.Namespace) -> int:
     """``dlkernels compare``: loads, trains, prints, draws. Raises as ``main`` handles."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler chats on stderr
     recipe = NETWORKS[args.network].recipe
-    try:
+    with refusals("compare"):
         save_picture = picture_writer(args.out)
         show_progress = progress_bars()
         examples = data.load_for(recipe, args.data)
-    except ModuleNotFoundError as error:
-        package = (error.name or str(error)).partition(".")[0]
-        raise RequestError(f"dlkernels compare needs {package}: {EXTRA}") from error
-    except (OSError, ValueError) as error:
-        raise RequestError(f"dlkernels compare: {error}") from error
     embedded = recipe.embedded_epochs if args.data is None else None
     epochs = args.epochs or embedded or recipe.epochs
     count = len(examples.train_inputs)
     batch_size = min(args.batch_size or recipe.batch_size or count, count)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads or threads)
-    try:
+    with threads(args.threads):
         facts = {
             "network": args.network,
             "data": examples.name,
@@ -141,17 +196,16 @@ def run_compare(args: argparse.Namespace) -> int:
             "seed": args.seed,
             "machine": machine(args.device),
         }
-        with show_progress(epochs * -(-count // batch_size)) as on_step:
+        steps = epochs * -(-count // batch_size)
+        with show_progress(steps, "torch.nn", "dlkernels.nn") as advance:
             result = compare(
                 args.network,
                 examples.to(args.device),
                 epochs=epochs,
                 batch_size=batch_size,
                 seed=args.seed,
-                on_step=on_step,
+                on_step=lambda side: advance(side.name, side.losses[-1]),
             )
-    finally:
-        torch.set_num_threads(threads)
     if args.json:
         print(json.dumps(document(facts, result, args.out), indent=1, allow_nan=False))
     else:
@@ -163,6 +217,115 @@ def run_compare(args: argparse.Namespace) -> int:
     if not args.json:
         print(f"loss curves and step times: {args.out}")
     return 0
+
+
+@contextlib.contextmanager
+def refusals(command: str) -> Iterator[None]:
+    """Turns what is missing, or wrong with a file, into the line that the user sees."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or str(error)).partition(".")[0]
+        install = "pip install visdom" if package == "visdom" else EXTRA
+        raise RequestError(f"dlkernels {command} needs {package}: {install}") from error
+    except (OSError, ValueError) as error:
+        raise RequestError(f"dlkernels {command}: {error}") from error
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """So many of torch's threads, if a number is given."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """``dlkernels train``: one training, or one for each fold. Raises as ``main`` handles."""
+    recipe = NETWORKS[args.network].recipe
+    out = args.out or Path("runs") / args.network
+    embedded = recipe.embedded_epochs if args.data is None else None
+    epochs = args.epochs or embedded or recipe.epochs
+    with trainer.processes(args.device) as device, threads(args.threads):
+        with refusals("train"):
+            show_progress = progress_bars()
+            if hasattr(NETWORKS[args.network], "picture"):
+                importlib.import_module("PIL")
+            examples = data.load_for(recipe, args.data, margin=True).to(device)
+        scores = []
+        for k in range(args.folds or 1):
+            fold = (k, args.folds) if args.folds else None
+            folder = out / f"fold{k + 1}" if fold else out
+            scores.append(train_one(args, fold, examples, folder, epochs, show_progress))
+    if args.folds and is_first():
+        values = [score.value for score in scores]
+        mean, deviation = statistics.mean(values), statistics.stdev(values)
+        print(f"test {scores[0].metric} of {args.folds} folds: {mean:.4g} ± {deviation:.2g}")
+    return 0
+
+
+def train_one(
+    args: argparse.Namespace,
+    fold: tuple[int, int] | None,
+    examples: data.Examples,
+    out: Path,
+    epochs: int,
+    show_progress: Callable[..., contextlib.AbstractContextManager],
+) -> Score:
+    """Trains in the folder ``out`` and prints, and gives, the score on the test set."""
+    names = ("seed", "batch_size", "optimiser", "lr", "momentum", "weight_decay", "l1", "clip",
+             "schedule", "amp", "drop_last", "patience", "validation")  # fmt: skip
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given |= {"fold": fold} if fold else {}
+    last = out / "last.pt"
+    with refusals("train"):
+        count = len(examples.train_inputs)
+        settings, checkpoint = trainer.Settings.of(args.network, count, given), None
+        if args.resume and (last.is_file() or not fold):  # a later fold was not begun
+            checkpoint = trainer.read_checkpoint(last, args.network)
+            settings = trainer.resumed(checkpoint, settings, given, last)
+        elif last.exists():
+            raise FileExistsError(
+                f"{last} is there: --resume goes on with it, or take another --out"
+            )
+        trainer.check(settings, examples)
+        trainer.together()  # before the first file is written
+        run = trainer.Run(
+            settings,
+            examples,
+            out,
+            checkpoint=checkpoint,
+            log=logs.SINKS.get(args.log),
+            save_every=args.save_every,
+        )
+    with contextlib.closing(run):
+        name = args.network if fold is None else f"fold {fold[0] + 1}"
+        with show_progress(epochs * run.steps(), name, done=run.state.step) as advance:
+            try:
+                run.fit(epochs, on_step=lambda step, loss: advance(name, loss))
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f": --resume goes on from {last}") from None
+        with refusals("train"):
+            score, loss = run.test()
+    if is_first():
+        print(f"{args.network} on {examples.name}: {run.state.epoch} epochs, best of them "
+              f"{run.state.best_epoch}; test loss {loss:.4g}, {words(score)}; {out}")  # fmt: skip
+    return score
+
+
+def is_first() -> bool:
+    """Whether this process is the only one, or the one that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def words(score: Score) -> str:
+    """The score as text."""
+    if score.correct is None:
+        return f"{score.metric} {score.value:.4g}"
+    return f"{score.metric} {100 * score.value:.2f} % [{score.correct}/{score.total}]"
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
@@ -179,13 +342,17 @@ def machine(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def progress_bars() -> Callable[[int], contextlib.AbstractContextManager]:
-    """``bars(steps)`` shows a progress bar for each side on stderr and gives ``on_step(side)``."""
+def progress_bars() -> Callable[..., contextlib.AbstractContextManager]:
+    """``bars(steps, *names)`` shows on stderr a progress bar for each name, and gives
+    ``advance(name, loss)``, to be called after each step. ``done`` steps are behind it already."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     @contextlib.contextmanager
-    def bars(steps: int) -> Iterator[Callable[[Side], None]]:
+    def bars(steps: int, *names: str, done: int = 0) -> Iterator[Callable[[str, float], None]]:
+        if not is_first():
+            yield lambda name, loss: None
+            return
         # Drawn between steps, by hand: rich's own thread would draw during the timed ones.
         with Progress(
             TextColumn("{task.description:<12}"),
@@ -196,19 +363,20 @@ def progress_bars() -> Callable[[int], contextlib.AbstractContextManager]:
             console=Console(stderr=True),
             auto_refresh=False,
         ) as progress:
-            tasks: dict[str, int] = {}
-            for name in ("torch.nn", "dlkernels.nn"):
-                tasks[name] = progress.add_task(name, total=steps, loss=float("nan"))
+            tasks = {
+                name: progress.add_task(name, total=steps, completed=done, loss=float("nan"))
+                for name in names
+            }
             drawn = 0.0
 
-            def on_step(side: Side) -> None:
+            def advance(name: str, loss: float) -> None:
                 nonlocal drawn
-                progress.update(tasks[side.name], advance=1, loss=side.losses[-1])
+                progress.update(tasks[name], advance=1, loss=loss)
                 if time.monotonic() - drawn > 0.2:
                     progress.refresh()
                     drawn = time.monotonic()
 
-            yield on_step
+            yield advance
 
     return bars
 
@@ -346,16 +514,6 @@ def picture_writer(out: Path) -> Callable[[str, Comparison], None]:
         write_atomically(out, image.getvalue())
 
     return save
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside ``path``, then renames: ``path`` is the old file or the whole new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def bench(argv: list[str]) -> int:

@@ -34,8 +34,8 @@ class Side:
     name: str
     model: torch.nn.Module
     loss: torch.nn.Module
-    optimiser: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler  # stepped at the end of an epoch
+    optimisers: dict[str, torch.optim.Optimizer]  # of each turn of a step; "" of the only one
+    schedules: list[torch.optim.lr_scheduler.LRScheduler]  # stepped at the end of an epoch
     losses: list[float] = field(default_factory=list)
     forward_ms: list[float] = field(default_factory=list)
     forward_backward_ms: list[float] = field(default_factory=list)
@@ -102,31 +102,71 @@ def _side(name: str, network: str, nn: ModuleType, device: torch.device) -> Side
     cls = NETWORKS[network]
     recipe = cls.recipe
     model = cls(nn=nn).to(device)
-    momentum = {} if recipe.momentum is None else {"momentum": recipe.momentum}
-    optimiser = getattr(torch.optim, recipe.optimiser)(
-        model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, **momentum
-    )
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, recipe.milestones)
+    optimisers = optimisers_of(model, recipe.optimiser, recipe.optimiser_arguments)
+    schedules = [
+        torch.optim.lr_scheduler.MultiStepLR(optimiser, recipe.milestones)
+        for optimiser in optimisers.values()
+    ]
     loss = getattr(nn, recipe.loss)(**recipe.loss_arguments)
-    return Side(name, model, loss, optimiser, schedule)
+    return Side(name, model, loss, optimisers, schedules)
+
+
+def optimisers_of(
+    model: torch.nn.Module, name: str, arguments: dict
+) -> dict[str, torch.optim.Optimizer]:
+    """For each turn of a training step the optimiser of the parameters that are changed in it.
+
+    A network's ``turns`` maps a turn to the names of the submodules that it changes. One without
+    has the turn "", which changes all.
+    """
+    turns = getattr(model, "turns", {"": ("",)})
+    return {
+        turn: getattr(torch.optim, name)(
+            [p for part in parts for p in model.get_submodule(part).parameters()], **arguments
+        )
+        for turn, parts in turns.items()
+    }
+
+
+def objective(
+    model: torch.nn.Module,
+    loss: torch.nn.Module,
+    turn: str,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+) -> torch.Tensor:
+    """What a turn of a training step makes smaller: the network's own ``objective``, or ``loss`` of
+    its outputs, in float32 at least."""
+    if turn:
+        return model.objective(turn, loss, inputs, targets)
+    outputs = model(inputs)
+    if outputs.dtype in (torch.bfloat16, torch.float16):
+        outputs = outputs.float()
+    return loss(outputs, targets)
 
 
 def step(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-    """One training step. Times the forward pass with the loss, and that plus the backward pass.
+    """One training step, of one turn or several. Times the forward pass with the loss, and that
+    plus the backward pass.
 
     The optimiser, which is torch's on both sides, is outside of both times. A kernel that makes
     its gradient in the forward pass pays for it there: only the sum is comparable between sides.
     """
-    side.optimiser.zero_grad()
-    start = _now(inputs.device)
-    loss = side.loss(side.model(inputs), targets)
-    middle = _now(inputs.device)
-    loss.backward()
-    end = _now(inputs.device)
-    side.optimiser.step()
-    side.forward_ms.append((middle - start) * 1e3)
-    side.forward_backward_ms.append((end - start) * 1e3)
-    side.losses.append(loss.item())
+    forward = both = total = 0.0
+    for turn, optimiser in side.optimisers.items():
+        optimiser.zero_grad()
+        start = _now(inputs.device)
+        loss = objective(side.model, side.loss, turn, inputs, targets)
+        middle = _now(inputs.device)
+        loss.backward()
+        end = _now(inputs.device)
+        optimiser.step()
+        forward += middle - start
+        both += end - start
+        total += loss.item()
+    side.forward_ms.append(forward * 1e3)
+    side.forward_backward_ms.append(both * 1e3)
+    side.losses.append(total)
 
 
 def _now(device: torch.device) -> float:
@@ -158,6 +198,7 @@ def train(
         for batch in order.to(data.train_inputs.device).split(batch_size):
             inputs, targets = data.train_inputs[batch], data.train_targets[batch]
             for side in sides if len(sizes) % 2 == 0 else sides[::-1]:
+                torch.manual_seed(seed + len(sizes))  # what a network draws is the same on both
                 step(side, inputs, targets)
                 if not math.isfinite(side.losses[-1]):
                     raise FloatingPointError(
@@ -166,7 +207,8 @@ def train(
                 on_step(side)
             sizes.append(len(batch))
         for side in sides:
-            side.schedule.step()
+            for schedule in side.schedules:
+                schedule.step()
     return sizes
 
 
@@ -195,10 +237,20 @@ def score(
     ``metric``: "accuracy", of the largest of (N, classes) against (N,); "binary accuracy", of
     (N, 1) against 0.5; "mean squared error".
     """
+    return judge(metric, outputs_of(model, inputs), targets)
+
+
+def outputs_of(model: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """The network's outputs in eval mode, without a gradient; it is left in training mode."""
     model.eval()
     with torch.no_grad():
         outputs = torch.cat([model(x) for x in inputs.split(256)])
     model.train()
+    return outputs
+
+
+def judge(metric: str, outputs: torch.Tensor, targets: torch.Tensor) -> Score:
+    """The score of these outputs; metrics and shapes as of ``score``."""
     if metric == "mean squared error":
         error = (outputs.double() - targets).square().mean().item()
         return Score(metric, error, None, len(targets))
@@ -218,7 +270,8 @@ def peak_memory(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> int:
     model = copy.deepcopy(side.model)
 
     def run() -> None:
-        side.loss(model(inputs), targets).backward()
+        for turn in side.optimisers:
+            objective(model, side.loss, turn, inputs, targets).backward()
 
     run()
     model.zero_grad(set_to_none=True)

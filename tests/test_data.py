@@ -1,14 +1,21 @@
 """The embedded digits, the readers on files written here, and the resizing."""
 
+import dataclasses
 import gzip
+import io
+import os
+import pickle
+import shutil
 import struct
+import tarfile
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dlkernels import data
-from dlkernels.data import cifar10, diabetes, digits, mnist
+from dlkernels import data, trainer
+from dlkernels.data import augment, cifar10, diabetes, digits, folders, mnist
 from dlkernels.models import NETWORKS
 
 SIZES = {"train": 7, "t10k": 5}
@@ -275,6 +282,266 @@ def test_what_a_cifar10_folder_lacks(tmp_path):
     (tmp_path / "test").rmdir()
     with pytest.raises(FileNotFoundError, match="has no folder test"):
         cifar10.load(tmp_path)
+
+
+# --- cifar10, as it is published ------------------------------------------------------------------
+
+
+def batches(pack, counts=(2, 1, 3, 2, 2, 4)):
+    """Name -> content of the six files, and what is in them, in the order of ``cifar10.load``."""
+    files, parts = {}, [[], []]
+    for name, count in zip((*cifar10.TRAIN, "test_batch"), counts, strict=True):
+        pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+        labels = torch.randint(0, 10, (count,))
+        files[name + pack.suffix] = pack(pixels, labels)
+        parts[name == "test_batch"].append((pixels, labels))
+    return files, [torch.cat(x) for part in parts for x in zip(*part, strict=True)]
+
+
+def binary(pixels, labels):
+    return torch.cat([labels.to(torch.uint8)[:, None], pixels.flatten(1)], 1).numpy().tobytes()
+
+
+def pickled(pixels, labels):
+    batch = {b"data": pixels.flatten(1).numpy(), b"labels": labels.tolist(), b"filenames": [b"x"]}
+    return pickle.dumps({**batch, b"batch_label": b"training batch 1 of 5"}, protocol=2)
+
+
+binary.suffix, binary.names = ".bin", ("cifar-10-binary.tar.gz", "cifar-10-batches-bin")
+pickled.suffix, pickled.names = "", ("cifar-10-python.tar.gz", "cifar-10-batches-py")
+
+
+def write_archive(path, folder, files):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in {**files, "readme.html": b"<html>"}.items():
+            member = tarfile.TarInfo(f"{folder}/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def write_folder(path, files):
+    path.mkdir()
+    for name, content in files.items():
+        (path / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("pack", [binary, pickled])
+@pytest.mark.parametrize("archived", [True, False], ids=["archive", "folder"])
+def test_cifar10_is_read_as_it_is_published(tmp_path, pack, archived):
+    files, written = batches(pack)
+    archive, folder = pack.names
+    if archived:
+        write_archive(tmp_path / archive, folder, files)
+    else:
+        write_folder(tmp_path / folder, files)
+    for path in (tmp_path, tmp_path / (archive if archived else folder)):
+        for got, wanted in zip(cifar10.load(path), written, strict=True):
+            assert torch.equal(got, wanted.float() / 255 if wanted.dim() == 4 else wanted)
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+DAMAGED_BATCHES = {  # id: how they are packed, the file, what is done to its bytes, the message
+    "cut off": (binary, "data_batch_2.bin", lambda b: b[:-1], "3072 bytes, wanted records of 3073"),
+    "empty": (binary, "test_batch.bin", lambda b: b"", "0 bytes, wanted records"),
+    "label": (binary, "data_batch_1.bin", lambda b: b[:3073] + b"\x0a" + b[3074:],
+              "image 2: label 10, wanted 0 to 9"),
+    "missing": (binary, "data_batch_5.bin", lambda b: None, "is missing"),
+    "pickle cut off": (pickled, "data_batch_3", lambda b: b[:-9], "broken pickle"),
+    "no pickle": (pickled, "test_batch", lambda b: b"\x00" + b, "broken pickle"),
+    "code": (pickled, "test_batch", lambda b: pickle.dumps({"data": Malice()}),
+             "broken pickle: it asks for posix.mkdir"),
+    "nothing in it": (pickled, "data_batch_1", lambda b: pickle.dumps({}), "broken pickle: KeyE"),
+    "no dict": (pickled, "data_batch_1", lambda b: pickle.dumps([1]), "broken pickle: Attribute"),
+    "shape": (pickled, "test_batch",
+              lambda b: pickle.dumps({"data": np.zeros((2, 7), np.uint8), "labels": [1, 2]}),
+              "no uint8 array of 2 x 3072"),
+    "pickled label": (pickled, "test_batch",
+                      lambda b: pickle.dumps({"data": np.zeros((1, 3072), np.uint8),
+                                              "labels": [-1]}), "image 1: label -1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pack", "name", "damage", "message"), DAMAGED_BATCHES.values(), ids=DAMAGED_BATCHES.keys()
+)
+def test_a_damaged_cifar10_batch_is_named_and_runs_nothing(
+    tmp_path, monkeypatch, pack, name, damage, message
+):
+    monkeypatch.chdir(tmp_path)
+    files, _ = batches(pack)
+    content = damage(files.pop(name))
+    files |= {} if content is None else {name: content}
+    archive, folder = pack.names
+    write_folder(tmp_path / folder, files)
+    write_archive(tmp_path / "a.tar.gz", folder, files)
+    for path in (tmp_path / folder, tmp_path / "a.tar.gz"):
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+            cifar10.load(path)
+        assert str(path) in str(caught.value) and name in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"GIF89a" + b])
+def test_a_broken_cifar10_archive_is_named(tmp_path, damage):
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    write_archive(path, "cifar-10-batches-bin", batches(binary)[0])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="broken archive") as caught:
+        cifar10.load(tmp_path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- image folders --------------------------------------------------------------------------------
+
+CLASSES = ("bulbasaur", "charmander", "mewtwo", "pikachu", "squirtle")
+
+
+def write_folders(root, each=4, size=(20, 24)):
+    """Images of one colour each; returns path -> colour."""
+    colours = {}
+    for k, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for n in range(each):
+            path = f"{name}/{n:03}.{('png', 'JPG', 'jpeg')[n % 3]}"
+            colours[path] = (50 * k, 60 * n, 128)
+            Image.new("RGB", size, colours[path]).save(root / path, quality=100)
+    (root / "mewtwo" / "notes.txt").write_text("no image")
+    return colours
+
+
+def test_image_folders_are_read_by_their_index(tmp_path):
+    colours = write_folders(tmp_path)
+    x, y, test_x, test_y = folders.load(tmp_path, 16, 5)
+    assert x.shape == (16, 3, 20, 20) and test_x.shape == (4, 3, 20, 20)
+    rows = [line.split(",") for line in (tmp_path / "images.csv").read_text().splitlines()]
+    assert sorted(path for path, _ in rows) == sorted(colours) != [path for path, _ in rows]
+    labels = torch.cat([y, test_y])
+    for (path, label), image, got in zip(rows, torch.cat([x, test_x]), labels, strict=True):
+        assert got == int(label) == CLASSES.index(path.partition("/")[0])
+        wanted = torch.tensor(colours[path]).float()[:, None, None] / 255
+        assert (image - wanted).abs().max() < 3 / 255  # JPEG
+    # Written once: another order stays.
+    text = "".join(f"{path},{label}\n" for path, label in sorted(rows))
+    (tmp_path / "images.csv").write_text(text)
+    assert folders.load(tmp_path, 16, 5)[1].tolist() == sorted(labels.tolist())[:16]
+    assert (tmp_path / "images.csv").read_text() == text
+
+
+def test_image_folders_are_normalised_and_cropped(tmp_path):
+    write_folders(tmp_path)
+    recipe = dataclasses.replace(NETWORKS["resnet18_pokemon"].recipe, image_size=16)
+    examples = data.load_for(recipe, tmp_path)
+    wide = data.load_for(recipe, tmp_path, margin=True)
+    assert examples.train_inputs.shape == (16, 3, 16, 16) and len(examples.test_inputs) == 4
+    assert wide.train_inputs.shape == (16, 3, 20, 20)
+    assert torch.equal(wide.train_inputs[:, :, 2:18, 2:18], examples.train_inputs)
+    assert torch.equal(wide.test_inputs, examples.test_inputs)
+    raw = folders.load(tmp_path, 16, 5)[2]
+    for channel, (mean, std) in enumerate(zip(recipe.mean, recipe.std, strict=True)):
+        wanted = (raw[:, channel, 2:18, 2:18] - mean) / std
+        torch.testing.assert_close(examples.test_inputs[:, channel], wanted)
+
+
+def test_folders_are_split_into_60_20_and_20(tmp_path):
+    write_folders(tmp_path)
+    recipe = dataclasses.replace(NETWORKS["resnet18_pokemon"].recipe, image_size=16)
+    settings = trainer.Settings.of("resnet18_pokemon", 16, {})
+    parts = trainer.split(data.load_for(recipe, tmp_path, margin=True), settings)
+    assert len(parts.train_inputs) == 12 and len(parts.validation_inputs) == 4
+    assert parts.train_inputs.shape[2:] == (20, 20)
+    assert parts.validation_inputs.shape[2:] == (16, 16)
+
+
+def line_of_index(at, change):
+    def damage(root):
+        folders.read_index(root, 5)
+        lines = (root / "images.csv").read_text().splitlines()
+        lines[at - 1 : at] = change(lines[at - 1])
+        (root / "images.csv").write_text("\n".join(lines) + "\n")
+
+    return damage
+
+
+def broken(root):
+    path = root / "mewtwo" / "001.JPG"
+    path.write_bytes(path.read_bytes()[:60])
+
+
+DAMAGED_FOLDERS = {  # id: what is done to the folder, the file that is named, the message
+    "image": (broken, "001.JPG", "broken JPG file"),
+    "text as image": (
+        lambda root: (root / "mewtwo" / "9.png").write_text("x"), "9.png", "broken PNG file"
+    ),
+    "stale class": (
+        line_of_index(3, lambda line: [line[:-1] + "7"]), "images.csv:3", "class 7 for .*whose fold"
+    ),
+    "short line": (
+        line_of_index(2, lambda line: [line[:-2]]), "images.csv:2", "1 columns, wanted a path and"
+    ),
+    "no image": (
+        line_of_index(5, lambda line: ["../" + line]), "images.csv:5", "no image '../"
+    ),
+    "quotes": (line_of_index(20, lambda line: ['"' + line]), "images.csv:20", "unexpected end"),
+    "twice": (line_of_index(1, lambda line: [line, line]), "images.csv", "is listed twice"),
+    "not listed": (line_of_index(4, lambda line: []), "images.csv", "does not list .*of 1"),
+    "four classes": (lambda root: shutil.rmtree(root / "mewtwo"), "", "4 folders, one for each"),
+    "empty class": (lambda root: [p.unlink() for p in (root / "mewtwo").iterdir()], "mewtwo",
+                    "no images"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "message"), DAMAGED_FOLDERS.values(), ids=DAMAGED_FOLDERS.keys()
+)
+def test_damaged_image_folders_are_named_with_what_is_wrong(tmp_path, damage, name, message):
+    write_folders(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        folders.load(tmp_path, 16, 5)
+    assert str(tmp_path) in str(caught.value) and name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_few_image_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+        folders.load(tmp_path / "nowhere", 16, 5)
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "a" / "1.png")
+    with pytest.raises(ValueError, match="1 images, wanted 5 at least"):
+        folders.load(tmp_path, 16, 1)
+
+
+# --- augmentation ---------------------------------------------------------------------------------
+
+
+def test_a_flip_reverses_the_columns_of_about_half_of_the_images():
+    images = torch.randn(200, 3, 4, 5)
+    flipped = augment.flip(images, None)
+    as_it_was = (flipped == images).flatten(1).all(1)
+    reversed_ = (flipped == images.flip(3)).flatten(1).all(1)
+    assert (as_it_was ^ reversed_).all() and 60 < reversed_.sum() < 140
+
+
+def test_a_rotation_turns_by_up_to_15_degrees_and_leaves_black_outside():
+    recipe = NETWORKS["resnet18_pokemon"].recipe
+    mean, std = (torch.tensor(n).view(3, 1, 1) for n in (recipe.mean, recipe.std))
+    turned = augment.rotate((torch.ones(300, 3, 16, 48) - mean) / std, recipe) * std + mean
+    torch.testing.assert_close(turned[:, :, 8, 24], torch.ones(300, 3))
+    assert (turned[:, :, 0, 0].abs().amax(1) < 1e-5).sum() > 100
+    # A spot on the middle line, 20 to the right, goes up and down by up to 20·sin 15° = 5.2.
+    spot = torch.zeros(300, 1, 33, 49)
+    spot[:, :, 16, 44] = 1.0
+    plain = dataclasses.replace(recipe, mean=0.0, std=1.0)
+    moved = augment.rotate(spot, plain)[:, 0]
+    rows = (moved.sum(2) * torch.arange(33)).sum(1) / moved.sum((1, 2)) - 16
+    assert rows.abs().max() < 5.6 and rows.max() > 4.5 and rows.min() < -4.5
+    columns = (moved.sum(1) * torch.arange(49)).sum(1) / moved.sum((1, 2)) - 24
+    torch.testing.assert_close(rows**2 + columns**2, torch.full((300,), 400.0), rtol=0.05, atol=0)
 
 
 # --- diabetes -------------------------------------------------------------------------------------

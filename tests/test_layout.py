@@ -382,6 +382,16 @@ def no_native_or_openmp_flags(root):
 
 
 @rule
+def nothing_that_is_read_can_run_code(root):
+    """Load with weights_only=True, unpickle by a class that admits names, and read archives."""
+    pattern = re.compile(
+        r"\bpickle\.loads?\(|\.extract(?:all)?\(|\bweights_only=False|\ballow_pickle=True"
+        r"|\btorch\.load\((?!.*\bweights_only=True)"
+    )
+    return matches(root, under(root, "dlkernels"), pattern)
+
+
+@rule
 def public_functions_have_docstrings(root):
     """Write a docstring: what it gives, shapes and dtypes, errors raised."""
     return [
@@ -572,6 +582,15 @@ PLANTED = [
     (no_native_or_openmp_flags, "setup.py", f"flags = ['{FLAGS[0]}']"),
     (no_native_or_openmp_flags, ".ci/run", f"g++ {FLAGS[2]} x.cpp"),
     (no_native_or_openmp_flags, "pyproject.toml", f"flags = '{FLAGS[2]}'"),
+    *(
+        (nothing_that_is_read_can_run_code, "dlkernels/config.py", line)
+        for line in (
+            "x = pickle.load(file)",
+            "x = torch.load(path)",
+            "x = torch.load(path, weights_only=False)",
+            "archive.extractall(folder)",
+        )
+    ),
     (public_functions_have_docstrings, "dlkernels/config.py", f"def public():{BODY}"),
     (nothing_names_a_machine, "README.md", f"see /{'root'}/notes"),
     (nothing_names_a_machine, "csrc/cuda/arch.h", f"// /{'home'}/someone/x"),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from dlkernels.data import cifar10, diabetes, digits, mnist, points
+from dlkernels.data import augment, cifar10, diabetes, digits, folders, mnist, points
 
 _FILES = {"images": ("MNIST", mnist.load), "cifar10": ("CIFAR-10", cifar10.load)}
 
@@ -21,18 +21,19 @@ class Examples(NamedTuple):
         return Examples(self.name, *(tensor.to(device) for tensor in self[1:]))
 
 
-def load_for(recipe, path: Path | None = None) -> Examples:
+def load_for(recipe, path: Path | None = None, margin: bool = False) -> Examples:
     """The data set that a ``dlkernels.models.Recipe`` names; from ``path`` where it is given.
+
+    With ``margin``, training images may be larger than the network takes, for ``augment``.
 
     Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
     """
     if recipe.data in _FILES:
-        return load(recipe.image_size, recipe.mean, recipe.std, path, recipe.data)
+        examples = load(recipe.image_size, recipe.mean, recipe.std, path, recipe.data)
+        return aimed(examples, recipe.target)
     if recipe.data == "folders":
         if path is not None:
-            raise ValueError(
-                f"no --data for this network: image folders cannot be read yet: {path}"
-            )
+            return load_folders(recipe, path, margin)
         return load(recipe.image_size, recipe.mean, recipe.std, classes=recipe.classes)
     if recipe.data == "diabetes":
         name = "scikit-learn diabetes" if path is None else f"diabetes file of {path}"
@@ -42,6 +43,29 @@ def load_for(recipe, path: Path | None = None) -> Examples:
     if recipe.data == "line":
         return Examples("y = 2x at 1, 2, 3", *points.line())
     return Examples("0, 0, 1 at 1, 2, 3", *points.step())
+
+
+def load_folders(recipe, path: Path, margin: bool) -> Examples:
+    """The image folders in ``path``; as ``load_for``."""
+    size = recipe.image_size, recipe.image_size
+    x, y, test_x, test_y = folders.load(path, recipe.image_size, recipe.classes)
+    x, test_x = x if margin else augment.crop(x, size), augment.crop(test_x, size)
+    x, test_x = (
+        prepare(images, images.shape[2], recipe.mean, recipe.std) for images in (x, test_x)
+    )
+    return Examples(f"image folders of {path}", x, y, test_x, test_y)
+
+
+def aimed(examples: Examples, target: str) -> Examples:
+    """The examples with other targets: "inputs", themselves as rows; "real", ones (N, 1)."""
+    if target == "label":
+        return examples
+    x, _, test_x, _ = examples[1:]
+    if target == "inputs":
+        y, test_y = x.flatten(1), test_x.flatten(1)
+    else:
+        y, test_y = (torch.ones(len(inputs), 1) for inputs in (x, test_x))
+    return Examples(examples.name, x, y, test_x, test_y)
 
 
 def load(

@@ -1,6 +1,8 @@
 """The documented networks. ``NETWORKS`` maps their command-line names to their classes."""
 
+from dlkernels.models.autoencoder import AdversarialAutoEncoder, AutoEncoder
 from dlkernels.models.diabetes import DiabetesLogistic, DiabetesMLP
+from dlkernels.models.gan import GAN
 from dlkernels.models.inception_net import InceptionNet
 from dlkernels.models.lenet import LeNet
 from dlkernels.models.lenet5_cifar import LeNet5Cifar
@@ -13,8 +15,11 @@ from dlkernels.models.recipe import Recipe
 from dlkernels.models.resnet import ResNet18Cifar, ResNet18Light, ResNet18Pokemon
 
 NETWORKS = {
+    "adversarial_autoencoder": AdversarialAutoEncoder,
+    "autoencoder": AutoEncoder,
     "diabetes_logistic": DiabetesLogistic,
     "diabetes_mlp": DiabetesMLP,
+    "gan": GAN,
     "inception_net": InceptionNet,
     "lenet": LeNet,
     "lenet5_cifar": LeNet5Cifar,
@@ -31,9 +36,12 @@ NETWORKS = {
 }
 
 __all__ = [
+    "GAN",
     "MLP200",
     "MLP256",
     "NETWORKS",
+    "AdversarialAutoEncoder",
+    "AutoEncoder",
     "DiabetesLogistic",
     "DiabetesMLP",
     "InceptionNet",

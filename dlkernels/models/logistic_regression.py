@@ -18,6 +18,7 @@ class LogisticRegression(torch.nn.Module):
         loss_arguments={"reduction": "sum"},
         momentum=0.0,
         batch_size=3,
+        validation=0,
         metric="binary accuracy",
     )
 

@@ -18,6 +18,7 @@ class Recipe:
     embedded_epochs: int | None = None  # as ``epochs``
     # A data set of dlkernels.data: or "cifar10", "folders", "diabetes", "line", "step".
     data: str = "images"
+    target: str = "label"  # or "inputs", flat, to be reconstructed; or "real", 1
     classes: int = 10  # of images
     image_size: int = 28  # height and width of the input
     # Of the pixels in 0 to 1: of one channel (MNIST's training images), or a number for each.
@@ -29,9 +30,21 @@ class Recipe:
     lr: float = 0.01
     momentum: float | None = 0.5  # None: the optimiser has none
     weight_decay: float = 0.0
+    betas: tuple[float, float] | None = None  # of Adam; None: torch's
     milestones: tuple[int, ...] = ()  # epochs after which lr is a tenth
     batch_size: int | None = 64  # None: all of the set
     metric: str = "accuracy"  # or "binary accuracy", "mean squared error", on the test set
+    # What ``dlkernels train`` does beside, and ``compare`` does not.
+    validation: float = 1 / 6  # of the training set, its end: held out; 0: the training set itself
+    augment: tuple[str, ...] = ()  # of the training images: "flip", "rotate"; see dlkernels.data
+    clip: float | None = None  # the largest norm of the gradients
+
+    @property
+    def optimiser_arguments(self) -> dict[str, Any]:
+        """Of the optimiser's class, beside the parameters."""
+        given = {"momentum": self.momentum, "betas": self.betas}
+        given = {name: value for name, value in given.items() if value is not None}
+        return {"lr": self.lr, "weight_decay": self.weight_decay, **given}
 
     @property
     def channels(self) -> int:

@@ -36,6 +36,7 @@ class ResNet18Cifar(_ResNet):
         weight_decay=5e-4,
         milestones=(150, 200),
         batch_size=128,
+        augment=("flip",),
     )
 
     def __init__(self, nn: ModuleType = dlkernels.nn) -> None:
@@ -121,6 +122,8 @@ class ResNet18Pokemon(_FourBlocks):
         lr=1e-3,
         momentum=None,
         batch_size=32,
+        validation=0.25,  # 60, 20 and 20 of 100 with the test's
+        augment=("rotate",),
     )
 
     def __init__(self, nn: ModuleType = dlkernels.nn) -> None:

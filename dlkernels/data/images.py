@@ -1,0 +1,27 @@
+"""One image from a file."""
+
+import struct
+from pathlib import Path
+
+import torch
+
+
+def read(path: Path, size: int | None = None) -> torch.Tensor:
+    """The image as uint8 (3, H, W), or resized to (3, size, size), antialiased bilinear.
+
+    Raises ValueError naming a broken file; ModuleNotFoundError without Pillow.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error,
+            Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG chunk  # fmt: skip
+        kind = path.suffix[1:].upper()
+        raise ValueError(f"{path}: broken {kind} file: {str(error).splitlines()[0]}") from error
+    if size is not None:
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    # bytearray: a tensor on immutable bytes makes torch warn.
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
