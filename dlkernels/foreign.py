@@ -10,6 +10,7 @@ other modules too; what is not recognised is left, and ``swap``'s report says wh
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -177,7 +178,7 @@ class _Activated(nn.Composite):
     def misfit(self) -> str | None:
         """Why they are two, of the module as it is; it may be stock."""
         return _wrong(self, ("normalization",), (torch.nn.BatchNorm2d, nn.BatchNorm2d)) or _wrong(
-            self, ("activation",), (torch.nn.ReLU,)
+            self, ("activation",), (torch.nn.ReLU, torch.nn.Identity)
         )
 
     def chains(self) -> list[list[torch.nn.Module]]:
@@ -304,6 +305,9 @@ _LOSSES: dict[str, Callable[..., Tensor | None]] = {
 }
 
 
+_CAUSAL = "transformers.loss.loss_utils", "ForCausalLMLoss"
+
+
 class Loss:
     """One of transformers' losses on ``dlkernels.functional.cross_entropy``, to stand in a model's
     ``loss_function``."""
@@ -328,9 +332,10 @@ def has_loss(module: torch.nn.Module) -> bool:
     for cls in type(module).__mro__:
         if path_of(cls) == "transformers.modeling_utils.PreTrainedModel":
             settable = getattr(getattr(cls, "loss_function", None), "fset", None) is not None
-            # Without a type of loss transformers warns, and gives that of language models.
             return settable and (
-                getattr(module, "loss_type", None) is not None or "_loss_function" in vars(module)
+                "_loss_function" in vars(module)
+                or getattr(module, "loss_type", None) is not None
+                or module.get_output_embeddings() is not None
             )
     return False
 
@@ -339,7 +344,10 @@ def loss_of(module: torch.nn.Module) -> Callable[..., Tensor] | None:
     """Transformers' loss of a model that can be ours; None where there is none."""
     if not has_loss(module):
         return None
-    loss = module.loss_function
+    if "_loss_function" in vars(module) or getattr(module, "loss_type", None) is not None:
+        loss = module.loss_function
+    else:  # transformers warns, and takes that of language models
+        loss = getattr(sys.modules.get(_CAUSAL[0]), _CAUSAL[1], None)
     return loss if _name_of(loss) in _LOSSES else None
 
 
