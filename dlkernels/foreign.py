@@ -55,6 +55,11 @@ def _empty(*bases: type) -> torch.nn.Module:
     return cls.__new__(cls)
 
 
+def extended(cls: type[torch.nn.Module], ours: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """``ours`` under what a subclass of its stock class has of its own."""
+    return derived(cls, cls, *(ours._bases if is_derived(ours) else (ours,)))
+
+
 def is_derived(cls: type) -> bool:
     """Whether ``derived`` made this very class."""
     return cls in _STOCK
@@ -230,7 +235,9 @@ KNOWN = {
     "timm.models.resnet.Bottleneck": _block(_Timms),
     _TRANSFORMERS + "ResNetBasicLayer": _block(_Transformers),
     _TRANSFORMERS + "ResNetBottleNeckLayer": _block(_Transformers),
-    _TRANSFORMERS + "ResNetConvLayer": Known("batch_norm", _Activated, _Activated.misfit),
+    _TRANSFORMERS + "ResNetConvLayer": Known(
+        "batch_norm", _Activated, _Activated.misfit, (5.0, 5.0)
+    ),
     "transformers.pytorch_utils.Conv1D": Known("linear", _Conv1D),
 }
 

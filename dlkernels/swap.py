@@ -188,7 +188,7 @@ def _opted(cls: type) -> Twin | None:
     """The line of a subclass that the caller names: what it has of its own comes first."""
     if (base := _relative(cls)) is None:
         return None
-    return base._replace(stock=cls, ours=foreign.derived(cls, cls, base.ours))
+    return base._replace(stock=cls, ours=foreign.extended(cls, base.ours))
 
 
 def _twin(module: torch.nn.Module, subclasses: Iterable[type] = ()) -> Twin | None:

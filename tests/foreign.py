@@ -17,7 +17,11 @@ def at(path):
             if part is not None:
                 part.__module__ = path
                 part.__qualname__ = part.__qualname__.rpartition("<locals>.")[2]
-        setattr(MODULES.setdefault(path, types.ModuleType(path)), thing.__name__, thing)
+        parts = path.split(".")
+        for end in range(1, len(parts) + 1):  # with the packages that it is in
+            name = ".".join(parts[:end])
+            MODULES.setdefault(name, types.ModuleType(name))
+        setattr(MODULES[path], thing.__name__, thing)
         return thing
 
     return place
