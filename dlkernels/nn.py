@@ -12,7 +12,7 @@ of ``torch.nn.functional``. ``import dlkernels.nn.functional as F`` works too.
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -383,10 +383,10 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """The input, normalised for each channel: of its shape, dtype and memory format."""
-        return _normalise(self, input)
+        return normalise(self, input)
 
 
-def _normalise(
+def normalise(
     module: torch.nn.modules.batchnorm._BatchNorm,
     input: Tensor,
     residual: Tensor | None = None,
@@ -492,7 +492,7 @@ class BatchNormAct2d(BatchNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The activation of the normalised input and the residual, of the input's shape."""
-        return _normalise(self, input, residual, self.activation)
+        return normalise(self, input, residual, self.activation)
 
 
 BATCH_NORMS = {
@@ -527,7 +527,8 @@ def convert_sync_batchnorm(
 class Sequential(torch.nn.Sequential):
     """``torch.nn.Sequential`` that runs as one, on a function of ``dlkernels.functional``: a
     convolution, a ``MaxPool2d(2)`` and a ReLU before or behind the pool, or none
-    (``conv2d_max_pool2d``); a batch norm and a ReLU (``batch_norm``).
+    (``conv2d_max_pool2d``); a batch norm and a ReLU (``batch_norm``); a linear layer and an
+    activation that ``linear`` has.
 
     A chain in which a module has a hook, is parametrized or is of a subclass runs module by module.
     """
@@ -553,8 +554,14 @@ class Sequential(torch.nn.Sequential):
                     prepared=conv._prepared() if isinstance(conv, Freezable) else None,
                 )
                 at += length
+            elif length and type(modules[at]) in (Linear, torch.nn.Linear):
+                linear, activation = modules[at : at + 2]
+                input = functional.linear(
+                    input, linear.weight, linear.bias, activation=_activation(activation)
+                )
+                at += length
             elif length:
-                input = _normalise(modules[at], input, activation="relu")
+                input = normalise(modules[at], input, activation="relu")
                 at += length
             else:
                 input = modules[at](input)
@@ -563,11 +570,12 @@ class Sequential(torch.nn.Sequential):
 
 
 def fused_chains(module: torch.nn.Module) -> list[list[torch.nn.Module]]:
-    """The chains of a ``torch.nn.Sequential``, or of ours, that ``Sequential`` runs as one; all
-    that is called of a residual block, if that runs as one."""
-    if isinstance(module, _Residual):
-        return [module.called()] if module.is_covered() else []
-    if type(module) not in (torch.nn.Sequential, Sequential):
+    """The chains of a ``torch.nn.Sequential``, or of ours, that ``Sequential`` runs as one; those
+    of a ``Composite``."""
+    if isinstance(module, Composite):
+        return module.chains()
+    # Or of a subclass that keeps their forward.
+    if type(module).forward not in (torch.nn.Sequential.forward, Sequential.forward):
         return []
     modules = list(module)
     lengths = (_fused(modules, at) for at in range(len(modules)))
@@ -578,7 +586,25 @@ def _fused(modules: list[torch.nn.Module], at: int) -> int:
     """How many modules from ``at`` on are one call; 0 if only the first is."""
     if type(modules[at]) in (*BATCH_NORMS, *BATCH_NORMS.values()):
         return 2 if [type(module) for module in modules[at + 1 : at + 2]] == [torch.nn.ReLU] else 0
+    if type(modules[at]) in (Linear, torch.nn.Linear):
+        return 2 if any(map(_activation, modules[at + 1 : at + 2])) else 0
     return _pooled(modules, at)
+
+
+def _activation(module: torch.nn.Module) -> str | None:
+    """What the ops call it; None for what they have not."""
+    name = _ACTIVATIONS.get(type(module))
+    if name == "leaky_relu" and module.negative_slope != 0.01:
+        return None
+    return name
+
+
+_ACTIVATIONS = {
+    torch.nn.ReLU: "relu",
+    torch.nn.LeakyReLU: "leaky_relu",
+    torch.nn.Tanh: "tanh",
+    torch.nn.Sigmoid: "sigmoid",
+}
 
 
 def _pooled(modules: list[torch.nn.Module], at: int) -> int:
@@ -631,29 +657,12 @@ class _Residual(torch.nn.Module):
         pairs = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
         return [*pairs, (self.conv3, self.bn3)] if hasattr(self, "conv3") else pairs
 
-    def called(self) -> list[torch.nn.Module]:
-        """The modules that ``forward`` calls, and those in the shortcut."""
+    def parts(self) -> "Parts | str":
+        """What the block is made of, or why it is not made of that."""
         shortcut = getattr(self, self._shortcut)
-        return [*(module for pair in self._layers() for module in pair), *shortcut.modules()]
-
-    def is_covered(self) -> bool:
-        """Whether ``functional.residual_block`` computes what the modules do."""
-        layers, shortcut = self._layers(), getattr(self, self._shortcut)
         if type(shortcut) not in (Sequential, torch.nn.Sequential) or len(shortcut) not in (0, 2):
-            return False
-        if len(shortcut) == 2:
-            layers.append(tuple(shortcut))
-        elif any(conv.stride != (1, 1) for conv, _ in layers if isinstance(conv, torch.nn.Conv2d)):
-            return False  # the sum broadcasts
-        norm = layers[0][1]
-        return all(
-            type(conv) in (Conv2d, torch.nn.Conv2d)
-            and conv.padding_mode == "zeros"
-            and type(bn) in (BatchNorm2d, torch.nn.BatchNorm2d)
-            and bn.training == norm.training
-            and getattr(bn, "process_group", None) == getattr(norm, "process_group", None)
-            for conv, bn in layers
-        )
+            return f"{self._shortcut} is no convolution with a batch norm"
+        return Parts(self._layers(), tuple(shortcut) or None)
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, out_channels, ...) of (N, in_channels, H, W)."""
@@ -664,8 +673,63 @@ class _Residual(torch.nn.Module):
         return torch.relu(norm(conv(x)) + getattr(self, self._shortcut)(input))
 
 
-class _Fused(Freezable):
-    """A residual block on ``dlkernels.functional.residual_block``.
+class Parts(NamedTuple):
+    """The modules of a residual block: a convolution and its batch norm each."""
+
+    layers: list[tuple[torch.nn.Module, torch.nn.Module]]
+    shortcut: tuple[torch.nn.Module, torch.nn.Module] | None
+
+    @property
+    def pairs(self) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
+        """All of them, the shortcut's last."""
+        return [*self.layers, *([] if self.shortcut is None else [self.shortcut])]
+
+
+def misfit(parts: Parts | str) -> str | None:
+    """Why a block of these parts is none for ``functional.residual_block``, in whatever mode."""
+    if isinstance(parts, str):
+        return parts
+    for conv, norm in parts.pairs:
+        if type(conv) not in (Conv2d, torch.nn.Conv2d):
+            return f"a {type(conv).__name__} for a Conv2d"
+        if conv.padding_mode != "zeros":
+            return f"a convolution with padding_mode={conv.padding_mode!r}"
+        if type(norm) not in (BatchNorm2d, torch.nn.BatchNorm2d):
+            return f"a {type(norm).__name__} for a BatchNorm2d"
+    if parts.shortcut is None and any(conv.stride != (1, 1) for conv, _ in parts.layers):
+        return "an identity around a stride: the sum broadcasts"
+    return None
+
+
+def uncovered(parts: Parts | str) -> str | None:
+    """Why ``functional.residual_block`` does not compute what these modules do as they are now."""
+    if reason := misfit(parts):
+        return reason
+    pairs = parts.pairs
+    norm = pairs[0][1]
+    for _, other in pairs:
+        if other.training != norm.training:
+            return "batch norms in training and in eval mode"
+        if getattr(other, "process_group", None) != getattr(norm, "process_group", None):
+            return "batch norms of several process groups"
+    return None
+
+
+class Composite:
+    """A module that does the work of others in it."""
+
+    def chains(self) -> list[list[torch.nn.Module]]:
+        """Those that it runs as one, but where one of a chain is observed."""
+        raise NotImplementedError
+
+    def one_by_one(self) -> str | None:
+        """Why it calls its modules; None where it does not."""
+        raise NotImplementedError
+
+
+class Fused(Composite, Freezable):
+    """A residual block on ``dlkernels.functional.residual_block``: a class before that of the
+    modules one by one among the bases, which has ``parts``.
 
     Frozen, it keeps the scales and shifts of its batch norms, and its convolutions what they keep.
     """
@@ -675,12 +739,28 @@ class _Fused(Freezable):
         if process_group is not None:
             convert_sync_batchnorm(self, process_group)
 
+    def chains(self) -> list[list[torch.nn.Module]]:
+        """All modules of the block, if it is one op."""
+        return [] if uncovered(self.parts()) else [[m for m in self.modules() if m is not self]]
+
+    def one_by_one(self) -> str | None:
+        """Why the block calls its modules; None where it is one op."""
+        if reason := uncovered(self.parts()):
+            return reason
+        observed = (name for name, module in self.named_modules() if name and is_observed(module))
+        return next((f"{name} has a hook" for name in observed), None)
+
     def forward(self, input: Tensor) -> Tensor:
         """(N, out_channels, ...) of (N, in_channels, H, W)."""
+        parts = self.parts()
         fits = isinstance(input, Tensor) and input.dim() == 4
-        if not fits or not self.is_covered() or any(map(is_observed, self.called())):
+        if (
+            not fits
+            or uncovered(parts)
+            or any(is_observed(m) for m in self.modules() if m is not self)
+        ):
             return super().forward(input)
-        norm, pairs = self.bn1, self._pairs()
+        norm, pairs = parts.layers[0][1], parts.pairs
         layers = [_layer(*pair) for pair in pairs]
         if (affine := self._prepared()) is not None:
             weights = [c._prepared() if isinstance(c, Freezable) else None for c, _ in pairs]
@@ -688,7 +768,7 @@ class _Fused(Freezable):
                 layer._replace(kept=Kept(*scale_shift, weight))
                 for layer, scale_shift, weight in zip(layers, affine, weights, strict=True)
             ]
-        count = len(self._layers())
+        count = len(parts.layers)
         return functional.residual_block(
             input,
             layers[:count],
@@ -700,22 +780,17 @@ class _Fused(Freezable):
     def keep_prepared(self) -> None:
         """Keeps them where the block is one op."""
         self.drop_prepared()
-        if self.is_covered():
+        if uncovered(self.parts()) is None:
             super().keep_prepared()
 
     def _prepare(self, *weights: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        made = [keep(_layer(*pair)) for pair in self._pairs()]
+        made = [keep(_layer(*pair)) for pair in self.parts().pairs]
         return None if any(affine is None for affine in made) else made
 
     def _weights(self) -> list[Tensor]:
-        layers = [_layer(*pair) for pair in self._pairs()]
+        layers = [_layer(*pair) for pair in self.parts().pairs]
         tensors = [x for layer in layers for x in (*layer.parameters, *layer[4:6])]
         return [x for x in tensors if x is not None]
-
-    def _pairs(self) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
-        """The convolution and the batch norm of each layer, the shortcut's last."""
-        shortcut = getattr(self, self._shortcut)
-        return [*self._layers(), *([tuple(shortcut)] if len(shortcut) else [])]
 
 
 def _layer(conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d) -> ResidualLayer:
@@ -751,7 +826,7 @@ class StockResidualBlock(_Residual):
         )
 
 
-class ResidualBlock(_Fused, StockResidualBlock):
+class ResidualBlock(Fused, StockResidualBlock):
     """relu(bn2(conv2(relu(bn1(conv1(input))))) + shortcut(input)) in one op, on
     ``dlkernels.functional.residual_block``: 3x3 convolutions, the first of ``stride``; the shortcut
     is empty, or a 1x1 convolution and a batch norm where stride or channels ask for it.
@@ -791,7 +866,7 @@ class StockResBlk(_Residual):
         )
 
 
-class ResBlk(_Fused, StockResBlk):
+class ResBlk(Fused, StockResBlk):
     """``ResidualBlock`` with biases, whose shortcut ``extra`` is empty where the channels stay.
 
     Args (``process_group`` as of ``ResidualBlock``):
@@ -826,7 +901,7 @@ class StockBottleneckBlock(_Residual):
         )
 
 
-class BottleneckBlock(_Fused, StockBottleneckBlock):
+class BottleneckBlock(Fused, StockBottleneckBlock):
     """``ResidualBlock`` of three convolutions: 1x1 to ``channels``, 3x3 of ``stride``, 1x1 to
     4 x ``channels``.
 
@@ -848,9 +923,12 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def is_observed(module: torch.nn.Module) -> bool:
-    """Whether somebody would see that the module is not called."""
+    """Whether somebody would see that the module is not called: a hook, or a ``forward`` that was
+    bound to the module itself."""
     everywhere = torch.nn.modules.module
-    return any(getattr(module, name) or getattr(everywhere, f"_global{name}") for name in _HOOKS)
+    return "forward" in module.__dict__ or any(
+        getattr(module, name) or getattr(everywhere, f"_global{name}") for name in _HOOKS
+    )
 
 
 _OURS = (

@@ -1,14 +1,17 @@
 """``swap`` puts our kernels under a model as it is; ``explain`` and ``verify`` say what they do.
 
-``swap`` sets ``module.__class__`` on the modules whose type is exactly a stock class of ``TWINS``.
-So hooks, tied modules, parameters, ``state_dict`` keys, an optimizer's references, deepcopy and
-pickle stay as they are (binding ``forward`` would return to stock on pickle; replacing modules
-would lose hooks and aliases). Nothing is stored on the model: a module's class is the whole state,
-and the report is derived from it. torch and third-party modules are never patched.
+``swap`` sets ``module.__class__`` on the modules whose type is exactly a stock class of ``TWINS``,
+or one that ``dlkernels.foreign`` knows, or one that the caller names. So hooks, tied modules,
+parameters, ``state_dict`` keys, an optimizer's references, deepcopy and pickle stay as they are
+(binding ``forward`` would return to stock on pickle; replacing modules would lose hooks and
+aliases). Nothing is stored on the model but the loss of a transformers model, in the place that it
+has for that: a module's class is the whole state, and the report is derived from it. torch and
+third-party modules are never patched.
 """
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import inspect
 import io
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dlkernels import config, nn
+from dlkernels import config, foreign, nn
 
 logger = logging.getLogger("dlkernels")
 
@@ -79,8 +82,8 @@ if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from torch 2.13 on
     )
 
 
-# Ours that call their modules, or do the work of them.
-_COMPOSITES = (nn.Sequential, *nn.RESIDUAL_BLOCKS.values())
+# What the losses of transformers' models are swapped as.
+_LOSS = "cross_entropy"
 
 
 class Swapped(NamedTuple):
@@ -160,14 +163,63 @@ def _modules(model: torch.nn.Module, caller: str) -> list[tuple[str, torch.nn.Mo
     return list(model.named_modules())  # a tied module once, under its first name
 
 
-def _twin(module: torch.nn.Module) -> Twin | None:
+@functools.cache
+def _known(cls: type) -> Twin | None:
+    """The line of a class of another package."""
+    if (known := foreign.KNOWN.get(foreign.path_of(cls))) is None or foreign.is_derived(cls):
+        return None
+    ours = foreign.derived(cls, known.ours, cls)
+
+    def fits(module):
+        return foreign.misfit(cls, module) is None
+
+    return Twin(known.op, cls, ours, fits=fits, allowed=known.allowed)
+
+
+def _relative(cls: type) -> Twin | None:
+    """The line of the nearest base of a class, itself apart."""
+    for base in cls.__mro__[1:]:
+        if line := next((twin for twin in TWINS if twin.stock is base), None) or _known(base):
+            return line
+    return None
+
+
+def _opted(cls: type) -> Twin | None:
+    """The line of a subclass that the caller names: what it has of its own comes first."""
+    if (base := _relative(cls)) is None:
+        return None
+    return base._replace(stock=cls, ours=foreign.extended(cls, base.ours))
+
+
+def _twin(module: torch.nn.Module, subclasses: Iterable[type] = ()) -> Twin | None:
     """The line by which the module can be swapped."""
-    return next((t for t in TWINS if type(module) is t.stock and t.fits(module)), None)
+    cls = type(module)
+    if line := next((twin for twin in TWINS if cls is twin.stock and twin.fits(module)), None):
+        return line
+    line = _opted(cls) if cls in subclasses else _known(cls)
+    return line if line and line.fits(module) else None
 
 
 def _ours(module: torch.nn.Module) -> Twin | None:
     """The line whose class of ours the module has, exactly."""
-    return next((t for t in TWINS if type(module) is t.ours), None)
+    cls = type(module)
+    if foreign.is_derived(cls):
+        return _known(foreign.stock_of(cls)) or _opted(foreign.stock_of(cls))
+    return next((twin for twin in TWINS if cls is twin.ours), None)
+
+
+def _is_ours(module: torch.nn.Module) -> bool:
+    """Whether its class is ours, or a subclass of such a one."""
+    ours = isinstance(module, tuple(twin.ours for twin in TWINS))
+    return ours or any(map(foreign.is_derived, type(module).__mro__))
+
+
+def _ops(module: torch.nn.Module, twin: Twin) -> set[str]:
+    """What a module will run; of a Sequential what its chains are."""
+    if not issubclass(twin.ours, nn.Sequential):
+        return {twin.op}
+    heads = (_twin(chain[0]) or _ours(chain[0]) for chain in nn.fused_chains(module))
+    return {"conv2d_max_pool2d" if head.op == "conv2d" else head.op for head in heads}
 
 
 def _in_use(module: torch.nn.Module, twin: Twin) -> list[str]:
@@ -176,7 +228,7 @@ def _in_use(module: torch.nn.Module, twin: Twin) -> list[str]:
     return [f"{name}={value}" for name, value, default in values if value != default]
 
 
-def _obstacle(module: torch.nn.Module) -> tuple[Twin, str] | None:
+def _obstacle(module: torch.nn.Module, subclasses: Iterable[type] = ()) -> tuple[Twin, str] | None:
     """Why a module that is a relative of a stock class in the table cannot be swapped."""
     cls = type(module)
     for twin in TWINS:
@@ -186,7 +238,7 @@ def _obstacle(module: torch.nn.Module) -> tuple[Twin, str] | None:
                 return twin, f"scripted: TorchScript holds its own compiled {stock}"
         elif "quantized" in cls.__module__ and cls.__name__ == stock:
             return twin, f"quantised: it computes otherwise than {stock}"
-        elif cls is twin.stock or isinstance(module, twin.ours):
+        elif cls is twin.stock or cls in subclasses or isinstance(module, twin.ours):
             continue
         elif twin.stock is torch.nn.Sequential:  # everybody's base class
             continue
@@ -202,12 +254,25 @@ def _obstacle(module: torch.nn.Module) -> tuple[Twin, str] | None:
     return None
 
 
+def _in_parts(module: torch.nn.Module) -> str | None:
+    """Why a module of a class that is known, or of a subclass of it, is not ours itself."""
+    cls = type(module)
+    if _known(cls):
+        return foreign.misfit(cls, module)
+    known = next((base for base in cls.__mro__ if _known(base)), None)
+    if known is None or _is_ours(module):
+        return None
+    return f"a subclass of {known.__name__}: only the exact class is swapped"
+
+
 def _left(module: torch.nn.Module) -> str:
     """Why a module has no kernel of ours."""
     if obstacle := _obstacle(module):
         return obstacle[1]
     if getattr(type(module), "cls_to_become", None) in [twin.ours for twin in TWINS]:
         return "lazy: it becomes ours at its first call"
+    if reason := _in_parts(module):
+        return f"its parts are swapped one by one: {reason}" if any(module.children()) else reason
     if _twin(module) is None:
         return f"no kernel of ours for {type(module).__name__}"
     return "not swapped" + (": DLKERNELS_DISABLE is set" if _disabled() else "")
@@ -215,7 +280,8 @@ def _left(module: torch.nn.Module) -> str:
 
 def _listed(module: torch.nn.Module) -> bool:
     """Whether a module without a kernel of ours gets a line: a leaf, or a relative of a twin."""
-    return bool(_twin(module) or _obstacle(module) or not any(module.children()))
+    related = _twin(module) or _obstacle(module) or _in_parts(module)
+    return bool(related or not any(module.children()))
 
 
 # --- swap, unswap, report ---------------------------------------------------------------------
@@ -232,32 +298,83 @@ def _set_classes(changes: list[tuple[torch.nn.Module, type[torch.nn.Module]]]) -
         torch.compiler.reset()
 
 
-def _swap(model, ops, filter_fn, strict) -> list[tuple[torch.nn.Module, Twin]]:
+class _Changed(NamedTuple):
+    """What a swap has changed."""
+
+    modules: list[tuple[torch.nn.Module, Twin]]
+    losses: list[torch.nn.Module]
+    weights: list[torch.nn.Parameter]  # that are channels_last now
+
+
+def _swap(model, ops, filter_fn, strict, subclasses, channels_last) -> _Changed:
     modules = _modules(model, "swap")
     known = sorted({twin.op for twin in TWINS})
     wanted = set(known if ops is None else (ops,) if isinstance(ops, str) else ops)
     if unknown := sorted(map(str, wanted - set(known))):
         raise ValueError(f"swap: no op named {', '.join(unknown)}; known: {', '.join(known)}")
+    if channels_last not in (False, True, "auto"):
+        raise ValueError(
+            f'swap: channels_last must be False, True or "auto", got {channels_last!r}'
+        )
+    subclasses = tuple(subclasses)
+    for cls in subclasses:
+        if not isinstance(cls, type) or _relative(cls) is None:
+            raise ValueError(f"swap: {cls!r} is no subclass of a class that has one of ours")
     if _disabled():
         logger.warning("swap: DLKERNELS_DISABLE is set, the model stays as it is")
-        return []
+        return _Changed([], [], [])
 
-    plan, stuck = [], []
+    def is_wanted(module, name, ops):
+        return ops and ops <= wanted and (not filter_fn or filter_fn(module, name))
+
+    plan, stuck, losses = [], [], []
     for name, module in reversed(modules):  # children before their parents
-        twin, reason = _obstacle(module) or (_twin(module), None)
-        if twin is None or twin.op not in wanted or (filter_fn and not filter_fn(module, name)):
-            continue
-        if reason is None:
-            plan.append((name, module, twin))
-        else:
-            stuck.append(f"{name or '(model)'} ({_name(type(module))}): {reason}")
+        twin, reason = _obstacle(module, subclasses) or (_twin(module, subclasses), None)
+        if twin is not None and is_wanted(
+            module, name, {twin.op} if reason else _ops(module, twin)
+        ):
+            if reason is None:
+                plan.append((name, module, twin))
+            else:
+                stuck.append(f"{name or '(model)'} ({_name(type(module))}): {reason}")
+        if (loss := foreign.loss_of(module)) is not None:
+            if is_wanted(module, _loss_name(name), {_LOSS}):
+                losses.append((module, loss))
     if strict and stuck:
         raise ValueError(f"swap: {len(stuck)} cannot be swapped: {'; '.join(reversed(stuck))}")
 
     for name, _, twin in plan:
         logger.debug("swap: %s becomes %s", name or "(model)", _name(twin.ours))
     _set_classes([(module, twin.ours) for _, module, twin in plan])
-    return [(module, twin) for _, module, twin in plan]
+    for module, loss in losses:
+        foreign.set_loss(module, loss)
+    weights = _to_channels_last([module for _, module in modules], channels_last)
+    return _Changed([(m, twin) for _, m, twin in plan], [m for m, _ in losses], weights)
+
+
+def _loss_name(name: str) -> str:
+    return f"{name}.loss_function" if name else "loss_function"
+
+
+def _to_channels_last(modules, wanted: bool | str) -> list[torch.nn.Parameter]:
+    """The weights of convolutions that it made channels_last."""
+    if wanted == "auto":
+        # Those blocks are channels_last inside: otherwise each converts its input and its output.
+        wanted = any(isinstance(module, nn.Fused) for module in modules) and not any(
+            isinstance(module, torch.nn.parallel.DistributedDataParallel)  # buckets have strides
+            for module in modules
+        )
+    if not wanted:
+        return []
+    convolutions = (torch.nn.Conv2d, torch.nn.ConvTranspose2d)
+    weights = []
+    for module in modules:
+        if isinstance(module, convolutions) and isinstance(module.weight, torch.nn.Parameter):
+            weight = module.weight
+            if weight.dim() == 4 and not weight.is_contiguous(memory_format=torch.channels_last):
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+                weights.append(weight)
+    return weights
 
 
 def swap(
@@ -265,23 +382,36 @@ def swap(
     ops: Iterable[str] | None = None,
     filter_fn: Callable[[torch.nn.Module, str], bool] | None = None,
     strict: bool = False,
+    *,
+    subclasses: Iterable[type[torch.nn.Module]] = (),
+    channels_last: bool | str = False,
 ) -> torch.nn.Module:
     """Gives our class to every module of ``model`` that has one; in place, returns ``model``.
 
     Args:
         model: a network, or a loss module itself.
         ops: names of the ops to swap, such as ``["cross_entropy"]``; all by default.
-        filter_fn: ``filter_fn(module, name) -> bool``, asked for each module that has a twin.
+        filter_fn: ``filter_fn(module, name) -> bool``, asked for each module that has a twin; for
+            the loss of a transformers model, with its name and ``.loss_function``.
         strict: raise, with nothing changed, where a module that was asked for has a stock twin in
             the table and cannot be swapped: a subclass, parametrized, quantised or scripted.
+        subclasses: subclasses of classes with a twin, to be swapped too. What such a class defines
+            itself stays, a ``forward`` too: ours is what it inherits, or calls by ``super()``.
+        channels_last: whether the weights of convolutions, and so all images behind the first one,
+            become channels_last. "auto": where there are residual blocks of ours, the model is not
+            under DDP yet. A network that calls ``view`` on an image needs ``reshape`` for it.
+
+    Residual blocks of torchvision, timm and transformers become one op, with the modules in them as
+    they are; where that cannot be, for what they hold, the modules are swapped alone.
 
     With ``DLKERNELS_DISABLE=1`` in the environment it changes nothing, and logs that.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: an unknown op; under ``strict`` also the modules that cannot be swapped.
+        ValueError: an unknown op, a class without a relative; under ``strict`` also the modules
+            that cannot be swapped.
     """
-    _swap(model, ops, filter_fn, strict)
+    _swap(model, ops, filter_fn, strict, subclasses, channels_last)
     return model
 
 
@@ -291,15 +421,18 @@ def unswap(model: torch.nn.Module) -> torch.nn.Module:
     It does not ask how the module came to be ours: one built as ``dlkernels.nn.X`` becomes stock
     too, so that the model can be pickled for a machine without dlkernels. A module that uses what
     stock lacks (``softcap``, ...) and a subclass of ours are left, with a warning in the log.
+    Weights that are channels_last stay so.
     """
     changes = []
     for name, module in reversed(_modules(model, "unswap")):
+        if foreign.has_ours(module):
+            foreign.restore_loss(module)
         twin = _ours(module)
         if twin is not None and not (extras := _in_use(module, twin)):
             changes.append((module, twin.stock))
             for extra in twin.extras:  # set to its default: no trace of it stays
                 module.__dict__.pop(extra, None)
-        elif twin is not None or isinstance(module, tuple(t.ours for t in TWINS)):
+        elif twin is not None or _is_ours(module):
             why = f"it uses {', '.join(extras)}" if twin else "it is a subclass of ours"
             cls = _name(type(module))
             logger.warning("unswap: %s stays %s: %s", name or "(model)", cls, why)
@@ -308,37 +441,53 @@ def unswap(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @contextlib.contextmanager
-def swapped(
-    model: torch.nn.Module,
-    ops: Iterable[str] | None = None,
-    filter_fn: Callable[[torch.nn.Module, str], bool] | None = None,
-    strict: bool = False,
-) -> Iterator[torch.nn.Module]:
+def swapped(model: torch.nn.Module, *arguments, **keywords) -> Iterator[torch.nn.Module]:
     """``with swapped(model):`` swaps, and at the end, or on an exception, restores the modules
     that it changed and no others. Arguments and errors are those of ``swap``."""
-    changed = _swap(model, ops, filter_fn, strict)
+    parameters = inspect.signature(swap).bind(model, *arguments, **keywords)
+    parameters.apply_defaults()
+    changed = _swap(**parameters.arguments)
     try:
         yield model
     finally:
-        _set_classes([(module, t.stock) for module, t in changed if type(module) is t.ours])
+        _set_classes([(module, t.stock) for module, t in changed.modules if type(module) is t.ours])
+        for module in filter(foreign.has_ours, changed.losses):
+            foreign.restore_loss(module)
+        for weight in changed.weights:
+            weight.data = weight.data.contiguous()
 
 
 def report(model: torch.nn.Module) -> Records:
     """One ``Swapped(name, old, new, reason)`` per module that is a leaf or has a twin.
 
-    ``new`` is the class of ours; where it is empty, ``reason`` says why the module was left.
-    Derived from the classes as they are now, so it also holds for a copy or a loaded pickle.
+    ``new`` is the class of ours; where it is empty, ``reason`` says why the module was left, and
+    where it is a residual block's, why it calls its modules one by one, if it does. Derived from
+    the classes as they are now, so it also holds for a copy or a loaded pickle.
     """
     records = Records()
     for name, module in _modules(model, "report"):
         cls = type(module)
-        relative = next((twin for twin in TWINS if isinstance(module, twin.ours)), None)
-        if relative is not None:
-            reason = "" if cls is relative.ours else "a subclass of ours, as its author made it"
-            records.append(Swapped(name, _name(relative.stock), _name(cls), reason))
+        if twin := _ours(module):
+            records.append(Swapped(name, _name(twin.stock), _name(cls), _one_by_one(module)))
+        elif _is_ours(module):
+            stock = _name(_relative(cls).stock)
+            reason = "a subclass of ours, as its author made it"
+            records.append(Swapped(name, stock, _name(cls), reason))
         elif _listed(module):
             records.append(Swapped(name, _name(cls), "", _left(module)))
+        if foreign.has_ours(module):
+            loss = module.loss_function
+            records.append(Swapped(_loss_name(name), _name(loss.stock), _name(type(loss)), ""))
+        elif loss := foreign.loss_of(module):
+            reason = "not swapped" + (": DLKERNELS_DISABLE is set" if _disabled() else "")
+            records.append(Swapped(_loss_name(name), _name(loss), "", reason))
     return records
+
+
+def _one_by_one(module: torch.nn.Module) -> str:
+    """Why a composite of ours calls its modules; empty where it does not, and of others."""
+    reason = module.one_by_one() if isinstance(module, nn.Composite) else None
+    return f"module by module: {reason}" if reason else ""
 
 
 # --- explain ----------------------------------------------------------------------------------
@@ -351,12 +500,17 @@ def _eager() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _fused(modules: Iterable[tuple[str, torch.nn.Module]]) -> dict[torch.nn.Module, str]:
+def _is_composite(module: torch.nn.Module) -> bool:
+    """Whether it is ours and calls its modules, or does the work of them."""
+    return isinstance(module, nn.Composite) or type(module).forward is nn.Sequential.forward
+
+
+def _fused(modules: list[tuple[str, torch.nn.Module]]) -> dict[torch.nn.Module, str]:
     """The modules that are not called themselves, and the name of the one that does their work."""
     return {
         module: name
-        for name, parent in modules
-        if type(parent) in _COMPOSITES
+        for name, parent in reversed(modules)  # the outermost is the last to say so
+        if _is_composite(parent)
         for chain in nn.fused_chains(parent)
         if not any(map(nn.is_observed, chain))
         for module in chain
@@ -410,8 +564,8 @@ def explain(model: torch.nn.Module, *inputs, **kwargs) -> Records:
         # dict.fromkeys: each different choice once, in order.
         kernels = ", ".join(dict.fromkeys(choice.kernel for choice in choices[module]))
         reasons = "; ".join(dict.fromkeys(choice.reason for choice in choices[module]))
-        ours = isinstance(module, tuple(twin.ours for twin in TWINS))
-        if type(module) in _COMPOSITES and not kernels:
+        ours = _is_ours(module)
+        if _is_composite(module) and not kernels:
             continue  # its modules have lines of their own
         if not (kernels or ours or _listed(module)):
             continue

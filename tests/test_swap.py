@@ -70,7 +70,7 @@ def linear(monkeypatch):
         table.Twin("linear", nn.Sequential, Fused, fits=chain),
     ]
     others = [twin for twin in table.TWINS if twin.op != "linear"]
-    monkeypatch.setattr(table, "TWINS", [*others, *lines])
+    monkeypatch.setattr(table, "TWINS", [*lines, *others])
 
 
 def batch(rows=16):
