@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     t.add_argument("--log", choices=["csv", *logs.SINKS], default="csv", help="beside the files")
     t.add_argument("--save-every", type=whole, metavar="STEPS", help="last.pt also within an epoch")
     t.add_argument("--patience", type=whole, metavar="EPOCHS", help="stop when none was better")
-    t.add_argument("--validation", type=share, help="of the training set, held out")
+    t.add_argument("--validation", type=share, help="share of the training set to hold out")
     t.add_argument("--folds", type=folds, help="as many trainings, each with a part held out")
     t.add_argument("--amp", action="store_true", default=None, help="mixed precision")
     t.add_argument("--drop-last", action="store_true", default=None, help="full batches only")
@@ -247,8 +247,6 @@ def run_train(args: argparse.Namespace) -> int:
     """``dlkernels train``: one training, or one for each fold. Raises as ``main`` handles."""
     recipe = NETWORKS[args.network].recipe
     out = args.out or Path("runs") / args.network
-    embedded = recipe.embedded_epochs if args.data is None else None
-    epochs = args.epochs or embedded or recipe.epochs
     with trainer.processes(args.device) as device, threads(args.threads):
         with refusals("train"):
             show_progress = progress_bars()
@@ -259,7 +257,7 @@ def run_train(args: argparse.Namespace) -> int:
         for k in range(args.folds or 1):
             fold = (k, args.folds) if args.folds else None
             folder = out / f"fold{k + 1}" if fold else out
-            scores.append(train_one(args, fold, examples, folder, epochs, show_progress))
+            scores.append(train_one(args, fold, examples, folder, show_progress))
     if args.folds and is_first():
         values = [score.value for score in scores]
         mean, deviation = statistics.mean(values), statistics.stdev(values)
@@ -272,7 +270,6 @@ def train_one(
     fold: tuple[int, int] | None,
     examples: data.Examples,
     out: Path,
-    epochs: int,
     show_progress: Callable[..., contextlib.AbstractContextManager],
 ) -> Score:
     """Trains in the folder ``out`` and prints, and gives, the score on the test set."""
@@ -281,12 +278,15 @@ def train_one(
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     given |= {"fold": fold} if fold else {}
     last = out / "last.pt"
+    recipe = NETWORKS[args.network].recipe
+    epochs = (recipe.embedded_epochs if args.data is None else None) or recipe.epochs
     with refusals("train"):
         count = len(examples.train_inputs)
         settings, checkpoint = trainer.Settings.of(args.network, count, given), None
         if args.resume and (last.is_file() or not fold):  # a later fold was not begun
             checkpoint = trainer.read_checkpoint(last, args.network)
             settings = trainer.resumed(checkpoint, settings, given, last)
+            epochs = checkpoint["epochs"]
         elif last.exists():
             raise FileExistsError(
                 f"{last} is there: --resume goes on with it, or take another --out"
@@ -298,14 +298,15 @@ def train_one(
             examples,
             out,
             checkpoint=checkpoint,
+            epochs=args.epochs or epochs,
             log=logs.SINKS.get(args.log),
             save_every=args.save_every,
         )
     with contextlib.closing(run):
         name = args.network if fold is None else f"fold {fold[0] + 1}"
-        with show_progress(epochs * run.steps(), name, done=run.state.step) as advance:
+        with show_progress(run.epochs * run.steps(), name, done=run.state.step) as advance:
             try:
-                run.fit(epochs, on_step=lambda step, loss: advance(name, loss))
+                run.fit(on_step=lambda step, loss: advance(name, loss))
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f": --resume goes on from {last}") from None
         with refusals("train"):

@@ -49,6 +49,8 @@ OPTIMISERS = sorted(
 )
 SCHEDULES = {"multistep": "MultiStepLR", "step": "StepLR", "plateau": "ReduceLROnPlateau"}
 SHOWN = 8  # images in a row of a picture
+HELD_OUT = 1 / 6  # for early stopping, where neither recipe nor user holds anything out
+SEEN = 10_000  # examples whose score stands for the validation's where nothing is held out
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,9 @@ class Settings:
             amp=given.get("amp", False),
             drop_last=given.get("drop_last", False),
             patience=given.get("patience"),
-            validation=given.get("validation", recipe.validation),
+            validation=given.get(
+                "validation", recipe.validation or (HELD_OUT if "patience" in given else 0.0)
+            ),
             fold=given.get("fold"),
             processes=dist.get_world_size() if dist.is_initialized() else 1,
         )
@@ -168,9 +172,8 @@ class Epoch(NamedTuple):
 
 def split(examples: Examples, settings: Settings) -> Split:
     """Holds out the end of the training set, or a fold of it; with nothing to hold out, validation
-    is on the training set itself. Raises ValueError where a part would be empty."""
+    is on the end of what is trained on. Raises ValueError where a part would be empty."""
     x, y = examples.train_inputs, examples.train_targets
-    order = torch.arange(len(x))
     if settings.fold:
         k, folds = settings.fold
         if folds > len(x):
@@ -179,10 +182,10 @@ def split(examples: Examples, settings: Settings) -> Split:
         parts = torch.randperm(len(x), generator=generator).tensor_split(folds)
         held, kept = parts[k], torch.cat([*parts[:k], *parts[k + 1 :]]).sort().values
     else:
-        count = len(x) - int(len(x) * (1 - settings.validation) + 1e-6)
-        kept, held = order[: len(x) - count], order[len(x) - count :]
+        count = int(len(x) * (1 - settings.validation) + 1e-6)
+        kept, held = torch.arange(count), torch.arange(count, len(x))
         if settings.validation == 0:
-            held = kept
+            held = kept[-SEEN:]
     if len(kept) == 0 or len(held) == 0:
         raise ValueError(f"{len(x)} examples are too few to hold some out")
     kept, held = kept.to(x.device), held.to(x.device)
@@ -244,11 +247,12 @@ class Run:
         out: Path,
         *,
         checkpoint: dict | None = None,
+        epochs: int,
         log: type | None = None,
         save_every: int | None = None,
     ) -> None:
         self.settings, self.examples, self.out = settings, examples, out
-        self.save_every = save_every
+        self.epochs, self.save_every = epochs, save_every
         self.recipe = NETWORKS[settings.network].recipe
         self.device = examples.train_inputs.device
         self.split = split(examples, settings)
@@ -301,6 +305,7 @@ class Run:
                 "dlkernels": 1,
                 "network": self.settings.network,
                 "settings": dataclasses.asdict(self.settings),
+                "epochs": self.epochs,
                 "data": self.data,
                 "state": dataclasses.asdict(self.state),
                 "model": self.model.state_dict(),
@@ -312,7 +317,7 @@ class Run:
 
     def _restore(self, checkpoint: dict) -> None:
         """Raises ValueError where the checkpoint is of other data or of other weights."""
-        if checkpoint["data"] != self.data:
+        if checkpoint.get("data") != self.data:
             raise ValueError(f"{self.out / 'last.pt'}: was trained on other data")
         load_weights(self.model, checkpoint, self.out / "last.pt")
         try:
@@ -329,19 +334,18 @@ class Run:
 
     def fit(
         self,
-        epochs: int,
         *,
         on_step: Callable[[int, float], None] = lambda step, loss: None,
         on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     ) -> None:
-        """Trains until ``epochs`` are done, or the patience is.
+        """Trains until all epochs are done, or the patience is.
 
         Ctrl-C and SIGTERM end it after the step, with ``last.pt`` written: raises
         KeyboardInterrupt. Raises FloatingPointError when a loss is no longer finite.
         """
         self.model.train()
         with interruptions() as interrupted:
-            while self.state.epoch < epochs and not self.out_of_patience():
+            while self.state.epoch < self.epochs and not self.out_of_patience():
                 order = self._order()
                 for batch in order[self.state.batch :]:
                     loss = self._step(batch)
@@ -511,7 +515,8 @@ class Run:
     def test(self) -> tuple[Score, float]:
         """Score and mean loss on the test set, with the weights of ``best.pt``."""
         path = self.out / "best.pt"
-        load_weights(self.model, read_checkpoint(path, self.settings.network), path)
+        if self.rank == 0:
+            load_weights(self.model, read_checkpoint(path, self.settings.network), path)
         return self.evaluate(self.examples.test_inputs, self.examples.test_targets)
 
     def close(self) -> None:
@@ -531,7 +536,7 @@ class Run:
 def resumed(checkpoint: dict, fresh: Settings, given: dict[str, Any], path: Path) -> Settings:
     """The settings of the checkpoint. Raises ValueError where what is ``given`` is not in them."""
     try:
-        settings = Settings(**checkpoint["settings"])
+        settings, _ = Settings(**checkpoint["settings"]), int(checkpoint["epochs"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a whole checkpoint: {error}") from None
     for name in [*given, "processes"]:

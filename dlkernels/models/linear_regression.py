@@ -18,7 +18,6 @@ class LinearRegression(torch.nn.Module):
         loss_arguments={"reduction": "sum"},
         momentum=0.0,
         batch_size=3,
-        validation=0,
         metric="mean squared error",
     )
 

@@ -18,7 +18,6 @@ class LogisticRegression(torch.nn.Module):
         loss_arguments={"reduction": "sum"},
         momentum=0.0,
         batch_size=3,
-        validation=0,
         metric="binary accuracy",
     )
 

@@ -35,7 +35,7 @@ class Recipe:
     batch_size: int | None = 64  # None: all of the set
     metric: str = "accuracy"  # or "binary accuracy", "mean squared error", on the test set
     # What ``dlkernels train`` does beside, and ``compare`` does not.
-    validation: float = 1 / 6  # of the training set, its end: held out; 0: the training set itself
+    validation: float = 0.0  # of the training set, its end: held out
     augment: tuple[str, ...] = ()  # of the training images: "flip", "rotate"; see dlkernels.data
     clip: float | None = None  # the largest norm of the gradients
 
