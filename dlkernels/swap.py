@@ -63,6 +63,7 @@ TWINS: list[Twin] = [
         extras=("softcap", "z_loss", "return_lse"),
     ),
     Twin("linear", torch.nn.Linear, nn.Linear),
+    *(Twin("lstm", stock, ours) for stock, ours in nn.RECURRENT.items()),
     *(
         Twin("residual_block", stock, ours, allowed=(5.0, 5.0))
         for stock, ours in nn.RESIDUAL_BLOCKS.items()
