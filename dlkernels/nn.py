@@ -853,7 +853,8 @@ class _Recurrent(torch.nn.RNNBase):
             hx = self._zeros(data, batch)
         else:
             hx = self.permute_hidden(hx, order)
-        self._check_packed(data, hx, batch_sizes)
+        if not torch.compiler.is_compiling():  # it reads batch_sizes
+            self._check_packed(data, hx, batch_sizes)
         output, *hidden = self._call(data, hx, batch_sizes)
         output = PackedSequence(output, batch_sizes, order, inverse)
         return output, self.permute_hidden(self._joined(hidden), inverse)

@@ -441,11 +441,19 @@ not_differentiable("lstm", "lstm_forward", "lstm_backward")
 not_differentiable("lstm_cell", "lstm_cell_forward", "lstm_cell_backward")
 
 
+def _below_autograd(raw, *arguments):
+    if torch.compiler.is_compiling():
+        return raw(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return raw(*arguments)
+
+
 def _run_layer(mode, own, batch_sizes, input, hx, cx, weights):
     """(output, h_n[, c_n])."""
     if not needs_gradient(input, hx, cx, *weights):
-        with torch._C._AutoDispatchBelowAutograd():
-            results = _ops.lstm_forward(input, batch_sizes, hx, cx, weights, mode, False, own)
+        results = _below_autograd(
+            _ops.lstm_forward, input, batch_sizes, hx, cx, weights, mode, False, own
+        )
         return results[:3] if mode == "lstm" else results[:2]
     if not torch.compiler.is_compiling():
         return _Layer.apply(mode, own, batch_sizes, input, hx, cx, *weights)
@@ -459,8 +467,7 @@ def _run_layer(mode, own, batch_sizes, input, hx, cx, weights):
 def _run_cell(mode, own, *inputs):
     """(h, c) of an LSTM, h of the others."""
     if not needs_gradient(*inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            h, c, _ = _ops.lstm_cell_forward(*inputs, mode, False, own)
+        h, c, _ = _below_autograd(_ops.lstm_cell_forward, *inputs, mode, False, own)
         return (h, c) if mode == "lstm" else h
     if not torch.compiler.is_compiling():
         return _Cell.apply(mode, own, *inputs)
