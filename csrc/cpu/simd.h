@@ -39,6 +39,15 @@
 
 namespace dlkernels {
 
+// Between two looks at memory that another thread is about to write.
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 struct bf16 {
   uint16_t bits;
 };
