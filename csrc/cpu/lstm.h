@@ -242,12 +242,6 @@ inline Share rows_of(const Shape& s, int64_t part, int64_t row_parts) {
 
 // --------------------------------------------------------------------------------------- forward
 
-template <typename T>
-inline Vec<T> sigmoid(Vec<T> x) {
-  const Vec<T> zero(T(0)), one(T(1));
-  return one / (one + exp(zero - x));
-}
-
 template <typename S>
 struct Forward {
   using T = accumulate_t<S>;
@@ -440,11 +434,12 @@ struct Forward {
   // Rows [row, row + n) of a step and one vector of units, from its sums.
   struct Tile {
     int64_t d, t, row, n, unit;
-    const T *sums, *hidden;  // hidden: a GRU's W_hn·h
-    int64_t panel;           // from one panel's sums to the next
-    int64_t v;               // of the group's vectors
-    const T *bias, *b_hn;    // of the group
-    int64_t ends;            // rows from here on have no further step
+    T* sums;
+    const T* hidden;       // a GRU's W_hn·h
+    int64_t panel;         // from one panel's sums to the next
+    int64_t v;             // of the group's vectors
+    const T *bias, *b_hn;  // of the group
+    int64_t ends;          // rows from here on have no further step
   };
 
   void put_state(const Tile& at, const Scratch& to, const Pieces<S>& h, int64_t r, V value,
@@ -466,30 +461,44 @@ struct Forward {
 
   void lstm_gates(const Tile& at, const Scratch& to, const Pieces<S>& h) const {
     const int64_t lanes = std::min(kL, s.hidden - at.unit);
+    const V zero(T(0)), one(T(1));
     const V bias_i = load(at.bias), bias_f = load(at.bias + kL), bias_g = load(at.bias + 2 * kL),
             bias_o = load(at.bias + 3 * kL);
-    const T* sums = at.sums;
     T* const c = to.c + (at.unit / kL * s.batch + at.row) * kL;
     const int64_t first = s.offset(at.t) + at.row;
-    for (int64_t r = 0; r < at.n; ++r, sums += kColumns) {
-      const V i = sigmoid(load(sums) + bias_i);
-      const V f = sigmoid(load(sums + kL) + bias_f);
-      const V g = tanh(load(sums + at.panel) + bias_g);
-      const V o = sigmoid(load(sums + at.panel + kL) + bias_o);
-      const V cell = fma(f, load(c + r * kL), i * g);
-      store(c + r * kL, cell);
-      put_state(at, to, h, r, o * tanh(cell), lanes);
-      if (gates) {
-        const int64_t row = at.d * s.rows() + first + r;
-        S* const to_gates = gates + row * 4 * s.hidden + at.unit;
-        store(to_gates, i, lanes);
-        store(to_gates + s.hidden, f, lanes);
-        store(to_gates + 2 * s.hidden, g, lanes);
-        store(to_gates + 3 * s.hidden, o, lanes);
-        if (cells) store(cells + row * s.hidden + at.unit, cell, lanes);
+    constexpr int kAtOnce = 4;  // rows; their o waits in the place of the sums
+    for (int64_t r0 = 0; r0 < at.n; r0 += kAtOnce) {
+      const int64_t r1 = std::min(at.n, r0 + kAtOnce);
+      V outer[kAtOnce];
+      for (int64_t r = r0; r < r1; ++r) {
+        T* const sums = at.sums + r * kColumns;
+        V x[4] = {load(sums) + bias_i, load(sums + kL) + bias_f,
+                  load(sums + at.panel + kL) + bias_o, load(sums + at.panel) + bias_g};
+        const V in = x[3];
+        for (int k = 0; k < 3; ++k) x[k] = zero - x[k];
+        x[3] = abs(in) + abs(in);
+        exp(x);
+        const V i = one / (one + x[0]), f = one / (one + x[1]), o = one / (one + x[2]);
+        const V g = tanh_from_exp(in, x[3]);
+        const V cell = fma(f, load(c + r * kL), i * g);
+        store(c + r * kL, cell);
+        store(sums, o);
+        outer[r - r0] = cell;
+        if (gates) {
+          S* const to_gates = gates + (at.d * s.rows() + first + r) * 4 * s.hidden + at.unit;
+          store(to_gates, i, lanes);
+          store(to_gates + s.hidden, f, lanes);
+          store(to_gates + 2 * s.hidden, g, lanes);
+          store(to_gates + 3 * s.hidden, o, lanes);
+          if (cells) store(cells + (at.d * s.rows() + first + r) * s.hidden + at.unit, cell, lanes);
+        }
+        if (at.row + r >= at.ends)
+          store(c_n + (at.d * s.batch + at.row + r) * s.hidden + at.unit, cell, lanes);
       }
-      if (at.row + r >= at.ends)
-        store(c_n + (at.d * s.batch + at.row + r) * s.hidden + at.unit, cell, lanes);
+      for (int64_t r = r1; r < r0 + kAtOnce; ++r) outer[r - r0] = zero;
+      tanh(outer);
+      for (int64_t r = r0; r < r1; ++r)
+        put_state(at, to, h, r, load(at.sums + r * kColumns) * outer[r - r0], lanes);
     }
   }
 
@@ -497,13 +506,15 @@ struct Forward {
                  const Pieces<S>& before) const {
     const int64_t lanes = std::min(kL, s.hidden - at.unit);
     const T* const bias = at.bias + at.v * kL;
+    const V zero(T(0)), one(T(1));
     const V bias_r = load(bias), bias_z = load(bias + kColumns), bias_n = load(bias + 2 * kColumns),
             bias_hn = load(at.b_hn + at.v * kL);
     const int64_t first = s.offset(at.t) + at.row;
     for (int64_t r = 0; r < at.n; ++r) {
       const T* const sums = at.sums + r * kColumns + at.v * kL;
-      const V reset = sigmoid(load(sums) + bias_r);
-      const V z = sigmoid(load(sums + at.panel) + bias_z);
+      V x[2] = {zero - (load(sums) + bias_r), zero - (load(sums + at.panel) + bias_z)};
+      exp(x);
+      const V reset = one / (one + x[0]), z = one / (one + x[1]);
       const V hidden = load(at.hidden + r * kColumns + at.v * kL) + bias_hn;
       const V n = tanh(fma(reset, hidden, load(sums + 2 * at.panel) + bias_n));
       const V old = before.get(at.row + r, at.unit, lanes);
