@@ -129,6 +129,7 @@ void pack_a(const Matrix<S>& a, int64_t i, int64_t rows, int64_t p, int64_t dept
         V v[kPiece<T>];
         for (int64_t q = 0; q < kPiece<T>; ++q) {
           const int64_t at = (p + d + q) * terms;
+          __builtin_prefetch(a.at(i + r, at + 16 * terms));
           v[q] =
               d + q < depth ? W::across(a.at(i + r, at), a.column_stride, k - at, lanes) : V(T(0));
         }
