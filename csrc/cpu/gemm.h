@@ -121,13 +121,15 @@ void pack_a(const Matrix<S>& a, int64_t i, int64_t rows, int64_t p, int64_t dept
         const int64_t at = (p + d) * terms;
         store(to + d, W::along(a.at(i + r, at), std::min(V::size, depth - d), k - at));
       }
-  } else if (a.row_stride == 1) {  // words of V::size rows, transposed in pieces
-    for (int64_t r = 0; r < rows; r += V::size) {
-      const int64_t lanes = std::min(V::size, rows - r);
-      for (int64_t d = 0; d < depth; d += kPiece<T>) {
+  } else if (a.row_stride == 1) {  // words of V::size rows, transposed in pieces; all rows of a
+                                   // piece in turn, which lie side by side
+    for (int64_t d = 0; d < depth; d += kPiece<T>)
+      for (int64_t r = 0; r < rows; r += V::size) {
+        const int64_t lanes = std::min(V::size, rows - r);
         V v[kPiece<T>];
         for (int64_t q = 0; q < kPiece<T>; ++q) {
           const int64_t at = (p + d + q) * terms;
+          __builtin_prefetch(a.at(i + r, at + 16 * terms));
           v[q] =
               d + q < depth ? W::across(a.at(i + r, at), a.column_stride, k - at, lanes) : V(T(0));
         }
@@ -138,7 +140,6 @@ void pack_a(const Matrix<S>& a, int64_t i, int64_t rows, int64_t p, int64_t dept
         for (int64_t l = 0; l < lanes; ++l)
           std::copy_n(transposed + l * kPiece<T>, kPiece<T>, to + (r + l) * kPitch + d);
       }
-    }
   } else {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t d = 0; d < depth; ++d) {
@@ -365,7 +366,7 @@ struct Cut {
   explicit Cut(int64_t k) {
     const int64_t depth = words<S>(k), fit = kBytes / int64_t(sizeof(accumulate_t<S>));
     const int64_t fitting = fit / std::max<int64_t>(1, depth) / kLeast * kLeast;
-    deep = fitting == 0;
+    deep = fitting < kBlockColumns;
     panel = deep ? fit / kBlockColumns / kDepth * kDepth : depth;
     rows = deep ? 8 * kBlockRows : kBlockRows;
     if (!deep) columns = std::min(fitting, kBlockColumns);

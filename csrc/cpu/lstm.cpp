@@ -165,7 +165,10 @@ const S* data_of(const Optional& tensor) {
 }
 
 Tensor make(const Tensor& like, ScalarType dtype, const Ints& shape) {
-  return torch::stable::new_empty(like, shape, dtype);
+  const Tensor made = torch::stable::new_empty(like, shape, dtype);
+  const int64_t bytes = made.numel() * int64_t(made.element_size());
+  if (bytes >= 2 << 20) advise_huge_pages(made.mutable_data_ptr(), size_t(bytes));
+  return made;
 }
 
 // Rows of the input, and of the state before each step of direction d.

@@ -242,12 +242,6 @@ inline Share rows_of(const Shape& s, int64_t part, int64_t row_parts) {
 
 // --------------------------------------------------------------------------------------- forward
 
-template <typename T>
-inline Vec<T> sigmoid(Vec<T> x) {
-  const Vec<T> zero(T(0)), one(T(1));
-  return one / (one + exp(zero - x));
-}
-
 template <typename S>
 struct Forward {
   using T = accumulate_t<S>;
@@ -440,11 +434,12 @@ struct Forward {
   // Rows [row, row + n) of a step and one vector of units, from its sums.
   struct Tile {
     int64_t d, t, row, n, unit;
-    const T *sums, *hidden;  // hidden: a GRU's W_hn·h
-    int64_t panel;           // from one panel's sums to the next
-    int64_t v;               // of the group's vectors
-    const T *bias, *b_hn;    // of the group
-    int64_t ends;            // rows from here on have no further step
+    T* sums;
+    const T* hidden;       // a GRU's W_hn·h
+    int64_t panel;         // from one panel's sums to the next
+    int64_t v;             // of the group's vectors
+    const T *bias, *b_hn;  // of the group
+    int64_t ends;          // rows from here on have no further step
   };
 
   void put_state(const Tile& at, const Scratch& to, const Pieces<S>& h, int64_t r, V value,
@@ -466,30 +461,44 @@ struct Forward {
 
   void lstm_gates(const Tile& at, const Scratch& to, const Pieces<S>& h) const {
     const int64_t lanes = std::min(kL, s.hidden - at.unit);
+    const V zero(T(0)), one(T(1));
     const V bias_i = load(at.bias), bias_f = load(at.bias + kL), bias_g = load(at.bias + 2 * kL),
             bias_o = load(at.bias + 3 * kL);
-    const T* sums = at.sums;
     T* const c = to.c + (at.unit / kL * s.batch + at.row) * kL;
     const int64_t first = s.offset(at.t) + at.row;
-    for (int64_t r = 0; r < at.n; ++r, sums += kColumns) {
-      const V i = sigmoid(load(sums) + bias_i);
-      const V f = sigmoid(load(sums + kL) + bias_f);
-      const V g = tanh(load(sums + at.panel) + bias_g);
-      const V o = sigmoid(load(sums + at.panel + kL) + bias_o);
-      const V cell = fma(f, load(c + r * kL), i * g);
-      store(c + r * kL, cell);
-      put_state(at, to, h, r, o * tanh(cell), lanes);
-      if (gates) {
-        const int64_t row = at.d * s.rows() + first + r;
-        S* const to_gates = gates + row * 4 * s.hidden + at.unit;
-        store(to_gates, i, lanes);
-        store(to_gates + s.hidden, f, lanes);
-        store(to_gates + 2 * s.hidden, g, lanes);
-        store(to_gates + 3 * s.hidden, o, lanes);
-        if (cells) store(cells + row * s.hidden + at.unit, cell, lanes);
+    constexpr int kAtOnce = 4;  // rows; their o waits in the place of the sums
+    for (int64_t r0 = 0; r0 < at.n; r0 += kAtOnce) {
+      const int64_t r1 = std::min(at.n, r0 + kAtOnce);
+      V outer[kAtOnce];
+      for (int64_t r = r0; r < r1; ++r) {
+        T* const sums = at.sums + r * kColumns;
+        V x[4] = {load(sums) + bias_i, load(sums + kL) + bias_f,
+                  load(sums + at.panel + kL) + bias_o, load(sums + at.panel) + bias_g};
+        const V in = x[3];
+        for (int k = 0; k < 3; ++k) x[k] = zero - x[k];
+        x[3] = abs(in) + abs(in);
+        exp(x);
+        const V i = one / (one + x[0]), f = one / (one + x[1]), o = one / (one + x[2]);
+        const V g = tanh_from_exp(in, x[3]);
+        const V cell = fma(f, load(c + r * kL), i * g);
+        store(c + r * kL, cell);
+        store(sums, o);
+        outer[r - r0] = cell;
+        if (gates) {
+          S* const to_gates = gates + (at.d * s.rows() + first + r) * 4 * s.hidden + at.unit;
+          store(to_gates, i, lanes);
+          store(to_gates + s.hidden, f, lanes);
+          store(to_gates + 2 * s.hidden, g, lanes);
+          store(to_gates + 3 * s.hidden, o, lanes);
+          if (cells) store(cells + (at.d * s.rows() + first + r) * s.hidden + at.unit, cell, lanes);
+        }
+        if (at.row + r >= at.ends)
+          store(c_n + (at.d * s.batch + at.row + r) * s.hidden + at.unit, cell, lanes);
       }
-      if (at.row + r >= at.ends)
-        store(c_n + (at.d * s.batch + at.row + r) * s.hidden + at.unit, cell, lanes);
+      for (int64_t r = r1; r < r0 + kAtOnce; ++r) outer[r - r0] = zero;
+      tanh(outer);
+      for (int64_t r = r0; r < r1; ++r)
+        put_state(at, to, h, r, load(at.sums + r * kColumns) * outer[r - r0], lanes);
     }
   }
 
@@ -497,13 +506,15 @@ struct Forward {
                  const Pieces<S>& before) const {
     const int64_t lanes = std::min(kL, s.hidden - at.unit);
     const T* const bias = at.bias + at.v * kL;
+    const V zero(T(0)), one(T(1));
     const V bias_r = load(bias), bias_z = load(bias + kColumns), bias_n = load(bias + 2 * kColumns),
             bias_hn = load(at.b_hn + at.v * kL);
     const int64_t first = s.offset(at.t) + at.row;
     for (int64_t r = 0; r < at.n; ++r) {
       const T* const sums = at.sums + r * kColumns + at.v * kL;
-      const V reset = sigmoid(load(sums) + bias_r);
-      const V z = sigmoid(load(sums + at.panel) + bias_z);
+      V x[2] = {zero - (load(sums) + bias_r), zero - (load(sums + at.panel) + bias_z)};
+      exp(x);
+      const V reset = one / (one + x[0]), z = one / (one + x[1]);
       const V hidden = load(at.hidden + r * kColumns + at.v * kL) + bias_hn;
       const V n = tanh(fma(reset, hidden, load(sums + 2 * at.panel) + bias_n));
       const V old = before.get(at.row + r, at.unit, lanes);
@@ -739,81 +750,124 @@ struct Backward {
     return sum;
   }
 
-  void put_gate(int64_t d, const Pieces<S>& pieces, int64_t row, int64_t at_row, int64_t unit,
-                int64_t gate, int64_t piece, V value, int64_t lanes) const {
-    store(grad_gates + ((d * s.rows() + at_row) * s.width() + gate) * s.hidden + unit, value,
-          lanes);
-    if (piece >= 0) pieces.put(row, piece * gate_units() + unit, value, lanes);
-  }
+  // One vector of units of m rows from `row` on: from dh, the gradients of the cells' own h.
+  struct Cells {
+    int64_t d, t, row, m, unit, lanes;
+    const T* dh;  // kColumns apart
+    const Scratch& to;
+    const Pieces<S>& pieces;
+  };
 
-  // One vector of units of a row: from dh, the gradient of the cell's own h.
-  void lstm_row(int64_t d, int64_t t, int64_t row, int64_t unit, int64_t lanes, V dh,
-                const Scratch& to, const Pieces<S>& pieces) const {
+  void lstm_cells(const Cells& at) const {
+    constexpr int kAtOnce = 4;
+    const int64_t lanes = at.lanes, all = at.d * s.rows(), first = s.offset(at.t);
     const V one(T(1));
-    const int64_t at_row = s.offset(t) + row, at = d * s.rows() + at_row;
-    const S* const kept = gates + at * 4 * s.hidden + unit;
-    const V i = load(kept, lanes), f = load(kept + s.hidden, lanes),
-            g = load(kept + 2 * s.hidden, lanes), o = load(kept + 3 * s.hidden, lanes);
-    const V c = tanh(load(cells + at * s.hidden + unit, lanes));
-    const int64_t before = s.before(d, t, row);
-    const V old = before >= 0 ? load(cells + (d * s.rows() + before) * s.hidden + unit, lanes)
-                              : load(cx + (d * s.batch + row) * s.hidden + unit, lanes);
-    T* const carry = to.carry + (unit / kL * s.batch + row) * kL;
-    const V dc = fma(dh * o, one - c * c, load(carry));
-    store(carry, dc * f);
-    put_gate(d, pieces, row, at_row, unit, 0, 0, dc * g * (i * (one - i)), lanes);
-    put_gate(d, pieces, row, at_row, unit, 1, 1, dc * old * (f * (one - f)), lanes);
-    put_gate(d, pieces, row, at_row, unit, 2, 2, dc * i * (one - g * g), lanes);
-    put_gate(d, pieces, row, at_row, unit, 3, 3, dh * c * (o * (one - o)), lanes);
-    if (full) store(full + at * s.hidden + unit, o * c, lanes);
+    for (int64_t r0 = 0; r0 < at.m; r0 += kAtOnce) {
+      const int64_t n = std::min<int64_t>(kAtOnce, at.m - r0);
+      V c[kAtOnce];
+      for (int64_t r = 0; r < kAtOnce; ++r) {
+        const int64_t row = all + first + at.row + r0 + std::min(r, n - 1);
+        c[r] = load(cells + row * s.hidden + at.unit, lanes);
+      }
+      tanh(c);
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t row = at.row + r0 + r, at_row = first + row;
+        const S* const kept = gates + (all + at_row) * 4 * s.hidden + at.unit;
+        const V dh = load(at.dh + (r0 + r) * kColumns);
+        const V i = load(kept, lanes), f = load(kept + s.hidden, lanes),
+                g = load(kept + 2 * s.hidden, lanes), o = load(kept + 3 * s.hidden, lanes);
+        const int64_t before = s.before(at.d, at.t, row);
+        const V old = before >= 0 ? load(cells + (all + before) * s.hidden + at.unit, lanes)
+                                  : load(cx + (at.d * s.batch + row) * s.hidden + at.unit, lanes);
+        T* const carry = at.to.carry + (at.unit / kL * s.batch + row) * kL;
+        const V dc = fma(dh * o, one - c[r] * c[r], load(carry));
+        store(carry, dc * f);
+        put_gate(at, row, 0, 0, dc * g * (i * (one - i)));
+        put_gate(at, row, 1, 1, dc * old * (f * (one - f)));
+        put_gate(at, row, 2, 2, dc * i * (one - g * g));
+        put_gate(at, row, 3, 3, dh * c[r] * (o * (one - o)));
+        if (full) store(full + (all + at_row) * s.hidden + at.unit, o * c[r], lanes);
+      }
+    }
   }
 
-  void gru_row(int64_t d, int64_t t, int64_t row, int64_t unit, int64_t lanes, V dh,
-               const Scratch& to, const Pieces<S>& pieces) const {
+  void gru_cells(const Cells& at) const {
     const V one(T(1));
-    const int64_t at_row = s.offset(t) + row;
-    const S* const kept = gates + (d * s.rows() + at_row) * 4 * s.hidden + unit;
-    const V r = load(kept, lanes), z = load(kept + s.hidden, lanes),
-            n = load(kept + 2 * s.hidden, lanes), hidden = load(kept + 3 * s.hidden, lanes);
-    const int64_t before = s.before(d, t, row);
-    const V old = before >= 0 ? load(output + (before * s.directions + d) * s.state + unit, lanes)
-                              : load(hx + (d * s.batch + row) * s.state + unit, lanes);
-    T* const carry = to.carry + (unit / kL * s.batch + row) * kL;
-    store(carry, dh * z);
-    const V dn = dh * (one - z) * (one - n * n);
-    put_gate(d, pieces, row, at_row, unit, 0, -1, dn, lanes);
-    put_gate(d, pieces, row, at_row, unit, 1, 0, dn * hidden * (r * (one - r)), lanes);
-    put_gate(d, pieces, row, at_row, unit, 2, 1, dh * (old - n) * (z * (one - z)), lanes);
-    put_gate(d, pieces, row, at_row, unit, 3, 2, dn * r, lanes);
+    const int64_t lanes = at.lanes;
+    for (int64_t i = 0; i < at.m; ++i) {
+      const int64_t row = at.row + i, at_row = s.offset(at.t) + row;
+      const S* const kept = gates + (at.d * s.rows() + at_row) * 4 * s.hidden + at.unit;
+      const V dh = load(at.dh + i * kColumns);
+      const V r = load(kept, lanes), z = load(kept + s.hidden, lanes),
+              n = load(kept + 2 * s.hidden, lanes), hidden = load(kept + 3 * s.hidden, lanes);
+      const int64_t before = s.before(at.d, at.t, row);
+      const V old = before >= 0
+                        ? load(output + (before * s.directions + at.d) * s.state + at.unit, lanes)
+                        : load(hx + (at.d * s.batch + row) * s.state + at.unit, lanes);
+      store(at.to.carry + (at.unit / kL * s.batch + row) * kL, dh * z);
+      const V dn = dh * (one - z) * (one - n * n);
+      put_gate(at, row, 0, -1, dn);
+      put_gate(at, row, 1, 0, dn * hidden * (r * (one - r)));
+      put_gate(at, row, 2, 1, dh * (old - n) * (z * (one - z)));
+      put_gate(at, row, 3, 2, dn * r);
+    }
   }
 
-  void rnn_row(int64_t d, int64_t t, int64_t row, int64_t unit, int64_t lanes, V dh,
-               const Pieces<S>& pieces) const {
+  void rnn_cells(const Cells& at) const {
     const V zero(T(0)), one(T(1));
-    const int64_t at_row = s.offset(t) + row;
-    const V h = load(output + (at_row * s.directions + d) * s.state + unit, lanes);
-    const V dz = s.mode == Mode::kTanh ? dh * (one - h * h)
-                                       : select(less(zero, h), dh, select(less(h, one), zero, dh));
-    put_gate(d, pieces, row, at_row, unit, 0, 0, dz, lanes);
+    for (int64_t r = 0; r < at.m; ++r) {
+      const int64_t row = at.row + r, at_row = s.offset(at.t) + row;
+      const V dh = load(at.dh + r * kColumns);
+      const V h = load(output + (at_row * s.directions + at.d) * s.state + at.unit, at.lanes);
+      put_gate(at, row, 0, 0,
+               s.mode == Mode::kTanh ? dh * (one - h * h)
+                                     : select(less(zero, h), dh, select(less(h, one), zero, dh)));
+    }
   }
 
-  void cell_row(int64_t d, int64_t t, int64_t row, int64_t unit, V dh, const Scratch& to,
-                const Pieces<S>& pieces) const {
-    const int64_t lanes = std::min(kL, s.hidden - unit);
+  void put_gate(const Cells& at, int64_t row, int64_t gate, int64_t piece, V value) const {
+    const int64_t at_row = at.d * s.rows() + s.offset(at.t) + row;
+    store(grad_gates + (at_row * s.width() + gate) * s.hidden + at.unit, value, at.lanes);
+    if (piece >= 0) at.pieces.put(row, piece * gate_units() + at.unit, value, at.lanes);
+  }
+
+  void cells_of(const Cells& at) const {
     switch (s.mode) {
       case Mode::kLstm:
-        return lstm_row(d, t, row, unit, lanes, dh, to, pieces);
+        return lstm_cells(at);
       case Mode::kGru:
-        return gru_row(d, t, row, unit, lanes, dh, to, pieces);
+        return gru_cells(at);
       default:
-        return rnn_row(d, t, row, unit, lanes, dh, pieces);
+        return rnn_cells(at);
+    }
+  }
+
+  // What cells_of will read and write for one panel, asked for under the product before it.
+  void prefetch(int64_t d, int64_t t, int64_t row0, int64_t m, int64_t active, int64_t unit) const {
+    const int64_t end = std::min(row0 + m, active);
+    const int64_t size = std::min(kColumns, s.hidden - unit) * int64_t(sizeof(S));
+    const auto ask = [&](const auto* at, auto write) {
+      for (int64_t byte = 0; byte < size; byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(at) + byte, write, 2);
+    };
+    const std::integral_constant<int, 0> read;
+    const std::integral_constant<int, 1> write;
+    for (int64_t row = row0; row < end; ++row) {
+      const int64_t at_row = s.offset(t) + row, at = d * s.rows() + at_row;
+      for (int64_t g = 0; g < s.kept(); ++g) ask(gates + (at * 4 + g) * s.hidden + unit, read);
+      for (int64_t g = 0; g < s.width(); ++g)
+        ask(grad_gates + (at * s.width() + g) * s.hidden + unit, write);
+      const int64_t before = s.before(d, t, row);
+      if (cells && before >= 0) ask(cells + (d * s.rows() + before) * s.hidden + unit, read);
+      if (grad_output && !s.projected)
+        ask(grad_output + (at_row * s.directions + d) * s.state + unit, read);
     }
   }
 
   // Gradients of rows [row0, row0 + m) and one panel of the state, of which rows below `later` have
   // had a later step, whose part is in `sums`, and rows below `active` have step t.
   void finish(int64_t d, int64_t t, int64_t row0, int64_t m, int64_t later, int64_t active,
-              int64_t panel, const T* sums, const Scratch& to, const Pieces<S>& pieces) const {
+              int64_t panel, T* sums, const Scratch& to, const Pieces<S>& pieces) const {
     for (int64_t v = 0; v < kColumns; v += kL) {
       const int64_t unit = panel * kColumns + v, lanes = std::min(kL, s.state - unit);
       if (lanes <= 0) break;
@@ -833,9 +887,11 @@ struct Backward {
           to.state.put(row, unit, dh, lanes);
           store(grad_state + (d * s.rows() + s.offset(t) + row) * s.state + unit, dh, lanes);
         } else {
-          cell_row(d, t, row, unit, dh, to, pieces);
+          store(sums + r * kColumns + v, dh);
         }
       }
+      if (!s.projected && row0 < active)
+        cells_of({d, t, row0, std::min(m, active - row0), unit, lanes, sums + v, to, pieces});
     }
   }
 
@@ -864,7 +920,11 @@ struct Backward {
         for (int64_t row = rows.begin; row < end; row += kStepRows) {
           const int64_t m = std::min(kStepRows, end - row);
           const int64_t n = std::clamp<int64_t>(later - row, 0, m);
-          if (n) multiply(from, row, n, p, to, tile);
+          for (int64_t r = 0; r < n; r += gemm::kRows) {
+            const int64_t height = std::min(gemm::kRows, n - r);
+            if (!s.projected) prefetch(d, t, row + r, height, active, p * kColumns);
+            multiply(from, row + r, height, p, to, tile + r * kColumns);
+          }
           finish(d, t, row, m, later, active, p, tile, to, pieces);
         }
       if (s.projected) {
@@ -888,16 +948,14 @@ struct Backward {
         if (n)
           to.state.multiply(row, n, 0, s.state, to.w_hr + p * gemm::words<S>(s.state) * kColumns,
                             false, tile);
-        for (int64_t r = 0; r < m; ++r)
-          for (int64_t v = 0; v < kColumns; v += kL) {
-            const int64_t unit = p * kColumns + v, lanes = std::min(kL, s.hidden - unit);
-            if (lanes <= 0) break;
-            if (r < n)
-              cell_row(d, t, row + r, unit, load(tile + r * kColumns + v), to, pieces);
-            else if (grad_cx)
-              store(grad_cx + (d * s.batch + row + r) * s.hidden + unit,
-                    load(to.carry + (unit / kL * s.batch + row + r) * kL), lanes);
-          }
+        for (int64_t v = 0; v < kColumns; v += kL) {
+          const int64_t unit = p * kColumns + v, lanes = std::min(kL, s.hidden - unit);
+          if (lanes <= 0) break;
+          if (n) cells_of({d, t, row, n, unit, lanes, tile + v, to, pieces});
+          for (int64_t r = n; grad_cx && r < m; ++r)
+            store(grad_cx + (d * s.batch + row + r) * s.hidden + unit,
+                  load(to.carry + (unit / kL * s.batch + row + r) * kL), lanes);
+        }
       }
   }
 };
