@@ -182,7 +182,8 @@ def check(mode, draw, dtype, factor=2.0, draws=6, **settings):
         )
     for name in results[0][0]:
         columns = ([draw[j][name] for draw in results] for j in range(3))
-        assert_no_worse(name, *columns, factor)
+        # Stock sums each step's rows alone, ours of all steps one after another.
+        assert_no_worse(name, *columns, 3.0 if name.startswith("grad weight") else factor)
 
 
 # ------------------------------------------------------------------------------ against stock
