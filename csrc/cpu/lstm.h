@@ -60,9 +60,16 @@ struct Weights {
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
+// n elements or a few more: an odd number of cache lines, so that rows so long do not all meet in
+// the same few places of a cache.
+template <typename S>
+int64_t odd_lines(int64_t n) {
+  return (parts(n * int64_t(sizeof(S)), 64) | 1) * 64 / int64_t(sizeof(S));
+}
+
 // -------------------------------------------------------------------------------------- operands
 
-// rows × units as multiply_pieces reads them.
+// rows × units as multiply_pieces reads them; an odd number of rows, as of odd_lines.
 template <typename S>
 struct Pieces {
   using T = accumulate_t<S>;
@@ -294,8 +301,8 @@ struct Forward {
     to.b_hn = take(groups.count() * groups.units());
     to.sums = take(panels * chunk * rows * kColumns);
     to.c = take(s.mode == Mode::kLstm ? parts(s.hidden, kL) * rows * kL : 0);
-    for (auto& h : to.h) h = {take(Pieces<S>::size(s.state, rows)), rows};
-    to.full = {take(s.projected ? Pieces<S>::size(s.hidden, rows) : 0), rows};
+    for (auto& h : to.h) h = {take(Pieces<S>::size(s.state, rows | 1)), rows | 1};
+    to.full = {take(s.projected ? Pieces<S>::size(s.hidden, rows | 1) : 0), rows | 1};
     return used;
   }
   int64_t lay_out(Own& to, T* from) const {
@@ -657,6 +664,7 @@ struct Backward {
 
   const int64_t meets = s.mode == Mode::kGru ? 3 : s.gates();  // gates that meet W_hh
   const int64_t own = s.gates() * s.hidden, width = s.width() * s.hidden;
+  const int64_t pitch = odd_lines<S>(width);  // of grad_gates
   // Steps whose gradients are kept for one turn of the large products.
   const int64_t chunk = std::clamp<int64_t>(512 / std::max<int64_t>(1, s.batch), 1, s.steps);
 
@@ -685,12 +693,12 @@ struct Backward {
       return reinterpret_cast<S*>(
           take(parts(chunk * s.batch * columns * int64_t(sizeof(S)), int64_t(sizeof(T)))));
     };
-    to.grad_gates = rows_of(width);
+    to.grad_gates = rows_of(pitch);
     to.grad_state = rows_of(s.projected ? s.state : 0);
     to.full = rows_of(s.projected ? s.hidden : 0);
     for (auto& pieces : to.gates)
-      pieces = {take(meets * Pieces<S>::size(s.hidden, s.batch)), s.batch};
-    to.state = {take(s.projected ? Pieces<S>::size(s.state, s.batch) : 0), s.batch};
+      pieces = {take(meets * Pieces<S>::size(s.hidden, s.batch | 1)), s.batch | 1};
+    to.state = {take(s.projected ? Pieces<S>::size(s.state, s.batch | 1) : 0), s.batch | 1};
     return used;
   }
 
@@ -894,7 +902,7 @@ struct Backward {
 
   void put_gate(const Cells& at, int64_t row, int64_t gate, int64_t piece, V value) const {
     const int64_t at_row = s.offset(at.t) + row - at.first;
-    store(at.to.grad_gates + (at_row * s.width() + gate) * s.hidden + at.unit, value, at.lanes);
+    store(at.to.grad_gates + at_row * pitch + gate * s.hidden + at.unit, value, at.lanes);
     if (piece >= 0) at.pieces.put(row, piece * gate_units() + at.unit, value, at.lanes);
   }
 
@@ -1016,7 +1024,7 @@ struct Backward {
   void large_products(const Place& at, int64_t d, int64_t first, int64_t n, bool fresh,
                       const Scratch& to, T* scratch) const {
     const Products& sums = products[size_t(d)];
-    const gemm::Matrix<S> z{to.grad_gates, width, 1};  // of a GRU n r z meet x
+    const gemm::Matrix<S> z{to.grad_gates, pitch, 1};  // of a GRU n r z meet x
     if (want_input) {
       const gemm::Packed<S> w(to.w_ih, s.inputs, own);
       const Share mine(parts(n, gemm::kRows), at.mine(), at.all);
@@ -1041,7 +1049,7 @@ struct Backward {
                 [&](int64_t i, int64_t j, int64_t lanes, V value) {
                   add(sums.w_ih + gate(i) * s.inputs + j, value, lanes);
                 });
-      gemm::run(gemm::Matrix<S>{to.grad_gates + s.hidden, 1, width}, hs, i0, i1, 0, s.state, n,
+      gemm::run(gemm::Matrix<S>{to.grad_gates + s.hidden, 1, pitch}, hs, i0, i1, 0, s.state, n,
                 scratch, [&](int64_t i, int64_t j, int64_t lanes, V value) {
                   add(sums.w_hh + i * s.state + j, value, lanes);
                 });
