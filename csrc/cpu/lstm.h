@@ -266,17 +266,19 @@ struct Forward {
   T* cells;
 
   const Groups<T> groups{s.mode, s.hidden};
+  // Of one step a group's weights are packed where they are used, and go.
+  const bool once = s.steps == 1 && s.inputs > 0;
   // Steps of a chunk.
   const int64_t chunk = std::clamp<int64_t>(256 / std::max<int64_t>(1, s.batch), 1, s.steps);
 
   // Scratch of one direction.
   struct Scratch {
     T *w_ih, *w_hh, *w_hr, *bias, *b_hn, *sums, *c;
-    Pieces<S> h[2], full;
+    Pieces<S> h[2], full, x;  // x: of the only step
   };
   // Of a thread.
   struct Own {
-    T *packed_a, *tile;
+    T *packed_a, *tile, *w_ih, *w_hh;  // the weights of a group
     const S** rows;
     int64_t* starts;
   };
@@ -293,8 +295,8 @@ struct Forward {
       return at;
     };
     const int64_t panels = groups.all_panels(), rows = s.batch;
-    to.w_ih = take(panels * depth_ih() * kColumns);
-    to.w_hh = take(panels * depth_hh() * kColumns);
+    to.w_ih = take(once ? 0 : panels * depth_ih() * kColumns);
+    to.w_hh = take(once ? 0 : panels * depth_hh() * kColumns);
     to.w_hr =
         take(s.projected ? parts(s.state, kColumns) * gemm::words<S>(s.hidden) * kColumns : 0);
     to.bias = take(panels * kColumns);
@@ -303,6 +305,7 @@ struct Forward {
     to.c = take(s.mode == Mode::kLstm ? parts(s.hidden, kL) * rows * kL : 0);
     for (auto& h : to.h) h = {take(Pieces<S>::size(s.state, rows | 1)), rows | 1};
     to.full = {take(s.projected ? Pieces<S>::size(s.hidden, rows | 1) : 0), rows | 1};
+    to.x = {take(once ? Pieces<S>::size(s.inputs, rows | 1) : 0), rows | 1};
     return used;
   }
   int64_t lay_out(Own& to, T* from) const {
@@ -313,7 +316,9 @@ struct Forward {
       return at;
     };
     const auto words = [](int64_t n) { return parts(n * 8, int64_t(sizeof(T))); };
-    to.packed_a = take(gemm::kBlockRows * gemm::kPitch);
+    to.packed_a = take(once ? 0 : gemm::kBlockRows * gemm::kPitch);
+    to.w_ih = take(once ? groups.panels() * depth_ih() * kColumns : 0);
+    to.w_hh = take(once ? groups.panels() * depth_hh() * kColumns : 0);
     to.tile = take(kStepRows * kColumns);
     to.rows = reinterpret_cast<const S**>(take(words(chunk * s.batch)));
     to.starts = reinterpret_cast<int64_t*>(take(words(chunk)));
@@ -360,7 +365,7 @@ struct Forward {
     const Weights<S>& w = weights[size_t(d)];
     const int64_t strips = groups.panels() * gemm::kVectors;
     const Share mine(groups.count(), at.mine(), at.all);
-    for (int64_t p = mine.begin * groups.panels(); p < mine.end * groups.panels(); ++p) {
+    for (int64_t p = mine.begin * groups.panels(); !once && p < mine.end * groups.panels(); ++p) {
       pack_gates(w.ih, s.inputs, groups, p, to.w_ih + p * depth_ih() * kColumns);
       pack_gates(w.hh, s.state, groups, p, to.w_hh + p * depth_hh() * kColumns);
     }
@@ -381,23 +386,24 @@ struct Forward {
         pack_panel(gemm::Matrix<S>{w.hr, 1, s.hidden}, s.hidden, p * kColumns, s.state,
                    to.w_hr + p * size);
     }
-    const auto fill = [&](const Pieces<S>& pieces, const S* from, int64_t units) {
+    const auto fill = [&](const Pieces<S>& pieces, const S* from, int64_t stride, int64_t units) {
       const int64_t size = Pieces<S>::kUnits;
       const Share share(parts(units, size), at.part, at.parts);
       for (int64_t u = share.begin * size; u < share.end * size; u += size) {
-        pieces.clear(rows.begin, rows.end, u);
+        if (!from || units < u + size) pieces.clear(rows.begin, rows.end, u);
         if (!from) continue;
         for (int64_t r = rows.begin; r < rows.end; ++r)
           for (int64_t v = u; v < std::min(units, u + size); v += kL) {
             const int64_t lanes = std::min(kL, units - v);
-            pieces.put(r, v, load(from + r * units + v, lanes), lanes);
+            pieces.put(r, v, load(from + r * stride + v, lanes), lanes);
           }
       }
     };
     const S* const h0 = hx + d * s.batch * s.state;
-    fill(to.h[0], h0, s.state);
-    fill(to.h[1], h0, s.state);
-    if (s.projected) fill(to.full, nullptr, s.hidden);
+    fill(to.h[0], h0, s.state, s.state);
+    if (s.steps > 1) fill(to.h[1], h0, s.state, s.state);
+    if (once) fill(to.x, x, row_stride, s.inputs);
+    if (s.projected) fill(to.full, nullptr, 0, s.hidden);
     if (s.mode == Mode::kLstm) {
       const Share share(parts(s.hidden, kL), at.part, at.parts);
       for (int64_t v = share.begin; v < share.end; ++v)
@@ -552,14 +558,24 @@ struct Forward {
             const Scratch& to, const Own& own, T* sums, int64_t pitch, const Pieces<S>& from,
             const Pieces<S>& h) const {
     const int64_t panels = groups.panels(), depth = depth_hh();
-    for (int64_t g = mine.begin; g < mine.end; ++g)
+    for (int64_t g = mine.begin; g < mine.end; ++g) {
+      const T* const w_hh = once ? own.w_hh : to.w_hh + g * panels * depth * kColumns;
+      for (int64_t p = 0; once && p < panels; ++p) {
+        pack_gates(weights[size_t(d)].ih, s.inputs, groups, g * panels + p,
+                   own.w_ih + p * depth_ih() * kColumns);
+        pack_gates(weights[size_t(d)].hh, s.state, groups, g * panels + p,
+                   own.w_hh + p * depth * kColumns);
+      }
       for (int64_t r = 0; r < n; r += kStepRows) {
         const int64_t m = std::min(kStepRows, n - r);
         T* const first = sums + (g * panels * pitch + r) * kColumns;
         for (int64_t p = 0; p < panels; ++p) {
           const bool apart = s.mode == Mode::kGru && p == 2;
-          from.multiply(row0 + r, m, 0, s.state, to.w_hh + (g * panels + p) * depth * kColumns,
-                        !apart, apart ? own.tile : first + p * pitch * kColumns);
+          if (once)
+            to.x.multiply(row0 + r, m, 0, s.inputs, own.w_ih + p * depth_ih() * kColumns, false,
+                          first + p * pitch * kColumns);
+          from.multiply(row0 + r, m, 0, s.state, w_hh + p * depth * kColumns, !apart,
+                        apart ? own.tile : first + p * pitch * kColumns);
         }
         for (int64_t v = 0; v < groups.vectors(); ++v) {
           const int64_t unit = g * groups.units() + v * kL;
@@ -588,6 +604,7 @@ struct Forward {
           }
         }
       }
+    }
   }
 
   // h of rows [row0, row0 + n) from what is to be projected.
@@ -619,7 +636,10 @@ struct Forward {
     for (int64_t q0 = 0; q0 < s.steps; q0 += chunk) {
       const int64_t q1 = std::min(s.steps, q0 + chunk);
       const int64_t t0 = d == 0 ? q0 : s.steps - q1;
-      input_product(rows, mine, t0, t0 + q1 - q0, to, own, sums, pitch);
+      if (once)
+        own.starts[0] = 0;
+      else
+        input_product(rows, mine, t0, t0 + q1 - q0, to, own, sums, pitch);
       for (int64_t q = q0; q < q1; ++q) {
         const int64_t t = d == 0 ? q : s.steps - 1 - q;
         const int64_t n = std::max<int64_t>(0, std::min(rows.end, s.active(t)) - rows.begin);
