@@ -100,12 +100,20 @@ struct Pieces {
   // C[m × kColumns] (+)= rows [row, row + m) and units [unit, unit + k), a whole number of pieces
   // or the last, by the panel b.
   void multiply(int64_t row, int64_t m, int64_t unit, int64_t k, const T* b, bool add, T* c) const {
-    const int64_t words = gemm::words<S>(k), pieces = parts(words, V::size);
-    gemm::multiply_pieces<kPair, kWordsAtOnce>(reinterpret_cast<const T*>(at(row, unit)),
-                                               rows * V::size, pieces,
-                                               words - (pieces - 1) * V::size, b, m, add, c);
+    // As in gemm's own: a sum that is short as a whole costs little more in shorter pieces.
+    if (gemm::words<S>(k) > gemm::kFlush)
+      multiply_with<gemm::kFlush>(row, m, unit, k, b, add, c);
+    else
+      multiply_with<gemm::kFlush / 4>(row, m, unit, k, b, add, c);
   }
-  static constexpr int kWordsAtOnce = 64;
+  template <int words_at_once>
+  void multiply_with(int64_t row, int64_t m, int64_t unit, int64_t k, const T* b, bool add,
+                     T* c) const {
+    const int64_t words = gemm::words<S>(k), pieces = parts(words, V::size);
+    gemm::multiply_pieces<kPair, words_at_once>(reinterpret_cast<const T*>(at(row, unit)),
+                                                rows * V::size, pieces,
+                                                words - (pieces - 1) * V::size, b, m, add, c);
+  }
 };
 
 // How the rows of a weight, gates × units, make strips of a vector of columns, two a panel. A group
@@ -694,8 +702,9 @@ struct Backward {
     Pieces<S> gates[2], state;
   };
   struct Own {
-    T *tile, *product;
+    T *tile, *product, *w_hh;  // w_hh: of one step a panel is packed where it is used, and goes
   };
+  bool once() const { return s.steps == 1; }
 
   int64_t lay_out(Scratch& to, T* from) const {
     int64_t used = 0;
@@ -704,7 +713,7 @@ struct Backward {
       used += Aligned<T>::padded(n) + 64 / int64_t(sizeof(T));
       return at;
     };
-    to.w_hh = take(parts(s.state, kColumns) * depth() * kColumns);
+    to.w_hh = take(once() ? 0 : parts(s.state, kColumns) * depth() * kColumns);
     to.w_hr =
         take(s.projected ? parts(s.hidden, kColumns) * gemm::words<S>(s.state) * kColumns : 0);
     to.w_ih = take(want_input ? gemm::Packed<S>::size(s.inputs, own) : 0);
@@ -740,7 +749,8 @@ struct Backward {
         std::clamp<int64_t>(s.rows() * depth() * s.state * s.directions / gemm::kGrain, 1, threads);
     Scratch measure;
     const int64_t shared = lay_out(measure, nullptr);
-    const int64_t tile = kStepRows * kColumns, each = tile + Aligned<T>::padded(product_scratch());
+    const int64_t tile = kStepRows * kColumns, product = Aligned<T>::padded(product_scratch());
+    const int64_t each = tile + product + (once() ? depth() * kColumns : 0);
     const Aligned<T> memory(s.directions * shared + threads * each);
     Team::run(threads, [&](Team& team, int64_t me) {
       const Plan p = plan(team.size());
@@ -755,7 +765,7 @@ struct Backward {
       for (int64_t d = d0; d < d0 + at.directions; ++d) {
         Scratch scratch;
         lay_out(scratch, memory.get() + d * shared);
-        direction(team, at, d, scratch, {mine, mine + tile});
+        direction(team, at, d, scratch, {mine, mine + tile, mine + tile + product});
       }
     });
   }
@@ -779,11 +789,8 @@ struct Backward {
   void prepare(const Place& at, int64_t d, const Scratch& to, const Share& rows) const {
     const Weights<S>& w = weights[size_t(d)];
     const Share mine(parts(s.state, kColumns), at.mine(), at.all);
-    const int64_t words = gemm::words<S>(s.hidden);
-    for (int64_t p = mine.begin; p < mine.end; ++p)
-      for (int64_t g = 0; g < meets; ++g)
-        pack_panel(gemm::Matrix<S>{w.hh + g * s.hidden * s.state, s.state, 1}, s.hidden,
-                   p * kColumns, s.state, to.w_hh + (p * meets + g) * words * kColumns);
+    for (int64_t p = mine.begin; !once() && p < mine.end; ++p)
+      pack_hidden(w, p, to.w_hh + p * depth() * kColumns);
     if (s.projected) {
       const Share panels(parts(s.hidden, kColumns), at.mine(), at.all);
       for (int64_t p = panels.begin; p < panels.end; ++p)
@@ -824,6 +831,13 @@ struct Backward {
               from ? load(from + (d * s.batch + r) * s.hidden + v * kL,
                           std::min(kL, s.hidden - v * kL))
                    : V(T(0)));
+  }
+
+  // Panel p of W_hh.
+  void pack_hidden(const Weights<S>& w, int64_t p, T* to) const {
+    for (int64_t g = 0; g < meets; ++g)
+      pack_panel(gemm::Matrix<S>{w.hh + g * s.hidden * s.state, s.state, 1}, s.hidden, p * kColumns,
+                 s.state, to + g * gemm::words<S>(s.hidden) * kColumns);
   }
 
   // The row of W_ih that column i of the gradients of the gates meets.
@@ -989,9 +1003,7 @@ struct Backward {
   }
 
   // The product of the gradients of the gates with one panel of W_hh.
-  void multiply(const Pieces<S>& pieces, int64_t row, int64_t m, int64_t panel, const Scratch& to,
-                T* sums) const {
-    const T* const b = to.w_hh + panel * depth() * kColumns;
+  void multiply(const Pieces<S>& pieces, int64_t row, int64_t m, const T* b, T* sums) const {
     if (whole()) return pieces.multiply(row, m, 0, meets * s.hidden, b, false, sums);
     for (int64_t g = 0; g < meets; ++g)
       pieces.multiply(row, m, g * gate_units(), s.hidden,
@@ -1011,17 +1023,20 @@ struct Backward {
       const Pieces<S>&from = to.gates[q % 2], &pieces = to.gates[(q + 1) % 2];
       const int64_t begin = q / chunk * chunk, last = std::min(s.steps, begin + chunk);
       if (q < s.steps) first = s.offset(d == 0 ? s.steps - last : begin);
-      for (int64_t p = mine.begin; p < mine.end; ++p)
+      for (int64_t p = mine.begin; p < mine.end; ++p) {
+        const T* const w_hh = once() ? mem.w_hh : to.w_hh + p * depth() * kColumns;
+        if (once() && q == 1) pack_hidden(weights[size_t(d)], p, mem.w_hh);
         for (int64_t row = rows.begin; row < end; row += kStepRows) {
           const int64_t m = std::min(kStepRows, end - row);
           const int64_t n = std::clamp<int64_t>(later - row, 0, m);
           for (int64_t r = 0; r < n; r += gemm::kRows) {
             const int64_t height = std::min(gemm::kRows, n - r);
             if (!s.projected) prefetch(d, t, row + r, height, active, p * kColumns);
-            multiply(from, row + r, height, p, to, mem.tile + r * kColumns);
+            multiply(from, row + r, height, w_hh, mem.tile + r * kColumns);
           }
           finish(d, t, row, m, later, active, first, p, mem.tile, to, pieces);
         }
+      }
       if (s.projected) {
         team.wait(0, at.first(), at.parts, at.me);
         project(at, d, t, rows, later, active, first, to, pieces, mem.tile);
