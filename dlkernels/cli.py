@@ -30,7 +30,7 @@ from dlkernels.train import Comparison, Measured, Score, Spread, compare
 
 DATA_HELP = (
     "a folder of MNIST IDX files; CIFAR-10's archive, its folder, or one of PNG files; a folder of "
-    "image folders; a diabetes CSV file, gzipped or not"
+    "image folders; a diabetes CSV file, gzipped or not; an aclImdb folder"
 )
 EXTRA = "pip install 'dlkernels[train]'"
 
@@ -101,7 +101,6 @@ def parser() -> argparse.ArgumentParser:
     recipe.add_argument("--momentum", type=number)
     recipe.add_argument("--weight-decay", type=number)
     recipe.add_argument("--l1", type=number, help="weight of the sum of the |parameters|")
-    recipe.add_argument("--clip", type=number, metavar="NORM", help="largest norm of the gradients")
     recipe.add_argument("--schedule", help="multistep:150,200, step:30 or plateau:10")
     commands.add_parser("bench", help="time the ops: python -m benchmarks.run", add_help=False)
     return top
@@ -113,6 +112,9 @@ def add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=whole, help="default: the network's recipe")
     command.add_argument("--device", type=device, default=torch.device("cpu"), help="default: cpu")
     command.add_argument("--threads", type=whole, help="default: torch's own choice")
+    command.add_argument(
+        "--clip", type=number, metavar="NORM", help="of the gradients; default: the recipe's"
+    )
     command.add_argument("--data", type=Path, metavar="PATH", help=DATA_HELP)
 
 
@@ -204,6 +206,7 @@ def run_compare(args: argparse.Namespace) -> int:
                 epochs=epochs,
                 batch_size=batch_size,
                 seed=args.seed,
+                clip=args.clip,
                 on_step=lambda side: advance(side.name, side.losses[-1]),
             )
     if args.json:

@@ -1,4 +1,5 @@
-"""The public functions, under the names and signatures of ``torch.nn.functional``.
+"""The public functions, under the names and signatures of ``torch.nn.functional``; those of
+recurrent networks under those of ``torch``.
 
 Every other public name of ``torch.nn.functional`` is here too: this module can stand for it.
 """
@@ -12,6 +13,16 @@ from dlkernels.ops.conv2d_max_pool2d import conv2d_max_pool2d
 from dlkernels.ops.cross_entropy import cross_entropy
 from dlkernels.ops.linear import linear
 from dlkernels.ops.linear_cross_entropy import linear_cross_entropy
+from dlkernels.ops.lstm import (
+    gru,
+    gru_cell,
+    lstm,
+    lstm_cell,
+    rnn_relu,
+    rnn_relu_cell,
+    rnn_tanh,
+    rnn_tanh_cell,
+)
 from dlkernels.ops.residual_block import ResidualLayer, residual_block
 
 __all__ = [
@@ -21,9 +32,17 @@ __all__ = [
     "conv2d_max_pool2d",
     "conv_transpose2d",
     "cross_entropy",
+    "gru",
+    "gru_cell",
     "linear",
     "linear_cross_entropy",
+    "lstm",
+    "lstm_cell",
     "residual_block",
+    "rnn_relu",
+    "rnn_relu_cell",
+    "rnn_tanh",
+    "rnn_tanh_cell",
 ]
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from dlkernels import functional
 from dlkernels.ops.batch_norm import sync_batch_norm
@@ -919,6 +920,222 @@ RESIDUAL_BLOCKS = {
 }
 
 
+class _Recurrent(torch.nn.RNNBase):
+    """What LSTM, GRU and RNN share: torch's forward, on functions of ``dlkernels.functional``.
+
+    No subclass of ``torch.nn.LSTM``, ``GRU`` or ``RNN``: torch.compile does not take those.
+    """
+
+    def forward(self, input, hx=None):
+        """(output, last states) of (T, B, input_size), (T, input_size) or a ``PackedSequence``;
+        with ``batch_first`` (B, T, input_size)."""
+        if not torch.compiler.is_compiling():
+            self._update_flat_weights()
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if input.dim() not in (2, 3):
+            got = f"{input.dim()}D tensor" if self.mode.startswith("RNN") else f"{input.dim()}D"
+            raise ValueError(
+                f"{type(self).__name__}: Expected input to be 2D or 3D, got {got} instead"
+            )
+        is_batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
+        if not is_batched:
+            input = input.unsqueeze(batch_dim)
+        if hx is None:
+            hx = self._zeros(input, input.size(batch_dim))
+        else:
+            hx = self._batched(hx, is_batched)
+        self.check_forward_args(input, hx, None)
+        output, *hidden = self._call(input, hx, None)
+        if not is_batched:
+            output, hidden = output.squeeze(batch_dim), [state.squeeze(1) for state in hidden]
+        return output, self._joined(hidden)
+
+    def _forward_packed(self, input: PackedSequence, hx):
+        data, batch_sizes, order, inverse = input
+        if hx is None:
+            # Where it can be told without reading it, for torch.compile.
+            batch = batch_sizes[0].item() if order is None else order.size(0)
+            hx = self._zeros(data, batch)
+        else:
+            hx = self.permute_hidden(hx, order)
+        if not torch.compiler.is_compiling():  # it reads batch_sizes
+            self._check_packed(data, hx, batch_sizes)
+        output, *hidden = self._call(data, hx, batch_sizes)
+        output = PackedSequence(output, batch_sizes, order, inverse)
+        return output, self.permute_hidden(self._joined(hidden), inverse)
+
+    def _call(self, input: Tensor, hx, batch_sizes: Tensor | None) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling():
+            weights = [getattr(self, name) for name in self._flat_weights_names]
+        else:
+            weights = self._flat_weights
+        return getattr(functional, self.mode.lower())(
+            input,
+            hx,
+            weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            batch_sizes is None and self.batch_first,
+            batch_sizes=batch_sizes,
+        )
+
+    # Of one state; LSTM has two.
+
+    def _zeros(self, input: Tensor, batch: int):
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        return input.new_zeros(layers, batch, self.hidden_size)
+
+    def _batched(self, hx: Tensor, is_batched: bool) -> Tensor:
+        if hx.dim() != (3 if is_batched else 2):
+            what = "batched 3-D" if is_batched else "unbatched 2-D"
+            dims = "3-D" if is_batched else "2-D"
+            raise RuntimeError(
+                f"For {what} input, hx should also be {dims} but got {hx.dim()}-D tensor"
+            )
+        return hx if is_batched else hx.unsqueeze(1)
+
+    def _joined(self, hidden: list[Tensor]):
+        return hidden[0]
+
+    def _check_packed(self, data: Tensor, hx, batch_sizes: Tensor) -> None:
+        self.check_forward_args(data, hx, batch_sizes)
+
+
+class LSTM(_Recurrent):
+    """``torch.nn.LSTM`` on ``dlkernels.functional.lstm``: its constructor, parameters,
+    ``state_dict`` and results, but no subclass of it, which torch.compile would refuse.
+
+    ``forward(input, hx=None)``: as stock's. Errors are stock's too. Differentiable any number of
+    times. TorchScript can trace it, not script it.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args
+    permute_hidden = torch.nn.LSTM.permute_hidden
+
+    def _zeros(self, input: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        c = input.new_zeros(layers, batch, self.hidden_size)
+        return (input.new_zeros(layers, batch, self.proj_size) if self.proj_size else c), c
+
+    def _batched(self, hx: tuple[Tensor, Tensor], is_batched: bool) -> tuple[Tensor, Tensor]:
+        h, c = hx[0], hx[1]
+        if {h.dim(), c.dim()} != {3 if is_batched else 2}:
+            what = "batched 3-D" if is_batched else "unbatched 2-D"
+            dims = "3-D" if is_batched else "2-D"
+            raise RuntimeError(
+                f"For {what} input, hx and cx should also be {dims}"
+                f" but got ({h.dim()}-D, {c.dim()}-D) tensors"
+            )
+        return (h, c) if is_batched else (h.unsqueeze(1), c.unsqueeze(1))
+
+    def _joined(self, hidden: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(hidden)
+
+    def _check_packed(self, data: Tensor, hx, batch_sizes: Tensor) -> None:
+        pass  # as stock: the function refuses
+
+
+class GRU(_Recurrent):
+    """``torch.nn.GRU`` on ``dlkernels.functional.gru``, as ``LSTM``."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, **kwargs)
+
+
+class RNN(_Recurrent):
+    """``torch.nn.RNN`` on ``dlkernels.functional.rnn_tanh`` or ``rnn_relu``, as ``LSTM``."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if len(args) > 3:
+            self.nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
+        if self.nonlinearity not in modes:
+            raise ValueError(
+                f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        super().__init__(modes[self.nonlinearity], *args, **kwargs)
+
+
+def _step(cell: torch.nn.RNNCellBase, function, input: Tensor, hx):
+    """A cell's forward, as torch's module has it; ``hx`` is a tensor, a pair of an LSTM, or
+    None."""
+    name, is_pair = type(cell).__name__, isinstance(cell, torch.nn.LSTMCell)
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    states = () if hx is None else (hx[0], hx[1]) if is_pair else (hx,)
+    for at, state in enumerate(states):
+        if state.dim() not in (1, 2):
+            what = f"hx[{at}]" if is_pair else "hidden"
+            raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
+    is_batched = input.dim() == 2
+    if not is_batched:
+        input, states = input.unsqueeze(0), tuple(state.unsqueeze(0) for state in states)
+    if hx is None:
+        states = (input.new_zeros(input.size(0), cell.hidden_size),) * (2 if is_pair else 1)
+    weights = cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
+    result = function(input, states if is_pair else states[0], *weights)
+    if is_batched:
+        return result
+    return tuple(state.squeeze(0) for state in result) if is_pair else result.squeeze(0)
+
+
+class LSTMCell(torch.nn.LSTMCell):
+    """``torch.nn.LSTMCell`` on ``dlkernels.functional.lstm_cell``.
+
+    ``forward(input, hx=None)``: as stock's. TorchScript can trace it, not script it.
+    """
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(h, c), each (B, hidden_size) or (hidden_size)."""
+        return _step(self, functional.lstm_cell, input, hx)
+
+
+class GRUCell(torch.nn.GRUCell):
+    """``torch.nn.GRUCell`` on ``dlkernels.functional.gru_cell``, as ``LSTMCell``."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """The new state, (B, hidden_size) or (hidden_size)."""
+        return _step(self, functional.gru_cell, input, hx)
+
+
+class RNNCell(torch.nn.RNNCell):
+    """``torch.nn.RNNCell`` on ``dlkernels.functional.rnn_tanh_cell`` or ``rnn_relu_cell``, as
+    ``LSTMCell``."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """The new state, (B, hidden_size) or (hidden_size)."""
+        if self.nonlinearity not in ("tanh", "relu"):  # set after the constructor
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return _step(self, getattr(functional, f"rnn_{self.nonlinearity}_cell"), input, hx)
+
+
+RECURRENT = {
+    torch.nn.GRU: GRU,
+    torch.nn.GRUCell: GRUCell,
+    torch.nn.LSTM: LSTM,
+    torch.nn.LSTMCell: LSTMCell,
+    torch.nn.RNN: RNN,
+    torch.nn.RNNCell: RNNCell,
+}
+
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -940,6 +1157,10 @@ _OURS = (
     "Conv2d",
     "ConvTranspose2d",
     "CrossEntropyLoss",
+    "GRU",
+    "GRUCell",
+    "LSTM",
+    "LSTMCell",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
@@ -948,6 +1169,8 @@ _OURS = (
     "LazyLinear",
     "Linear",
     "LinearCrossEntropyLoss",
+    "RNN",
+    "RNNCell",
     "ResBlk",
     "ResidualBlock",
     "Sequential",

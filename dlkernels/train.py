@@ -5,6 +5,7 @@ interleaved in one process, and the one that goes first changes with every step:
 slows down half-way, or a cache that the first leaves cold, hits both.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -28,6 +29,13 @@ WARM_UP_STEPS = 10
 
 
 @dataclass
+class Carried:
+    """What a network whose recipe ``carries_state`` takes of the training step before."""
+
+    state: torch.Tensor | None = None
+
+
+@dataclass
 class Side:
     """One of the two: its network, and what was measured of it, step by step."""
 
@@ -36,6 +44,8 @@ class Side:
     loss: torch.nn.Module
     optimisers: dict[str, torch.optim.Optimizer]  # of each turn of a step; "" of the only one
     schedules: list[torch.optim.lr_scheduler.LRScheduler]  # stepped at the end of an epoch
+    clip: float | None = None
+    carried: Carried = field(default_factory=Carried)
     losses: list[float] = field(default_factory=list)
     forward_ms: list[float] = field(default_factory=list)
     forward_backward_ms: list[float] = field(default_factory=list)
@@ -50,7 +60,7 @@ class Spread(NamedTuple):
 class Score(NamedTuple):
     """How a network does on a test set: right answers of all, or an error."""
 
-    metric: str  # "accuracy", "binary accuracy" or "mean squared error"
+    metric: str  # of a Recipe
     value: float
     correct: int | None
     total: int
@@ -108,7 +118,7 @@ def _side(name: str, network: str, nn: ModuleType, device: torch.device) -> Side
         for optimiser in optimisers.values()
     ]
     loss = getattr(nn, recipe.loss)(**recipe.loss_arguments)
-    return Side(name, model, loss, optimisers, schedules)
+    return Side(name, model, loss, optimisers, schedules, recipe.clip)
 
 
 def optimisers_of(
@@ -134,15 +144,32 @@ def objective(
     turn: str,
     inputs: torch.Tensor,
     targets: torch.Tensor,
+    carried: Carried,
+    amp: torch.dtype | None = None,
 ) -> torch.Tensor:
     """What a turn of a training step makes smaller: the network's own ``objective``, or ``loss`` of
-    its outputs, in float32 at least."""
-    if turn:
-        return model.objective(turn, loss, inputs, targets)
-    outputs = model(inputs)
+    its outputs, in float32 at least. ``amp``: what the network is cast to."""
+    # The loss is outside: binary cross-entropy of probabilities refuses autocast on a GPU.
+    cast = torch.autocast(inputs.device.type, amp) if amp else contextlib.nullcontext()
+    with cast:
+        if turn:
+            return model.objective(turn, loss, inputs, targets)
+        outputs = _forward(model, inputs, carried)
     if outputs.dtype in (torch.bfloat16, torch.float16):
         outputs = outputs.float()
     return loss(outputs, targets)
+
+
+def _forward(model: torch.nn.Module, inputs: torch.Tensor, carried: Carried) -> torch.Tensor:
+    """The outputs of a training step; a network's state is kept for the next one, detached."""
+    if not model.recipe.carries_state:
+        return model(inputs)
+    state = carried.state
+    if state is not None and state.shape[1] != len(inputs):  # a last, smaller batch
+        state = None
+    outputs, state = model(inputs, state)
+    carried.state = state.detach()
+    return outputs
 
 
 def step(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> None:
@@ -156,10 +183,13 @@ def step(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> None:
     for turn, optimiser in side.optimisers.items():
         optimiser.zero_grad()
         start = _now(inputs.device)
-        loss = objective(side.model, side.loss, turn, inputs, targets)
+        loss = objective(side.model, side.loss, turn, inputs, targets, side.carried)
         middle = _now(inputs.device)
         loss.backward()
         end = _now(inputs.device)
+        if side.clip is not None:
+            parameters = [p for group in optimiser.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, side.clip)
         optimiser.step()
         forward += middle - start
         both += end - start
@@ -230,31 +260,44 @@ def spread(values: list[float]) -> Spread:
 
 
 def score(
-    metric: str, model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor
+    metric: str,
+    model: torch.nn.Module,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    threshold: float = 0.5,
 ) -> Score:
     """The network on a test set, in eval mode.
 
     ``metric``: "accuracy", of the largest of (N, classes) against (N,); "binary accuracy", of
-    (N, 1) against 0.5; "mean squared error".
+    (N, 1) against ``threshold``; "mean squared error"; with "autoregressive" before it, of what
+    ``model.predict`` continues the inputs with.
     """
-    return judge(metric, outputs_of(model, inputs), targets)
+    return judge(metric, outputs_of(metric, model, inputs, targets), targets, threshold)
 
 
-def outputs_of(model: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """The network's outputs in eval mode, without a gradient; it is left in training mode."""
+def outputs_of(
+    metric: str, model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """What a metric judges, in eval mode, without a gradient; the network is left in training
+    mode."""
     model.eval()
     with torch.no_grad():
-        outputs = torch.cat([model(x) for x in inputs.split(256)])
+        if metric.startswith("autoregressive"):
+            outputs = model.predict(inputs, targets.shape[1])
+        else:
+            outputs = torch.cat([model(x) for x in inputs.split(256)])
     model.train()
     return outputs
 
 
-def judge(metric: str, outputs: torch.Tensor, targets: torch.Tensor) -> Score:
+def judge(
+    metric: str, outputs: torch.Tensor, targets: torch.Tensor, threshold: float = 0.5
+) -> Score:
     """The score of these outputs; metrics and shapes as of ``score``."""
-    if metric == "mean squared error":
+    if metric.endswith("mean squared error"):
         error = (outputs.double() - targets).square().mean().item()
         return Score(metric, error, None, len(targets))
-    answers = outputs.argmax(1) if metric == "accuracy" else (outputs >= 0.5).to(targets)
+    answers = outputs.argmax(1) if metric == "accuracy" else (outputs >= threshold).to(targets)
     correct = int((answers == targets).sum())
     return Score(metric, correct / len(targets), correct, len(targets))
 
@@ -271,7 +314,7 @@ def peak_memory(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> int:
 
     def run() -> None:
         for turn in side.optimisers:
-            objective(model, side.loss, turn, inputs, targets).backward()
+            objective(model, side.loss, turn, inputs, targets, Carried()).backward()
 
     run()
     model.zero_grad(set_to_none=True)
@@ -308,7 +351,8 @@ def kernels_used(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> lis
     ``dlkernels.explain``; what the network's own forward calls is "(model)". Runs on a copy."""
     model, loss = copy.deepcopy(side.model).train(), copy.deepcopy(side.loss)
     layers = [*explain(model, inputs)]
-    layers += (row._replace(name="loss") for row in explain(loss, model(inputs), targets))
+    outputs = _forward(model, inputs, Carried())
+    layers += (row._replace(name="loss") for row in explain(loss, outputs, targets))
     return [
         Layer(row.name or "(model)", row.cls.rpartition(".")[2], row.kernel, row.reason)
         for row in layers
@@ -323,15 +367,19 @@ def compare(
     epochs: int,
     batch_size: int,
     seed: int = 0,
+    clip: float | None = None,
     on_step: Callable[[Side], None] = lambda side: None,
 ) -> Comparison:
-    """Trains the twins of ``network`` on ``data``, on its device, and measures both."""
+    """Trains the twins of ``network`` on ``data``, on its device, and measures both. ``clip``, if
+    given, replaces the recipe's."""
     device = data.train_inputs.device
     stock, ours = twins(network, seed, device)
+    for side in (stock, ours):
+        side.clip = side.clip if clip is None else clip
     sizes = train(
         (stock, ours), data, epochs=epochs, batch_size=batch_size, seed=seed, on_step=on_step
     )
-    counted, metric = timed(sizes), NETWORKS[network].recipe.metric
+    counted, recipe = timed(sizes), NETWORKS[network].recipe
     inputs, targets = data.train_inputs[:batch_size], data.train_targets[:batch_size]
 
     def measured(side: Side) -> Measured:
@@ -339,7 +387,13 @@ def compare(
             spread([side.forward_ms[k] for k in counted]),
             spread([side.forward_backward_ms[k] for k in counted]),
             peak_memory(side, inputs, targets),
-            score(metric, side.model, data.test_inputs, data.test_targets),
+            score(
+                recipe.metric,
+                side.model,
+                data.test_inputs,
+                data.test_targets,
+                recipe.threshold,
+            ),
             side.losses,
             side.forward_backward_ms,
         )

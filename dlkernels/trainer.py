@@ -36,7 +36,7 @@ from dlkernels.data import Examples, augment
 from dlkernels.files import write_atomically
 from dlkernels.logs import Files
 from dlkernels.models import NETWORKS
-from dlkernels.train import Score, judge, objective, optimisers_of, outputs_of
+from dlkernels.train import Carried, Score, judge, objective, optimisers_of, outputs_of
 
 # Without SparseAdam: no network here has a sparse gradient.
 OPTIMISERS = sorted(
@@ -216,21 +216,18 @@ def fingerprint(examples: Examples) -> int:
 class _Objective(torch.nn.Module):
     """A turn of a step as a module, which DistributedDataParallel can wrap."""
 
-    def __init__(self, model: torch.nn.Module, loss: torch.nn.Module, amp: torch.dtype | None):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss: torch.nn.Module,
+        carried: Carried,
+        amp: torch.dtype | None,
+    ) -> None:
         super().__init__()
-        self.model, self.loss, self.amp = model, loss, amp
+        self.model, self.loss, self.carried, self.amp = model, loss, carried, amp
 
     def forward(self, turn: str, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if self.amp is None:
-            return objective(self.model, self.loss, turn, inputs, targets)
-        model = self.model if turn else self._cast
-        with torch.autocast(inputs.device.type, self.amp, enabled=bool(turn)):
-            return objective(model, self.loss, turn, inputs, targets)
-
-    def _cast(self, inputs: torch.Tensor) -> torch.Tensor:
-        # The loss is outside: binary cross-entropy of probabilities refuses autocast on a GPU.
-        with torch.autocast(inputs.device.type, self.amp):
-            return self.model(inputs)
+        return objective(self.model, self.loss, turn, inputs, targets, self.carried, self.amp)
 
 
 class Run:
@@ -271,11 +268,15 @@ class Run:
         schedules = (schedule_of(settings.schedule, o) for o in self.optimisers.values())
         self.schedules = [schedule for schedule in schedules if schedule is not None]
         self.state = State()
-        self.objective: torch.nn.Module = _Objective(self.model, self.loss, self.amp)
+        self.carried = Carried()
+        objective = _Objective(self.model, self.loss, self.carried, self.amp)
+        self.objective: torch.nn.Module = objective
         self.data = fingerprint(examples)
         if checkpoint is not None:
             self._restore(checkpoint)
         if settings.processes > 1:
+            if self.recipe.carries_state:
+                raise ValueError(f"{settings.network}: a state that is carried is one process's")
             ids = [self.device] if self.device.type == "cuda" else None
             self.objective = torch.nn.parallel.DistributedDataParallel(
                 self.objective, device_ids=ids, find_unused_parameters=len(self.optimisers) > 1
@@ -312,6 +313,7 @@ class Run:
                 "optimisers": {k: o.state_dict() for k, o in self.optimisers.items()},
                 "schedules": [schedule.state_dict() for schedule in self.schedules],
                 "scaler": self.scaler.state_dict(),
+                "carried": self.carried.state,
             },
         )
 
@@ -326,6 +328,8 @@ class Run:
             for schedule, state in zip(self.schedules, checkpoint["schedules"], strict=True):
                 schedule.load_state_dict(state)
             self.scaler.load_state_dict(checkpoint["scaler"])
+            carried = checkpoint["carried"]
+            self.carried.state = None if carried is None else carried.to(self.device)
             self.state = State(**checkpoint["state"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.out / 'last.pt'}: not a whole checkpoint: {error}") from None
@@ -499,8 +503,8 @@ class Run:
         numbers = torch.zeros(3, dtype=torch.float64, device=self.device)
         metric, total = self.recipe.metric, len(targets)
         if self.rank == 0:
-            outputs = outputs_of(self.model, inputs).float()
-            score = judge(metric, outputs, targets)
+            outputs = outputs_of(metric, self.model, inputs, targets).float()
+            score = judge(metric, outputs, targets, self.recipe.threshold)
             with torch.no_grad():
                 loss = self.loss(outputs, targets).item()
             loss /= total if getattr(self.loss, "reduction", "mean") == "sum" else 1

@@ -16,7 +16,8 @@ class Recipe:
 
     epochs: int
     embedded_epochs: int | None = None  # as ``epochs``
-    # A data set of dlkernels.data: or "cifar10", "folders", "diabetes", "line", "step".
+    # A data set of dlkernels.data: or "cifar10", "folders", "diabetes", "line", "step", "sine",
+    # "vectors", "text".
     data: str = "images"
     target: str = "label"  # or "inputs", flat, to be reconstructed; or "real", 1
     classes: int = 10  # of images
@@ -33,11 +34,16 @@ class Recipe:
     betas: tuple[float, float] | None = None  # of Adam; None: torch's
     milestones: tuple[int, ...] = ()  # epochs after which lr is a tenth
     batch_size: int | None = 64  # None: all of the set
-    metric: str = "accuracy"  # or "binary accuracy", "mean squared error", on the test set
+    # Or "binary accuracy", "mean squared error", "autoregressive mean squared error": of what
+    # the network's ``predict`` makes of the inputs. On the test set.
+    metric: str = "accuracy"
+    threshold: float = 0.5  # above which an output says yes
+    # The network gives (outputs, state), and takes the state of the step before.
+    carries_state: bool = False
+    clip: float | None = None  # the largest norm of the gradients, to which they are scaled down
     # What ``dlkernels train`` does beside, and ``compare`` does not.
     validation: float = 0.0  # of the training set, its end: held out
     augment: tuple[str, ...] = ()  # of the training images: "flip", "rotate"; see dlkernels.data
-    clip: float | None = None  # the largest norm of the gradients
 
     @property
     def optimiser_arguments(self) -> dict[str, Any]:
