@@ -659,7 +659,7 @@ struct Forward {
           team.wait(0, at.first(), at.parts, at.me);
           project(d, t, rows.begin, n, ends, at, to, own, h);
         }
-        team.wait(0, at.first(), at.parts, at.me);
+        if (q + 1 < s.steps) team.wait(0, at.first(), at.parts, at.me);
       }
     }
   }
@@ -1047,8 +1047,8 @@ struct Backward {
         const int64_t after = d == 0 ? s.steps - begin : last;
         large_products(at, d, first, (after < s.steps ? s.offset(after) : s.rows()) - first,
                        begin == 0, to, mem.product);
-        team.wait(1, at.first_of_all, at.all, at.me);
-      } else {
+        if (last < s.steps) team.wait(1, at.first_of_all, at.all, at.me);
+      } else if (q < s.steps) {
         team.wait(0, at.first(), at.parts, at.me);
       }
     }
