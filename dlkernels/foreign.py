@@ -111,21 +111,21 @@ def _around(downsample: torch.nn.Module | None) -> tuple | str | None:
     return modules if len(modules) == 2 else "downsample is no convolution with a batch norm"
 
 
-class _Torchvisions(nn.Fused):
+class TorchvisionBlock(nn.Fused):
     """``BasicBlock`` and ``Bottleneck`` of torchvision's ResNet."""
 
     _known = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample", "relu")
 
     def parts(self) -> Parts | str:
         """Of the module as it is; it may be stock."""
-        known, relus = _Torchvisions._known, ("relu",)
+        known, relus = TorchvisionBlock._known, ("relu",)
         if reason := _strangers(self, known) or _wrong(self, relus, (torch.nn.ReLU,)):
             return reason
         shortcut = _around(self.downsample)
         return shortcut if isinstance(shortcut, str) else Parts(_numbered(self), shortcut)
 
 
-class _Timms(nn.Fused):
+class TimmBlock(nn.Fused):
     """``BasicBlock`` and ``Bottleneck`` of timm's ResNet, without what it can put in between."""
 
     _idle = ("drop_block", "aa", "se", "drop_path")
@@ -136,8 +136,8 @@ class _Timms(nn.Fused):
         layers = _numbered(self)
         acts = tuple(f"act{at}" for at in range(1, len(layers) + 1))
         if reason := (
-            _strangers(self, (*_Timms._known, *_Timms._idle))
-            or _wrong(self, _Timms._idle, _IDLE)
+            _strangers(self, (*TimmBlock._known, *TimmBlock._idle))
+            or _wrong(self, TimmBlock._idle, _IDLE)
             or _wrong(self, acts, (torch.nn.ReLU,))
         ):
             return reason
@@ -148,7 +148,7 @@ class _Timms(nn.Fused):
 _TRANSFORMERS = "transformers.models.resnet.modeling_resnet."
 
 
-class _Transformers(nn.Fused):
+class ResNetLayer(nn.Fused):
     """``ResNetBasicLayer`` and ``ResNetBottleNeckLayer`` of transformers."""
 
     def parts(self) -> Parts | str:
@@ -177,7 +177,7 @@ class _Transformers(nn.Fused):
         return Parts(pairs, shortcut)
 
 
-class _Activated(nn.Composite):
+class ConvLayer(nn.Composite):
     """``ResNetConvLayer`` of transformers, whose batch norm and ReLU, if it has one, are one."""
 
     def misfit(self) -> str | None:
@@ -204,7 +204,7 @@ class _Activated(nn.Composite):
         return nn.normalise(self.normalization, hidden_states, activation=activation)
 
 
-class _Conv1D:
+class Conv1D:
     """``Conv1D`` of transformers, a linear layer whose weight is (in, out)."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -229,16 +229,14 @@ def _block(ours: type[nn.Fused]) -> Known:
 
 
 KNOWN = {
-    "torchvision.models.resnet.BasicBlock": _block(_Torchvisions),
-    "torchvision.models.resnet.Bottleneck": _block(_Torchvisions),
-    "timm.models.resnet.BasicBlock": _block(_Timms),
-    "timm.models.resnet.Bottleneck": _block(_Timms),
-    _TRANSFORMERS + "ResNetBasicLayer": _block(_Transformers),
-    _TRANSFORMERS + "ResNetBottleNeckLayer": _block(_Transformers),
-    _TRANSFORMERS + "ResNetConvLayer": Known(
-        "batch_norm", _Activated, _Activated.misfit, (5.0, 5.0)
-    ),
-    "transformers.pytorch_utils.Conv1D": Known("linear", _Conv1D),
+    "torchvision.models.resnet.BasicBlock": _block(TorchvisionBlock),
+    "torchvision.models.resnet.Bottleneck": _block(TorchvisionBlock),
+    "timm.models.resnet.BasicBlock": _block(TimmBlock),
+    "timm.models.resnet.Bottleneck": _block(TimmBlock),
+    _TRANSFORMERS + "ResNetBasicLayer": _block(ResNetLayer),
+    _TRANSFORMERS + "ResNetBottleNeckLayer": _block(ResNetLayer),
+    _TRANSFORMERS + "ResNetConvLayer": Known("batch_norm", ConvLayer, ConvLayer.misfit, (5.0, 5.0)),
+    "transformers.pytorch_utils.Conv1D": Known("linear", Conv1D),
 }
 
 

@@ -11,11 +11,10 @@ from types import SimpleNamespace
 import foreign
 import pytest
 import torch
-from foreign import BLOCKS, block
+from foreign import BLOCKS, Net, block
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils.checkpoint import checkpoint
 
 import dlkernels
 from dlkernels import explain, report, swap, swapped, unswap, verify
@@ -257,23 +256,6 @@ def test_transformers_convolution_layer_normalises_and_activates_at_once(own):
 # --- a network of blocks ----------------------------------------------------------------------
 
 
-class Net(nn.Module):
-    def __init__(self, rematerialise=False):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.one, _ = block("torchvision-BasicBlock")
-        self.two, _ = block("timm-BasicBlock")
-        self.fc = nn.Linear(16, 5)
-        self.rematerialise = rematerialise
-
-    def forward(self, x):
-        x = self.stem(x)
-        for layer in (self.one, self.two):
-            again = self.rematerialise
-            x = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
-        return self.fc(x.mean((2, 3)))
-
-
 def run(model, x):
     loss = model(x).square().sum()
     return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
@@ -361,9 +343,9 @@ def test_channels_last_auto_leaves_a_network_that_may_view_its_images():
 DDP = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[4])
-import dlkernels, foreign
+import dlkernels
+from foreign import Net
 from torch import nn
-from test_foreign import Net
 rank, size, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
 dlkernels.config.kernels = "own"

@@ -169,13 +169,18 @@ def kernels_import_torch_triton_and_common_only(root):
 
 @rule
 def functions_and_modules_import_downwards_only(root):
-    """Let functional.py import ops, and nn.py import ops and functional; nothing above them."""
+    """Let functional.py import ops, nn.py ops and functional, foreign.py functional and nn."""
     return [
         *foreign_imports(root, under(root, "dlkernels/functional.py"), ("torch", "dlkernels.ops")),
         *foreign_imports(
             root,
             under(root, "dlkernels/nn.py"),
             ("torch", "dlkernels.ops", "dlkernels.functional", "dlkernels.config"),
+        ),
+        *foreign_imports(
+            root,
+            under(root, "dlkernels/foreign.py"),
+            ("torch", "dlkernels.functional", "dlkernels.nn"),
         ),
     ]
 
@@ -430,6 +435,7 @@ HOUSE = {
     "dlkernels/config.py": "",
     "dlkernels/functional.py": "from dlkernels.ops.conv2d import conv2d\n",
     "dlkernels/nn.py": "import torch\nfrom dlkernels import functional\n",
+    "dlkernels/foreign.py": "import torch\nfrom dlkernels import functional, nn\n",
     "dlkernels/cli.py": "def main():\n    'Runs it.'\n    from benchmarks import run\n",
     "dlkernels/ops/__init__.py": "",
     "dlkernels/ops/common.py": "import torch\n",
@@ -490,6 +496,11 @@ PLANTED = [
     ),
     (functions_and_modules_import_downwards_only, "dlkernels/nn.py", "from dlkernels import swap"),
     (functions_and_modules_import_downwards_only, "dlkernels/functional.py", "import dlkernels.nn"),
+    (
+        functions_and_modules_import_downwards_only,
+        "dlkernels/foreign.py",
+        "import torchvision",
+    ),
     (networks_import_modules_only, "dlkernels/models/lenet.py", "from dlkernels import ops"),
     (nothing_imports_tests_or_benchmarks, "dlkernels/config.py", "from tests import compare"),
     (nothing_imports_tests_or_benchmarks, "dlkernels/cli.py", "import benchmarks.run"),
