@@ -331,6 +331,629 @@ DLK_KERNEL void __launch_bounds__(kThreads) sum_kernel(Sum<S> p) {
   p.to[i] = narrow<S>(sum);
 }
 
+// --------------------------------------------------------------------------------- the whole loop
+
+template <typename S>
+constexpr int kPieceNumbers = kPiece / int(sizeof(S));
+
+// How the loop is cut over blocks, and a block's shared memory.
+struct Cut {
+  int hidden, units, blocks;   // of a group: blocks · units >= hidden
+  int rows, groups;            // sequences of a group; groups of a direction
+  int row_gates, depth_gates;  // gates that the products are for, and that are exchanged
+  int padded, pieces, pitch;   // numbers of an exchanged gate; pieces of a vector; its numbers
+  int tiles, across, split;    // of 16 rows; warps side by side over tiles, and over pieces
+  int columns, partial_pitch;  // sequences at once
+  bool cluster;
+  int kept_bytes, partial, state, bias, stage, exchange;  // places, behind the weights
+  size_t shared;
+};
+
+DLK_HOST_DEVICE int kept_pieces(int tiles) { return kRegisterTiles / tiles; }
+
+// A block's place.
+struct Place {
+  int rank, direction, group, unit, sequence, rows;
+
+  DLK_DEVICE Place(const Cut& c, int directions, int64_t batch) {
+    rank = int(blockIdx.x) % c.blocks;
+    group = int(blockIdx.x) / c.blocks;
+    direction = group % directions;
+    unit = rank * c.units;
+    sequence = group / directions * c.rows;
+    rows = int(batch) - sequence < c.rows ? int(batch) - sequence : c.rows;
+  }
+  // Of the group's sequences those that step t has.
+  DLK_DEVICE int active(const Steps& steps, int t) const {
+    if (t < 0 || t >= steps.count) return 0;
+    const int64_t n = steps.rows(t) - sequence;
+    return n < 0 ? 0 : n < rows ? int(n) : rows;
+  }
+};
+
+// What the blocks of a group tell each other: two vectors in turn, and who has come how far.
+template <typename S>
+class Exchange {
+ public:
+  DLK_DEVICE Exchange(const Cut& c, const Place& place, S* global, unsigned* flags)
+      : cut_(c), unit_(place.unit), rank_(place.rank) {
+    const int64_t vectors = int64_t(c.rows) * c.pitch;
+    base_ = c.cluster ? reinterpret_cast<S*>(shared_memory() + c.exchange)
+                      : global + place.group * 2 * vectors;
+    flags_ = flags + place.group * c.blocks;
+    // The numbers that no block has, of weights that are zero.
+    if (c.cluster || place.rank == 0) {
+      const int first = c.depth_gates * c.padded, rest = c.pitch - first;
+      for (int i = int(threadIdx.x); i < 2 * c.rows * rest; i += kThreads)
+        base_[i / rest * c.pitch + first + i % rest] = S{};
+    }
+    if (c.cluster) sync_cluster();  // the others have begun
+  }
+
+  DLK_DEVICE const S* vector(int parity) const {
+    return base_ + int64_t(parity) * cut_.rows * cut_.pitch;
+  }
+
+  // This block's units of n sequences, of `stage` [sequence][gate][unit], to all blocks.
+  DLK_DEVICE void publish(int parity, const S* stage, int n) {
+    const int of_gate = cut_.units / kVector<S>, each = cut_.depth_gates * of_gate;
+    S* const to = base_ + int64_t(parity) * cut_.rows * cut_.pitch + unit_;
+    for (int i = int(threadIdx.x); i < n * each; i += kThreads) {
+      const int row = i / each, gate = i % each / of_gate, part = i % of_gate;
+      const Bits16 bits = load16(stage + i * kVector<S>);
+      S* const place = to + int64_t(row) * cut_.pitch + gate * cut_.padded + part * kVector<S>;
+      if (cut_.cluster) {
+        for (int r = 0; r < cut_.blocks; ++r) store16(cluster_shared(place, unsigned(r)), bits);
+      } else {
+        store_global(place, bits);
+      }
+    }
+  }
+
+  DLK_DEVICE void arrive() {
+    ++phase_;
+    if (cut_.cluster) return cluster_arrive();
+    sync_block();
+    if (threadIdx.x == 0) store_release(flags_ + rank_, phase_);
+  }
+
+  // Until all have arrived as often as this block.
+  DLK_DEVICE void wait() {
+    if (cut_.cluster) return cluster_wait();
+    if (int(threadIdx.x) < cut_.blocks)
+      while (load_acquire(flags_ + threadIdx.x) < phase_) {
+      }
+    sync_block();
+  }
+
+ private:
+  const Cut& cut_;
+  int unit_, rank_;
+  S* base_;
+  unsigned* flags_;
+  unsigned phase_ = 0;
+};
+
+// d += a·x of a piece, for 16 rows and 8 sequences. Of a piece lane 4g + t has 16 bytes, from byte
+// 16·t on, of rows g and g + 8 and of sequence g.
+template <typename S>
+DLK_DEVICE void multiply_piece(float (&d)[4], const Bits16 (&a)[2], const Bits16& x) {
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t rows[4] = {a[0].x[i], a[1].x[i], a[0].x[i + 1], a[1].x[i + 1]};
+    const uint32_t column[2] = {x.x[i], x.x[i + 1]};
+    if constexpr (is_half<S>) {
+      mma_m16n8k16<S>(d, rows, column);
+    } else {
+      // high: 11 bits, rounded; low: the rest of them, to 2^-23.
+      const auto high = [](uint32_t bits) { return (bits + 0x1000) & ~uint32_t(0x1fff); };
+      const auto low = [&](uint32_t bits) {
+        return bit_cast<uint32_t>(bit_cast<float>(bits) - bit_cast<float>(high(bits)));
+      };
+      const uint32_t high_rows[4] = {high(rows[0]), high(rows[1]), high(rows[2]), high(rows[3])};
+      const uint32_t low_rows[4] = {low(rows[0]), low(rows[1]), low(rows[2]), low(rows[3])};
+      const uint32_t high_column[2] = {high(column[0]), high(column[1])};
+      const uint32_t low_column[2] = {low(column[0]), low(column[1])};
+      mma_m16n8k8(d, low_rows, high_column);
+      mma_m16n8k8(d, high_rows, low_column);
+      mma_m16n8k8(d, high_rows, high_column);
+    }
+  }
+}
+
+// A block's rows of W_hh or W_hhᵀ, resident, times vectors of the exchange. A warp has up to kTiles
+// tiles of rows and every split-th piece.
+template <typename S, int kTiles, int kColumns>
+class Product {
+ public:
+  // weight: (gates·hidden, depth_gates·hidden).
+  DLK_DEVICE Product(const Cut& c, const S* weight, int unit)
+      : cut_(c),
+        tile_(warp_index() % c.across * kTiles),
+        piece_(warp_index() / c.across),
+        shared_(reinterpret_cast<Bits16*>(shared_memory())),
+        partial_(reinterpret_cast<float*>(shared_memory() + c.partial)) {
+    if (idle()) return;
+    const bool aligned = is_aligned(weight) && c.hidden % kVector<S> == 0;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = (tile_ + i) * 16 + half * 8 + lane() / 4;
+        const int gate = row / c.units, column = unit + row % c.units;
+        const S* from = nullptr;
+        if (gate < c.row_gates && column < c.hidden)
+          from = weight + (int64_t(gate) * c.hidden + column) * c.depth_gates * c.hidden;
+#pragma unroll
+        for (int j = 0; j < kKept; ++j)
+          kept_[i][j][half] = load(from, piece_ + j * c.split, aligned);
+        if (tile_ + i >= c.tiles) continue;
+        for (int at = piece_ + kKept * c.split; at < c.pieces; at += c.split)
+          *resident(i, at, half) = load(from, at, aligned);
+      }
+  }
+
+  // To the partial sums, of `active` vectors.
+  DLK_DEVICE void multiply(const S* vectors, int active) {
+    if (idle()) return;
+    float sum[kTiles][kColumns][4] = {};
+#pragma unroll
+    for (int j = 0; j < kKept; ++j) {
+      const int at = piece_ + j * cut_.split;
+      if (at >= cut_.pieces) break;
+      add(sum, vectors, at, active, [&](int i, int half) { return kept_[i][j][half]; });
+    }
+#pragma unroll 2
+    for (int at = piece_ + kKept * cut_.split; at < cut_.pieces; at += cut_.split)
+      add(sum, vectors, at, active, [&](int i, int half) { return *resident(i, at, half); });
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      if (tile_ + i >= cut_.tiles) break;
+      const int row = (piece_ * cut_.tiles + tile_ + i) * 16 + lane() / 4;
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float two[2] = {sum[i][n][2 * half], sum[i][n][2 * half + 1]};
+          const int column = n * 8 + lane() % 4 * 2;
+          *reinterpret_cast<uint64_t*>(partial_ + (row + half * 8) * cut_.partial_pitch + column) =
+              bit_cast<uint64_t>(two);
+        }
+    }
+  }
+
+  // Of row and column of the partial sums, behind a barrier.
+  DLK_DEVICE float total(int row, int column) const {
+    float sum = 0;
+    for (int k = 0; k < cut_.split; ++k)
+      sum += partial_[(k * cut_.tiles * 16 + row) * cut_.partial_pitch + column];
+    return sum;
+  }
+
+ private:
+  static constexpr int kKept = kRegisterTiles / kTiles;
+
+  DLK_DEVICE bool idle() const { return piece_ >= cut_.split || tile_ >= cut_.tiles; }
+
+  DLK_DEVICE Bits16* resident(int i, int at, int half) const {
+    const int first = kKept * cut_.split;
+    const int place = (tile_ + i) * (cut_.pieces - first) + at - first;
+    return shared_ + (place * 2 + half) * kWarp + lane();
+  }
+
+  DLK_DEVICE Bits16 load(const S* row, int piece, bool aligned) const {
+    const int at = piece * kPieceNumbers<S> + lane() % 4 * kVector<S>;
+    const int gate = at / cut_.padded, unit = at % cut_.padded;
+    if (!row || piece >= cut_.pieces || gate >= cut_.depth_gates) return {};
+    const S* const from = row + int64_t(gate) * cut_.hidden + unit;
+    if (aligned && unit + kVector<S> <= cut_.hidden) return load_streaming(from);
+    S numbers[kVector<S>] = {};
+#pragma unroll
+    for (int k = 0; k < kVector<S>; ++k)
+      if (unit + k < cut_.hidden) numbers[k] = from[k];
+    return bit_cast<Bits16>(numbers);
+  }
+
+  template <typename Weights>
+  DLK_DEVICE void add(float (&sum)[kTiles][kColumns][4], const S* vectors, int piece, int active,
+                      const Weights& weights) const {
+    const S* const from = vectors + int64_t(lane() / 4) * cut_.pitch + piece * kPieceNumbers<S> +
+                          lane() % 4 * kVector<S>;
+    Bits16 x[kColumns];
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n)
+      x[n] = n * 8 + lane() / 4 < active ? load16(from + int64_t(n) * 8 * cut_.pitch) : Bits16{};
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      if (tile_ + i >= cut_.tiles) break;
+      const Bits16 a[2] = {weights(i, 0), weights(i, 1)};
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n)
+        if (n * 8 < active) multiply_piece<S>(sum[i][n], a, x[n]);
+    }
+  }
+
+  const Cut& cut_;
+  const int tile_, piece_;
+  Bits16* const shared_;
+  float* const partial_;
+  Bits16 kept_[kTiles][kKept][2];
+};
+
+template <typename S>
+struct ForwardSequence {
+  Cut cut;
+  Mode mode;
+  Steps steps;
+  int directions;
+  const S* weight[kMostDirections];
+  const S *b_ih[kMostDirections], *b_hh[kMostDirections];
+  const S* x;  // (rows, directions·gates·hidden)
+  const S *hx, *cx;
+  S *output, *h_n, *c_n;
+  S* gates;  // these two: where they are saved
+  float* cells;
+  int64_t rows;
+  S* exchange;
+  unsigned* flags;
+};
+
+constexpr int kForwardTiles = 2, kBackwardTiles = 1;  // of a warp
+
+// Grid: groups × blocks of a group.
+// ptxas: <= 255 registers, 0 bytes static shared, 0 spills
+template <typename S, int kColumns>
+DLK_KERNEL void __launch_bounds__(kThreads, 1) sequence_forward_kernel(ForwardSequence<S> p) {
+  const Cut& c = p.cut;
+  const Place place(c, p.directions, p.steps.batch);
+  const int d = place.direction, gates = gates_of(p.mode), units = c.units;
+  const bool reverse = d == 1;
+  const int64_t x_pitch = int64_t(p.directions) * gates * c.hidden;
+  const int64_t output_pitch = int64_t(p.directions) * c.hidden;
+  float* const state = reinterpret_cast<float*>(shared_memory() + c.state);
+  float* const bias = reinterpret_cast<float*>(shared_memory() + c.bias);
+  S* const stage = reinterpret_cast<S*>(shared_memory() + c.stage);
+  Product<S, kForwardTiles, kColumns> product(c, p.weight[d], place.unit);
+  Exchange<S> exchange(c, place, p.exchange, p.flags);
+
+  for (int i = int(threadIdx.x); i < units; i += kThreads) {
+    float x[4] = {};
+    if (place.unit + i < c.hidden)
+      add_biases(p.mode, p.b_ih[d], p.b_hh[d], c.hidden, place.unit + i, x);
+#pragma unroll
+    for (int g = 0; g < 4; ++g) bias[g * units + i] = x[g];
+  }
+  // Of this direction's states, (batch, hidden).
+  const auto in_states = [&](int row, int unit) {
+    return (int64_t(d) * p.steps.batch + place.sequence + row) * c.hidden + place.unit + unit;
+  };
+  for (int i = int(threadIdx.x); i < place.rows * units; i += kThreads) {
+    const int row = i / units, unit = i % units;
+    const bool exists = place.unit + unit < c.hidden;
+    stage[i] = exists ? p.hx[in_states(row, unit)] : S{};
+    const S* const from = p.mode == Mode::kLstm ? p.cx : p.hx;
+    state[i] = exists ? widen(from[in_states(row, unit)]) : 0;
+  }
+  sync_block();
+  exchange.publish(0, stage, place.rows);
+  exchange.publish(1, stage, place.rows);
+  exchange.arrive();
+
+  int parity = 0;
+  for (int s = 0; s < p.steps.count; ++s) {
+    const int t = reverse ? p.steps.count - 1 - s : s;
+    const int n = place.active(p.steps, t);
+    if (n == 0) continue;
+    // From here on a sequence has ended.
+    const int lasts = reverse ? (t == 0 ? 0 : n) : place.active(p.steps, t + 1);
+    const int64_t first = p.steps.first(t) + place.sequence;
+    const auto load = [&](float (&x)[4], int i) {
+      const int row = i / units, unit = i % units;
+#pragma unroll
+      for (int g = 0; g < 4; ++g)
+        x[g] = g < gates && row < n && place.unit + unit < c.hidden
+                   ? widen(p.x[(first + row) * x_pitch + (int64_t(d) * gates + g) * c.hidden +
+                               place.unit + unit])
+                   : 0;
+    };
+    float ahead[4];  // under way while the block waits
+    load(ahead, int(threadIdx.x));
+    exchange.wait();
+    for (int chunk = 0; chunk < n; chunk += 8 * kColumns) {
+      const int count = n - chunk < 8 * kColumns ? n - chunk : 8 * kColumns;
+      product.multiply(exchange.vector(parity) + int64_t(chunk) * c.pitch, count);
+      sync_block();
+      for (int i = int(threadIdx.x); i < count * units; i += kThreads) {
+        const int at = chunk * units + i, row = at / units, unit = at % units;
+        S h{};
+        if (place.unit + unit < c.hidden) {
+          float x[4];
+          if (at == int(threadIdx.x)) {
+#pragma unroll
+            for (int g = 0; g < 4; ++g) x[g] = ahead[g];
+          } else {
+            load(x, at);
+          }
+#pragma unroll
+          for (int g = 0; g < 4; ++g) {
+            x[g] += bias[g * units + unit];
+            if (g < gates) x[of_state(p.mode, g)] += product.total(g * units + unit, i / units);
+          }
+          h = narrow<S>(forward_unit(p.mode, x, state[at]));
+          const int64_t to = first + row;
+          p.output[to * output_pitch + int64_t(d) * c.hidden + place.unit + unit] = h;
+          if (row >= lasts) p.h_n[in_states(row, unit)] = h;
+          if (p.mode != Mode::kLstm)
+            state[at] = widen(h);
+          else if (row >= lasts)
+            p.c_n[in_states(row, unit)] = narrow<S>(state[at]);
+          const int64_t saved = (int64_t(d) * p.rows + to) * c.hidden;
+          if (p.gates) {
+#pragma unroll
+            for (int g = 0; g < 4; ++g)
+              p.gates[4 * saved + int64_t(g) * c.hidden + place.unit + unit] = narrow<S>(x[g]);
+          }
+          if (p.cells) p.cells[saved + place.unit + unit] = state[at];
+        }
+        stage[at] = h;
+      }
+      sync_block();
+    }
+    parity ^= 1;
+    exchange.publish(parity, stage, n);
+    exchange.arrive();
+  }
+  exchange.wait();  // a cluster's blocks end together
+}
+
+template <typename S>
+struct BackwardSequence {
+  Cut cut;
+  Mode mode;
+  Steps steps;
+  int directions;
+  const S* weight[kMostDirections];            // transposed: (hidden, gates·hidden)
+  const S *grad_output, *grad_h_n, *grad_c_n;  // or null
+  const S *output, *gates, *hx, *cx;
+  const float* cells;
+  S* grad_x;  // (rows, directions·gates·hidden)
+  S* grad_h;  // of a GRU
+  S *grad_hx, *grad_cx;
+  int64_t rows;
+  S* exchange;
+  unsigned* flags;
+};
+
+// Grid: groups × blocks of a group.
+// ptxas: <= 255 registers, 0 bytes static shared, 0 spills
+template <typename S, int kColumns>
+DLK_KERNEL void __launch_bounds__(kThreads, 1) sequence_backward_kernel(BackwardSequence<S> p) {
+  const Cut& c = p.cut;
+  const Place place(c, p.directions, p.steps.batch);
+  const int d = place.direction, gates = gates_of(p.mode), units = c.units;
+  const bool reverse = d == 1, lstm = p.mode == Mode::kLstm;
+  const int64_t pitch = int64_t(p.directions) * gates * c.hidden;
+  const int64_t output_pitch = int64_t(p.directions) * c.hidden;
+  float* const grad = reinterpret_cast<float*>(shared_memory() + c.state);  // of h, of c
+  float* const grad_c = grad + c.rows * units;
+  S* const stage = reinterpret_cast<S*>(shared_memory() + c.stage);
+  Product<S, kBackwardTiles, kColumns> product(c, p.weight[d], place.unit);
+  Exchange<S> exchange(c, place, p.exchange, p.flags);
+
+  const auto in_states = [&](int row, int unit) {
+    return (int64_t(d) * p.steps.batch + place.sequence + row) * c.hidden + place.unit + unit;
+  };
+  for (int i = int(threadIdx.x); i < place.rows * units; i += kThreads) {
+    const int row = i / units, unit = i % units;
+    const bool exists = place.unit + unit < c.hidden;
+    grad[i] = exists && p.grad_h_n ? widen(p.grad_h_n[in_states(row, unit)]) : 0;
+    grad_c[i] = exists && p.grad_c_n ? widen(p.grad_c_n[in_states(row, unit)]) : 0;
+  }
+  sync_block();
+
+  struct Read {
+    float grad;
+    Kept<float> kept;
+  };
+  const auto load = [&](int t, int at) {
+    Read read{};
+    const int row = at / units, unit = at % units;
+    if (row >= place.active(p.steps, t) || place.unit + unit >= c.hidden) return read;
+    const int64_t column = int64_t(d) * c.hidden + place.unit + unit;
+    const int64_t to = p.steps.first(t) + place.sequence + row;
+    const int from = reverse ? t + 1 : t - 1;
+    const bool continued = row < place.active(p.steps, from);
+    const int64_t before = continued ? p.steps.first(from) + place.sequence + row : 0;
+    const int64_t saved = int64_t(d) * p.rows;
+    if (p.grad_output) read.grad = widen(p.grad_output[to * output_pitch + column]);
+    if (p.gates) {
+#pragma unroll
+      for (int g = 0; g < 4; ++g)
+        read.kept.gates[g] = widen(p.gates[((saved + to) * 4 + g) * c.hidden + place.unit + unit]);
+    }
+    if (lstm) {
+      read.kept.state = p.cells[(saved + to) * c.hidden + place.unit + unit];
+      read.kept.before = continued ? p.cells[(saved + before) * c.hidden + place.unit + unit]
+                                   : widen(p.cx[in_states(row, unit)]);
+    } else if (p.mode == Mode::kGru) {
+      read.kept.before =
+          widen(continued ? p.output[before * output_pitch + column] : p.hx[in_states(row, unit)]);
+    } else {
+      read.kept.state = widen(p.output[to * output_pitch + column]);
+    }
+    return read;
+  };
+
+  int parity = 0;
+  Read ahead = load(reverse ? 0 : p.steps.count - 1, int(threadIdx.x));
+  for (int s = 0; s < p.steps.count; ++s) {
+    const int t = reverse ? s : p.steps.count - 1 - s, next = reverse ? t + 1 : t - 1;
+    const int n = place.active(p.steps, t);
+    if (n > 0) {
+      const int64_t first = p.steps.first(t) + place.sequence;
+      for (int at = int(threadIdx.x); at < n * units; at += kThreads) {
+        const int row = at / units, unit = at % units;
+        float x[4] = {};
+        if (place.unit + unit < c.hidden) {
+          const Read read = at == int(threadIdx.x) ? ahead : load(t, at);
+          grad[at] = backward_unit(p.mode, grad[at] + read.grad, read.kept, grad_c[at], x);
+        }
+#pragma unroll
+        for (int g = 0; g < 4; ++g) {
+          if (g >= gates) break;
+          const S of_h = narrow<S>(x[of_state(p.mode, g)]);
+          stage[(row * gates + g) * units + unit] = of_h;
+          if (place.unit + unit >= c.hidden) continue;
+          const int64_t to =
+              (first + row) * pitch + (int64_t(d) * gates + g) * c.hidden + place.unit + unit;
+          p.grad_x[to] = narrow<S>(x[g]);
+          if (p.grad_h) p.grad_h[to] = of_h;
+        }
+      }
+      sync_block();
+      exchange.publish(parity, stage, n);
+      exchange.arrive();
+    }
+    ahead = load(next, int(threadIdx.x));
+    if (n == 0) continue;
+    exchange.wait();
+    for (int chunk = 0; chunk < n; chunk += 8 * kColumns) {
+      const int count = n - chunk < 8 * kColumns ? n - chunk : 8 * kColumns;
+      product.multiply(exchange.vector(parity) + int64_t(chunk) * c.pitch, count);
+      sync_block();
+      for (int i = int(threadIdx.x); i < count * units; i += kThreads)
+        grad[chunk * units + i] += product.total(i % units, i / units);
+      sync_block();
+    }
+    parity ^= 1;
+  }
+  for (int i = int(threadIdx.x); i < place.rows * units; i += kThreads) {
+    const int row = i / units, unit = i % units;
+    if (place.unit + unit >= c.hidden) continue;
+    p.grad_hx[in_states(row, unit)] = narrow<S>(grad[i]);
+    if (lstm) p.grad_cx[in_states(row, unit)] = narrow<S>(grad_c[i]);
+  }
+}
+
+// -------------------------------------------------------------------------------------------- cuts
+
+struct Device {
+  int64_t blocks;  // that run at once
+  size_t shared;
+  bool clusters;
+};
+
+// What a step costs, in clocks, roughly: the vectors that a block reads, its products, weights out
+// of shared memory, and the barrier.
+double cost_of(const Cut& c, const Device& device, int64_t blocks, int item, int tiles) {
+  const double pieces = c.pieces, columns = double(divide_up(c.rows, 8));
+  const double read = c.rows * pieces * kPiece / (c.cluster ? 128 : 64);
+  const double products = c.tiles * pieces * columns * 2 * (item == 4 ? 3 : 1) * 8;
+  const double weights =
+      c.tiles * std::max(0.0, pieces - kept_pieces(tiles) * c.split) * 1024 / 128;
+  const double units = double(divide_up(int64_t(c.rows) * c.units, kThreads)) * 200;
+  const double barrier = c.cluster ? 600 : 1500 + 4 * c.blocks;
+  const double waves = double(divide_up(blocks, device.blocks));
+  return waves * (read + products + weights + units + barrier);
+}
+
+bool lay_out(Cut& c, int item, int tiles, size_t limit) {
+  c.padded = c.blocks * c.units;
+  c.pieces = int(divide_up(int64_t(c.depth_gates) * c.padded * item, kPiece));
+  c.pitch = (c.pieces | 1) * (kPiece / item);  // odd: neighbouring rows in other banks
+  c.tiles = int(divide_up(int64_t(c.row_gates) * c.units, 16));
+  c.across = int(divide_up(c.tiles, tiles));
+  if (c.across > kWarps) return false;
+  c.split = kWarps / c.across;
+  c.columns = c.rows <= 8 ? 1 : c.rows <= 16 ? 2 : 4;
+  c.partial_pitch = c.columns == 1 ? 8 : 8 * c.columns + 8;
+  int64_t at = int64_t(c.tiles) * std::max(0, c.pieces - kept_pieces(tiles) * c.split) * 1024;
+  const auto take = [&](int64_t bytes) {
+    const int64_t place = at;
+    at += divide_up(bytes, 16) * 16;
+    return int(place);
+  };
+  if (at > int64_t(limit)) return false;
+  c.partial = take(int64_t(c.split) * c.tiles * 16 * c.partial_pitch * 4);
+  c.state = take(int64_t(c.rows) * c.units * 4 * 2);
+  c.bias = take(int64_t(4) * c.units * 4);
+  c.stage = take(int64_t(c.rows) * c.depth_gates * c.units * item);
+  c.exchange = take(c.cluster ? int64_t(2) * c.rows * c.pitch * item : 0);
+  c.shared = size_t(at);
+  return at <= int64_t(limit);
+}
+
+// The cheapest cut, if the weights fit. row_gates, depth_gates: of the products' matrix.
+std::optional<Cut> cut_of(int64_t hidden, int64_t batch, int64_t directions, int row_gates,
+                          int depth_gates, int item, int tiles, const Device& device) {
+  std::optional<Cut> best;
+  double least = 0;
+  if (hidden > 1 << 16 || batch > 1 << 16 || device.blocks == 0) return best;
+  const int most = int(std::max<int64_t>(device.blocks, kMostCluster));
+  int last = 0;
+  for (int wanted = 1; wanted <= most; ++wanted) {
+    const int units = int(divide_up(divide_up(hidden, wanted), kQuantum) * kQuantum);
+    if (units == last) continue;
+    last = units;
+    for (int64_t cut = 1; cut == 1 || (cut <= 32 && cut < 2 * divide_up(batch, 8)); cut *= 2) {
+      for (const bool cluster : {false, true}) {
+        Cut c{};
+        c.hidden = int(hidden);
+        c.units = units;
+        c.blocks = int(divide_up(hidden, units));
+        c.rows = int(divide_up(divide_up(batch, cut), 8) * 8);
+        c.groups = int(divide_up(batch, c.rows));
+        c.row_gates = row_gates;
+        c.depth_gates = depth_gates;
+        c.cluster = cluster;
+        const int64_t blocks = directions * c.groups * c.blocks;
+        if (cluster ? c.blocks > (device.clusters ? kMostCluster : 1)
+                    : blocks > device.blocks || c.blocks > kThreads)
+          continue;
+        if (!lay_out(c, item, tiles, device.shared)) continue;
+        const double cost = cost_of(c, device, blocks, item, tiles);
+        if (best && cost >= least) continue;
+        best = c;
+        least = cost;
+      }
+    }
+  }
+  return best;
+}
+
+template <typename Kernel>
+Device device_for(Kernel kernel) {
+  return {multiprocessors(), shared_limit(), has_clusters(kernel)};
+}
+
+template <typename Body>
+void for_columns(int columns, const Body& body) {
+  if (columns == 1) return body(std::integral_constant<int, 1>{});
+  if (columns == 2) return body(std::integral_constant<int, 2>{});
+  body(std::integral_constant<int, 4>{});
+}
+
+template <typename Problem, typename Launch>
+void run_cut(Problem& p, const Cut& cut, const Tensor& like, std::vector<Tensor>& kept,
+             const Launch& launch_with) {
+  const int64_t groups = int64_t(p.directions) * cut.groups;
+  const Tensor exchange =
+      torch::stable::new_empty(like, Sizes{cut.cluster ? 0 : groups * 2 * cut.rows * cut.pitch});
+  const Tensor flags =
+      torch::stable::new_zeros(like, Sizes{cut.cluster ? 0 : groups * cut.blocks}, ScalarType::Int);
+  kept.insert(kept.end(), {exchange, flags});
+  p.cut = cut;
+  if (!cut.cluster) {
+    p.exchange = scratch_pointer<std::remove_pointer_t<decltype(p.exchange)>>("exchange", exchange);
+    p.flags = inout_pointer<unsigned>("flags", flags);
+  }
+  launch_with({.grid = unsigned(groups * cut.blocks),
+               .block = kThreads,
+               .shared = cut.shared,
+               .cluster = cut.cluster ? unsigned(cut.blocks) : 1,
+               .cooperative = !cut.cluster});
+}
+
 // ---------------------------------------------------------------------------------- torch's matmul
 
 Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
@@ -616,6 +1239,44 @@ void forward_steps(const Layer& layer, const Tensor& x, Made& made, bool save) {
   }
 }
 
+// In one launch; whether the weights fit.
+template <typename S>
+bool forward_sequence(const Layer& layer, const Tensor& x, Made& made, bool save) {
+  const bool lstm = layer.mode == Mode::kLstm;
+  const auto cut = cut_of(layer.hidden, layer.batch, layer.count(), int(layer.gates), 1, sizeof(S),
+                          kForwardTiles, device_for(sequence_forward_kernel<S, 1>));
+  if (!cut) return false;
+  ForwardSequence<S> p{};
+  p.mode = layer.mode;
+  p.steps = layer.on_device();
+  p.directions = int(layer.count());
+  for (int64_t d = 0; d < layer.count(); ++d) {
+    const Direction& w = layer.directions[d];
+    made.kept.push_back(dense(w.w_hh));
+    p.weight[d] = input_pointer<S>("w_hh", made.kept.back());
+    if (!w.b_ih) continue;
+    p.b_ih[d] = input_pointer<S>("b_ih", *w.b_ih);
+    p.b_hh[d] = input_pointer<S>("b_hh", *w.b_hh);
+  }
+  p.x = input_pointer<S>("x", x);
+  p.hx = input_pointer<S>("hx", layer.hx);
+  p.output = output_pointer<S>("output", made.output);
+  p.h_n = output_pointer<S>("h_n", made.h_n);
+  if (lstm) {
+    p.cx = input_pointer<S>("cx", *layer.cx);
+    p.c_n = output_pointer<S>("c_n", made.c_n);
+  }
+  if (save && layer.gates > 1) p.gates = output_pointer<S>("gates", made.gates);
+  if (save && lstm) p.cells = output_pointer<float>("cells", made.cells);
+  p.rows = layer.rows;
+  run_cut(p, *cut, layer.input, made.kept, [&](const LaunchShape& shape) {
+    for_columns(cut->columns, [&](auto columns) {
+      launch(sequence_forward_kernel<S, columns>, "lstm sequence", shape, p);
+    });
+  });
+  return true;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(Tensor input, Optional batch_sizes,
                                                                 Tensor hx, Optional cx,
                                                                 std::vector<Tensor> weights,
@@ -639,9 +1300,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(Tensor input, Op
     if (lstm) torch::stable::copy_(result.c_n, *layer.cx);
     return {result.output, result.h_n, result.c_n, result.gates, result.cells};
   }
-  const Tensor x = torch::stable::matmul(layer.input, transposed(layer.all_w_ih()));
+  send_offsets(layer);
+  const Tensor x = dense(torch::stable::matmul(layer.input, transposed(layer.all_w_ih())));
   for_dtype<bf16, f16>(layer.dtype, [&](auto tag) {
     using S = decltype(tag);
+    if constexpr (!std::is_same_v<S, double>) {
+      if (!layer.projects() && forward_sequence<S>(layer, x, result, save)) return;
+    }
     forward_steps<S>(layer, x, result, save);
   });
   return {result.output, result.h_n, result.c_n, result.gates, result.cells};
@@ -752,6 +1417,44 @@ void backward_steps(const Layer& layer, const Upstream& up, Loop& loop) {
   }
 }
 
+// In one launch; whether the weights fit.
+template <typename S>
+bool backward_sequence(const Layer& layer, const Upstream& up, Loop& loop) {
+  const bool lstm = layer.mode == Mode::kLstm, gru = layer.mode == Mode::kGru;
+  const auto cut = cut_of(layer.hidden, layer.batch, layer.count(), 1, int(layer.gates), sizeof(S),
+                          kBackwardTiles, device_for(sequence_backward_kernel<S, 1>));
+  if (!cut) return false;
+  BackwardSequence<S> p{};
+  p.mode = layer.mode;
+  p.steps = layer.on_device();
+  p.directions = int(layer.count());
+  for (int64_t d = 0; d < layer.count(); ++d) {
+    loop.kept.push_back(dense(transposed(layer.directions[d].w_hh)));
+    p.weight[d] = input_pointer<S>("w_hh", loop.kept.back());
+  }
+  if (up.output) p.grad_output = input_pointer<S>("grad_output", *up.output);
+  if (up.h_n) p.grad_h_n = input_pointer<S>("grad_h_n", *up.h_n);
+  if (up.c_n) p.grad_c_n = input_pointer<S>("grad_c_n", *up.c_n);
+  p.output = input_pointer<S>("output", up.outputs);
+  p.hx = input_pointer<S>("hx", layer.hx);
+  if (layer.gates > 1) p.gates = input_pointer<S>("gates", up.gates);
+  if (lstm) {
+    p.cx = input_pointer<S>("cx", *layer.cx);
+    p.cells = input_pointer<float>("cells", up.cells);
+    p.grad_cx = output_pointer<S>("grad_cx", loop.cx);
+  }
+  p.grad_hx = output_pointer<S>("grad_hx", loop.hx);
+  p.grad_x = output_pointer<S>("grad_gates", loop.x);
+  if (gru) p.grad_h = output_pointer<S>("grad_sums", loop.h);
+  p.rows = layer.rows;
+  run_cut(p, *cut, layer.input, loop.kept, [&](const LaunchShape& shape) {
+    for_columns(cut->columns, [&](auto columns) {
+      launch(sequence_backward_kernel<S, columns>, "lstm sequence gradient", shape, p);
+    });
+  });
+  return true;
+}
+
 // h before every step of a direction: (rows, projected).
 template <typename S>
 void states_before(const Layer& layer, const Tensor& output, int64_t d, const Tensor& to) {
@@ -857,7 +1560,13 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward(
   send_offsets(layer);
   for_dtype<bf16, f16>(layer.dtype, [&](auto tag) {
     using S = decltype(tag);
-    backward_steps<S>(layer, up, loop);
+    const auto whole = [&] {
+      if constexpr (std::is_same_v<S, double>)
+        return false;
+      else
+        return !layer.projects() && backward_sequence<S>(layer, up, loop);
+    };
+    if (!whole()) backward_steps<S>(layer, up, loop);
     if (want_weights) weight_gradients(tag);
   });
   Tensor grad_input = none_of(input);
