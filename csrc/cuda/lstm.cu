@@ -126,8 +126,18 @@ DLK_DEVICE T backward_unit(Mode mode, T dh, const Kept<T>& k, T& dc, T (&d)[4]) 
   }
 }
 
-// The place in d of gate `gate` of the products with the state.
-DLK_DEVICE int of_state(Mode mode, int gate) { return mode == Mode::kGru && gate == 2 ? 3 : gate; }
+// Gate g of the products with the state: of a GRU's n it is x[3].
+template <typename T>
+DLK_DEVICE T of_state(Mode mode, const T (&x)[4], int g) {
+  return mode == Mode::kGru && g == 2 ? x[3] : x[g];
+}
+template <typename T>
+DLK_DEVICE void add_of_state(Mode mode, T (&x)[4], int g, T value) {
+  if (mode == Mode::kGru && g == 2)
+    x[3] += value;
+  else
+    x[g] += value;
+}
 
 // x[g] += bias of the gates, of both sides.
 template <typename S>
@@ -139,7 +149,7 @@ DLK_DEVICE void add_biases(Mode mode, const S* b_ih, const S* b_hh, int64_t hidd
   for (int g = 0; g < 4; ++g) {
     if (g >= gates) break;
     x[g] += widen(b_ih[g * hidden + unit]);
-    x[of_state(mode, g)] += widen(b_hh[g * hidden + unit]);
+    add_of_state(mode, x, g, widen(b_hh[g * hidden + unit]));
   }
 }
 
@@ -179,7 +189,7 @@ DLK_KERNEL void __launch_bounds__(kThreads) step_forward_kernel(ForwardStep<S> p
   for (int g = 0; g < 4; ++g) {
     if (g >= gates) break;
     x[g] += widen(p.x[row * p.x_pitch + g * p.hidden + unit]);
-    x[of_state(p.mode, g)] += widen(p.h[(row * gates + g) * p.hidden + unit]);
+    add_of_state(p.mode, x, g, widen(p.h[(row * gates + g) * p.hidden + unit]));
   }
   add_biases(p.mode, p.b_ih, p.b_hh, p.hidden, unit, x);
   T state = 0;
@@ -263,7 +273,7 @@ DLK_KERNEL void __launch_bounds__(kThreads) step_backward_kernel(BackwardStep<S>
     if (g >= gates) break;
     const int64_t to = row * p.grad_pitch + g * p.hidden + unit;
     p.grad_x[to] = narrow<S>(d[g]);
-    if (p.grad_h) p.grad_h[to] = narrow<S>(d[of_state(p.mode, g)]);
+    if (p.grad_h) p.grad_h[to] = narrow<S>(of_state(p.mode, d, g));
   }
   if (p.direct) p.direct[i] = direct;
   if (p.grad_c) p.grad_c[i] = dc;
@@ -656,44 +666,58 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1) sequence_forward_kernel(ForwardSe
                                place.unit + unit])
                    : 0;
     };
-    float ahead[4];  // under way while the block waits
-    load(ahead, int(threadIdx.x));
+    const auto store = [&](const float (&x)[4], S h, int at) {
+      const int row = at / units, unit = at % units;
+      const int64_t to = first + row;
+      p.output[to * output_pitch + int64_t(d) * c.hidden + place.unit + unit] = h;
+      if (row >= lasts) {
+        p.h_n[in_states(row, unit)] = h;
+        if (p.mode == Mode::kLstm) p.c_n[in_states(row, unit)] = narrow<S>(state[at]);
+      }
+      const int64_t saved = (int64_t(d) * p.rows + to) * c.hidden;
+      if (p.gates) {
+#pragma unroll
+        for (int g = 0; g < 4; ++g)
+          p.gates[4 * saved + int64_t(g) * c.hidden + place.unit + unit] = narrow<S>(x[g]);
+      }
+      if (p.cells) p.cells[saved + place.unit + unit] = state[at];
+    };
+    // A thread's first unit: its input is under way while the block waits, and its results are
+    // stored when the other blocks have what they wait for.
+    float mine[4];
+    S my_h{};
+    load(mine, int(threadIdx.x));
     exchange.wait();
     for (int chunk = 0; chunk < n; chunk += 8 * kColumns) {
       const int count = n - chunk < 8 * kColumns ? n - chunk : 8 * kColumns;
       product.multiply(exchange.vector(parity) + int64_t(chunk) * c.pitch, count);
       sync_block();
       for (int i = int(threadIdx.x); i < count * units; i += kThreads) {
-        const int at = chunk * units + i, row = at / units, unit = at % units;
+        const int at = chunk * units + i, unit = at % units;
         S h{};
         if (place.unit + unit < c.hidden) {
+          const bool is_mine = at == int(threadIdx.x);
           float x[4];
-          if (at == int(threadIdx.x)) {
+          if (is_mine) {
 #pragma unroll
-            for (int g = 0; g < 4; ++g) x[g] = ahead[g];
+            for (int g = 0; g < 4; ++g) x[g] = mine[g];
           } else {
             load(x, at);
           }
 #pragma unroll
           for (int g = 0; g < 4; ++g) {
             x[g] += bias[g * units + unit];
-            if (g < gates) x[of_state(p.mode, g)] += product.total(g * units + unit, i / units);
+            if (g < gates) add_of_state(p.mode, x, g, product.total(g * units + unit, i / units));
           }
           h = narrow<S>(forward_unit(p.mode, x, state[at]));
-          const int64_t to = first + row;
-          p.output[to * output_pitch + int64_t(d) * c.hidden + place.unit + unit] = h;
-          if (row >= lasts) p.h_n[in_states(row, unit)] = h;
-          if (p.mode != Mode::kLstm)
-            state[at] = widen(h);
-          else if (row >= lasts)
-            p.c_n[in_states(row, unit)] = narrow<S>(state[at]);
-          const int64_t saved = (int64_t(d) * p.rows + to) * c.hidden;
-          if (p.gates) {
+          if (p.mode != Mode::kLstm) state[at] = widen(h);
+          if (is_mine) {
 #pragma unroll
-            for (int g = 0; g < 4; ++g)
-              p.gates[4 * saved + int64_t(g) * c.hidden + place.unit + unit] = narrow<S>(x[g]);
+            for (int g = 0; g < 4; ++g) mine[g] = x[g];
+            my_h = h;
+          } else {
+            store(x, h, at);
           }
-          if (p.cells) p.cells[saved + place.unit + unit] = state[at];
         }
         stage[at] = h;
       }
@@ -702,6 +726,8 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1) sequence_forward_kernel(ForwardSe
     parity ^= 1;
     exchange.publish(parity, stage, n);
     exchange.arrive();
+    if (int(threadIdx.x) < n * units && place.unit + int(threadIdx.x) % units < c.hidden)
+      store(mine, my_h, int(threadIdx.x));
   }
   exchange.wait();  // a cluster's blocks end together
 }
@@ -791,28 +817,43 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1) sequence_backward_kernel(Backward
     const int n = place.active(p.steps, t);
     if (n > 0) {
       const int64_t first = p.steps.first(t) + place.sequence;
+      const auto store = [&](const float (&x)[4], int at) {
+        const int row = at / units, unit = at % units;
+        if (place.unit + unit >= c.hidden) return;
+        const int64_t to =
+            (first + row) * pitch + int64_t(d) * gates * c.hidden + place.unit + unit;
+#pragma unroll
+        for (int g = 0; g < 4; ++g) {
+          if (g >= gates) break;
+          p.grad_x[to + int64_t(g) * c.hidden] = narrow<S>(x[g]);
+          if (p.grad_h) p.grad_h[to + int64_t(g) * c.hidden] = narrow<S>(of_state(p.mode, x, g));
+        }
+      };
+      float mine[4] = {};  // as in the forward
       for (int at = int(threadIdx.x); at < n * units; at += kThreads) {
         const int row = at / units, unit = at % units;
+        const bool is_mine = at == int(threadIdx.x);
         float x[4] = {};
         if (place.unit + unit < c.hidden) {
-          const Read read = at == int(threadIdx.x) ? ahead : load(t, at);
+          const Read read = is_mine ? ahead : load(t, at);
           grad[at] = backward_unit(p.mode, grad[at] + read.grad, read.kept, grad_c[at], x);
         }
 #pragma unroll
         for (int g = 0; g < 4; ++g) {
           if (g >= gates) break;
-          const S of_h = narrow<S>(x[of_state(p.mode, g)]);
-          stage[(row * gates + g) * units + unit] = of_h;
-          if (place.unit + unit >= c.hidden) continue;
-          const int64_t to =
-              (first + row) * pitch + (int64_t(d) * gates + g) * c.hidden + place.unit + unit;
-          p.grad_x[to] = narrow<S>(x[g]);
-          if (p.grad_h) p.grad_h[to] = of_h;
+          stage[(row * gates + g) * units + unit] = narrow<S>(of_state(p.mode, x, g));
+        }
+        if (is_mine) {
+#pragma unroll
+          for (int g = 0; g < 4; ++g) mine[g] = x[g];
+        } else {
+          store(x, at);
         }
       }
       sync_block();
       exchange.publish(parity, stage, n);
       exchange.arrive();
+      if (int(threadIdx.x) < n * units) store(mine, int(threadIdx.x));
     }
     ahead = load(next, int(threadIdx.x));
     if (n == 0) continue;
@@ -1063,10 +1104,10 @@ Layer::Layer(const Tensor& x, const Optional& batch_sizes, const Tensor& h, cons
   check_floating(kOp, "input", x);
   dtype = x.scalar_type();
   wide = wide_of(x);
-  DLK_CHECK(x.dim() == (packed ? 2 : 3), kOp, ": expected input of ", packed ? 2 : 3,
+  DLK_CHECK(x.dim() == (packed ? 2 : 3), kOp, ": expected input with ", packed ? 2 : 3,
             " dimensions, got shape ", shape_string(x.sizes()));
   DLK_CHECK(h.dim() == 3 && h.size(0) >= 1 && h.size(0) <= kMostDirections, kOp,
-            ": expected hx of shape [1 or 2, batch, hidden], got ", shape_string(h.sizes()));
+            ": expected hx of 1 or 2 directions, got shape ", shape_string(h.sizes()));
   const int64_t number = h.size(0), each = int64_t(weights.size()) / number;
   DLK_CHECK(int64_t(weights.size()) == number * each && each >= 2 && each <= 5, kOp,
             ": expected 2 to 5 weights for each of ", number, " directions, got ", weights.size());
@@ -1079,20 +1120,22 @@ Layer::Layer(const Tensor& x, const Optional& batch_sizes, const Tensor& h, cons
   if (packed) {
     check_cpu(kOp, "batch_sizes", *batch_sizes);
     check_dtype(kOp, "batch_sizes", *batch_sizes, ScalarType::Long);
-    DLK_CHECK(batch_sizes->dim() == 1, kOp, ": expected batch_sizes of one dimension, got shape ",
+    DLK_CHECK(batch_sizes->dim() == 1, kOp, ": expected batch_sizes with 1 dimension, got shape ",
               shape_string(batch_sizes->sizes()));
     const Tensor sizes = dense(*batch_sizes);
     const auto* data = static_cast<const int64_t*>(sizes.const_data_ptr());
     steps = sizes.size(0);
-    batch = steps ? data[0] : h.size(1);
+    batch = h.size(1);
     offsets.assign(1, 0);
+    DLK_CHECK(steps == 0 || data[0] == batch, kOp, ": expected batch_sizes from ", batch,
+              " on, as hx has, got ", steps ? data[0] : 0);
     for (int64_t t = 0; t < steps; ++t) {
-      DLK_CHECK(data[t] >= 0 && data[t] <= (t ? data[t - 1] : batch), kOp,
-                ": expected batch_sizes that do not grow, got ", data[t], " at step ", t);
+      DLK_CHECK(data[t] >= 0 && data[t] <= data[t ? t - 1 : 0], kOp,
+                ": expected batch_sizes that do not grow, got ", data[t], " at ", t);
       offsets.push_back(offsets[t] + data[t]);
     }
-    DLK_CHECK(offsets[steps] == x.size(0), kOp, ": expected batch_sizes of the sum ", x.size(0),
-              ", got ", offsets[steps]);
+    DLK_CHECK(offsets[steps] == x.size(0), kOp, ": expected ", offsets[steps],
+              " rows of input by batch_sizes, got ", x.size(0));
   } else {
     steps = x.size(0);
     batch = x.size(1);
@@ -1104,7 +1147,7 @@ Layer::Layer(const Tensor& x, const Optional& batch_sizes, const Tensor& h, cons
       kOp, ": expected fewer than 2^31 steps, sequences and gates");
   check_argument("hx", h, x, Sizes{number, batch, projected});
   const bool has_projection = each == 3 || each == 5, biased = each >= 4;
-  DLK_CHECK(mode == Mode::kLstm || !has_projection, kOp, ": expected no projection of ", mode_name);
+  DLK_CHECK(mode == Mode::kLstm || !has_projection, kOp, ": only an lstm has projections");
   DLK_CHECK(has_projection || projected == hidden, kOp, ": expected w_hh of shape ",
             shape_string(Sizes{gates * hidden, hidden}), ", got ",
             shape_string(weights[1].sizes()));
@@ -1125,7 +1168,7 @@ Layer::Layer(const Tensor& x, const Optional& batch_sizes, const Tensor& h, cons
     }
     directions.push_back(direction);
   }
-  DLK_CHECK((mode == Mode::kLstm) == c.has_value(), kOp, ": expected cx of an lstm alone");
+  DLK_CHECK((mode == Mode::kLstm) == c.has_value(), kOp, ": expected cx of an lstm, and only of one");
   if (c) {
     check_argument("cx", *c, x, Sizes{number, batch, hidden});
     cx = dense(*c);
@@ -1140,7 +1183,7 @@ void send_offsets(Layer& layer) {
   const Tensor host = torch::stable::empty(Sizes{int64_t(layer.offsets.size())}, ScalarType::Long);
   std::copy(layer.offsets.begin(), layer.offsets.end(),
             static_cast<int64_t*>(host.mutable_data_ptr()));
-  layer.device_offsets = torch::stable::to(host, layer.input.device());
+  layer.device_offsets = torch::stable::to(host, layer.input.device(), true);
 }
 
 LaunchShape flat(int64_t elements) {
@@ -1588,15 +1631,15 @@ struct Cell {
       : mode(parse_mode(name)), gates(gates_of(mode)) {
     check_on_gpu(kOp, "input", input, input);
     check_floating(kOp, "input", input);
-    DLK_CHECK(input.dim() == 2, kOp, ": expected input of 2 dimensions, got shape ",
+    DLK_CHECK(input.dim() == 2, kOp, ": expected input with 2 dimensions, got shape ",
               shape_string(input.sizes()));
-    DLK_CHECK(hx.dim() == 2, kOp, ": expected hx of 2 dimensions, got shape ",
+    DLK_CHECK(hx.dim() == 2, kOp, ": expected hx with 2 dimensions, got shape ",
               shape_string(hx.sizes()));
     batch = input.size(0);
     in = input.size(1);
     hidden = hx.size(1);
     check_argument("hx", hx, input, Sizes{batch, hidden});
-    DLK_CHECK((mode == Mode::kLstm) == cx.has_value(), kOp, ": expected cx of an lstm alone");
+    DLK_CHECK((mode == Mode::kLstm) == cx.has_value(), kOp, ": expected cx of an lstm, and only of one");
     if (cx) check_argument("cx", *cx, input, Sizes{batch, hidden});
     check_argument("w_ih", w_ih, input, Sizes{gates * hidden, in});
     check_argument("w_hh", w_hh, input, Sizes{gates * hidden, hidden});
