@@ -27,7 +27,7 @@ from dlkernels.train import Comparison, Measured, Score, Side, Spread, compare
 
 DATA_HELP = (
     "a folder of MNIST IDX files, or a diabetes CSV file, gzipped or not; or a folder of CIFAR-10 "
-    "PNG files"
+    "PNG files; or an aclImdb folder"
 )
 EXTRA = "pip install 'dlkernels[train]'"
 
@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--batch-size", type=whole, help="default: the network's recipe")
     c.add_argument("--device", type=device, default=torch.device("cpu"), help="default: cpu")
     c.add_argument("--seed", type=seed, default=0, help="weights and batches; default: 0")
+    c.add_argument("--max-norm", type=norm, help="of the gradients; default: the network's recipe")
     c.add_argument("--threads", type=whole, help="default: torch's own choice")
     c.add_argument("--data", type=Path, metavar="PATH", help=DATA_HELP)
     c.add_argument("--out", type=Path, default=Path("compare.png"), help="default: compare.png")
@@ -86,6 +87,17 @@ def whole(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"wanted a whole number from 1, got {text!r}")
     return int(text)
+
+
+def norm(text: str) -> float:
+    """An option's number above 0, or ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"wanted a number above 0, got {text!r}")
+    return value
 
 
 def seed(text: str) -> int:
@@ -148,6 +160,7 @@ def run_compare(args: argparse.Namespace) -> int:
                 epochs=epochs,
                 batch_size=batch_size,
                 seed=args.seed,
+                max_norm=args.max_norm,
                 on_step=on_step,
             )
     finally:

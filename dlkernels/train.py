@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -36,6 +36,9 @@ class Side:
     loss: torch.nn.Module
     optimiser: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler  # stepped at the end of an epoch
+    carries_state: bool = False  # as of a Recipe; the state is that of the last step
+    max_norm: float | None = None
+    state: torch.Tensor | None = None
     losses: list[float] = field(default_factory=list)
     forward_ms: list[float] = field(default_factory=list)
     forward_backward_ms: list[float] = field(default_factory=list)
@@ -50,7 +53,7 @@ class Spread(NamedTuple):
 class Score(NamedTuple):
     """How a network does on a test set: right answers of all, or an error."""
 
-    metric: str  # "accuracy", "binary accuracy" or "mean squared error"
+    metric: str  # of a Recipe
     value: float
     correct: int | None
     total: int
@@ -108,7 +111,20 @@ def _side(name: str, network: str, nn: ModuleType, device: torch.device) -> Side
     )
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, recipe.milestones)
     loss = getattr(nn, recipe.loss)(**recipe.loss_arguments)
-    return Side(name, model, loss, optimiser, schedule)
+    carried = recipe.carries_state, recipe.max_norm
+    return Side(name, model, loss, optimiser, schedule, *carried)
+
+
+def forward(side: Side, inputs: torch.Tensor) -> torch.Tensor:
+    """The outputs of a training step; a network's state is kept for the next one, detached."""
+    if not side.carries_state:
+        return side.model(inputs)
+    state = side.state
+    if state is not None and state.shape[1] != len(inputs):  # a last, smaller batch
+        state = None
+    outputs, state = side.model(inputs, state)
+    side.state = state.detach()
+    return outputs
 
 
 def step(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> None:
@@ -119,10 +135,12 @@ def step(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> None:
     """
     side.optimiser.zero_grad()
     start = _now(inputs.device)
-    loss = side.loss(side.model(inputs), targets)
+    loss = side.loss(forward(side, inputs), targets)
     middle = _now(inputs.device)
     loss.backward()
     end = _now(inputs.device)
+    if side.max_norm is not None:
+        torch.nn.utils.clip_grad_norm_(side.model.parameters(), side.max_norm)
     side.optimiser.step()
     side.forward_ms.append((middle - start) * 1e3)
     side.forward_backward_ms.append((end - start) * 1e3)
@@ -158,6 +176,7 @@ def train(
         for batch in order.to(data.train_inputs.device).split(batch_size):
             inputs, targets = data.train_inputs[batch], data.train_targets[batch]
             for side in sides if len(sizes) % 2 == 0 else sides[::-1]:
+                torch.manual_seed(seed + len(sizes))  # the same dropout on both
                 step(side, inputs, targets)
                 if not math.isfinite(side.losses[-1]):
                     raise FloatingPointError(
@@ -188,21 +207,29 @@ def spread(values: list[float]) -> Spread:
 
 
 def score(
-    metric: str, model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor
+    metric: str,
+    model: torch.nn.Module,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    threshold: float = 0.5,
 ) -> Score:
     """The network on a test set, in eval mode.
 
     ``metric``: "accuracy", of the largest of (N, classes) against (N,); "binary accuracy", of
-    (N, 1) against 0.5; "mean squared error".
+    (N, 1) against ``threshold``; "mean squared error"; with "autoregressive" before it, of what
+    ``model.predict`` continues the inputs with.
     """
     model.eval()
     with torch.no_grad():
-        outputs = torch.cat([model(x) for x in inputs.split(256)])
+        if metric.startswith("autoregressive"):
+            outputs = model.predict(inputs, targets.shape[1])
+        else:
+            outputs = torch.cat([model(x) for x in inputs.split(256)])
     model.train()
-    if metric == "mean squared error":
+    if metric.endswith("mean squared error"):
         error = (outputs.double() - targets).square().mean().item()
         return Score(metric, error, None, len(targets))
-    answers = outputs.argmax(1) if metric == "accuracy" else (outputs >= 0.5).to(targets)
+    answers = outputs.argmax(1) if metric == "accuracy" else (outputs >= threshold).to(targets)
     correct = int((answers == targets).sum())
     return Score(metric, correct / len(targets), correct, len(targets))
 
@@ -216,9 +243,10 @@ def peak_memory(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> int:
     library takes by malloc itself is not seen. Runs on a copy of the network.
     """
     model = copy.deepcopy(side.model)
+    copied = replace(side, model=model, state=None)
 
     def run() -> None:
-        side.loss(model(inputs), targets).backward()
+        side.loss(forward(copied, inputs), targets).backward()
 
     run()
     model.zero_grad(set_to_none=True)
@@ -255,7 +283,8 @@ def kernels_used(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> lis
     ``dlkernels.explain``; what the network's own forward calls is "(model)". Runs on a copy."""
     model, loss = copy.deepcopy(side.model).train(), copy.deepcopy(side.loss)
     layers = [*explain(model, inputs)]
-    layers += (row._replace(name="loss") for row in explain(loss, model(inputs), targets))
+    outputs = forward(replace(side, model=model, state=None), inputs)
+    layers += (row._replace(name="loss") for row in explain(loss, outputs, targets))
     return [
         Layer(row.name or "(model)", row.cls.rpartition(".")[2], row.kernel, row.reason)
         for row in layers
@@ -270,15 +299,19 @@ def compare(
     epochs: int,
     batch_size: int,
     seed: int = 0,
+    max_norm: float | None = None,
     on_step: Callable[[Side], None] = lambda side: None,
 ) -> Comparison:
-    """Trains the twins of ``network`` on ``data``, on its device, and measures both."""
+    """Trains the twins of ``network`` on ``data``, on its device, and measures both. ``max_norm``,
+    if given, replaces the recipe's."""
     device = data.train_inputs.device
     stock, ours = twins(network, seed, device)
+    for side in (stock, ours):
+        side.max_norm = max_norm or side.max_norm
     sizes = train(
         (stock, ours), data, epochs=epochs, batch_size=batch_size, seed=seed, on_step=on_step
     )
-    counted, metric = timed(sizes), NETWORKS[network].recipe.metric
+    counted, recipe = timed(sizes), NETWORKS[network].recipe
     inputs, targets = data.train_inputs[:batch_size], data.train_targets[:batch_size]
 
     def measured(side: Side) -> Measured:
@@ -286,7 +319,13 @@ def compare(
             spread([side.forward_ms[k] for k in counted]),
             spread([side.forward_backward_ms[k] for k in counted]),
             peak_memory(side, inputs, targets),
-            score(metric, side.model, data.test_inputs, data.test_targets),
+            score(
+                recipe.metric,
+                side.model,
+                data.test_inputs,
+                data.test_targets,
+                recipe.threshold,
+            ),
             side.losses,
             side.forward_backward_ms,
         )

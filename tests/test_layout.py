@@ -209,8 +209,8 @@ def nothing_imports_tests_or_benchmarks(root):
 @rule
 def cpu_kernels_include_their_own_and_the_shared_headers_only(root):
     """Let <op>.cpp, <op>.h and <op>_<part>.h include each other, check.h, activation.h, gemm.h,
-    layout.h, memory.h, simd.h, sums.h, and the headers of the ops that they stand on."""
-    shared = ("activation", "gemm", "layout", "memory", "simd", "sums")
+    layout.h, memory.h, simd.h, sums.h, team.h, and the headers of the ops that they stand on."""
+    shared = ("activation", "gemm", "layout", "memory", "simd", "sums", "team")
     ours = ("../check.h", *(f"{name}.h" for name in shared))
     ops = [path.stem for path in under(root, "csrc/cpu", suffixes=[".cpp"])]
 

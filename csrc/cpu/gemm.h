@@ -121,13 +121,15 @@ void pack_a(const Matrix<S>& a, int64_t i, int64_t rows, int64_t p, int64_t dept
         const int64_t at = (p + d) * terms;
         store(to + d, W::along(a.at(i + r, at), std::min(V::size, depth - d), k - at));
       }
-  } else if (a.row_stride == 1) {  // words of V::size rows, transposed in pieces
-    for (int64_t r = 0; r < rows; r += V::size) {
-      const int64_t lanes = std::min(V::size, rows - r);
-      for (int64_t d = 0; d < depth; d += kPiece<T>) {
+  } else if (a.row_stride == 1) {  // words of V::size rows, transposed in pieces; all rows of a
+                                   // piece in turn, which lie side by side
+    for (int64_t d = 0; d < depth; d += kPiece<T>)
+      for (int64_t r = 0; r < rows; r += V::size) {
+        const int64_t lanes = std::min(V::size, rows - r);
         V v[kPiece<T>];
         for (int64_t q = 0; q < kPiece<T>; ++q) {
           const int64_t at = (p + d + q) * terms;
+          __builtin_prefetch(a.at(i + r, at + 16 * terms));
           v[q] =
               d + q < depth ? W::across(a.at(i + r, at), a.column_stride, k - at, lanes) : V(T(0));
         }
@@ -138,7 +140,6 @@ void pack_a(const Matrix<S>& a, int64_t i, int64_t rows, int64_t p, int64_t dept
         for (int64_t l = 0; l < lanes; ++l)
           std::copy_n(transposed + l * kPiece<T>, kPiece<T>, to + (r + l) * kPitch + d);
       }
-    }
   } else {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t d = 0; d < depth; ++d) {
@@ -201,6 +202,34 @@ void pack_b(const MB& b, int64_t p, int64_t depth, int64_t k, int64_t j, int64_t
         pack_columns(b, p + d, std::min(at_once, depth - d), k, j + c + v,
                      std::clamp<int64_t>(columns - c - v, 0, V::size),
                      to + c * depth + d * kColumns<T> + v);
+}
+
+// A matrix whose rows lie anywhere, each contiguous.
+template <typename S>
+struct Rows {
+  using Element = S;
+  static constexpr int64_t column_stride = 1;
+  const S* const* row;
+};
+
+template <typename S>
+void pack_a(const Rows<S>& a, int64_t i, int64_t rows, int64_t p, int64_t depth, int64_t k,
+            accumulate_t<S>* to) {
+  for (int64_t r = 0; r < rows; ++r, to += kPitch)
+    pack_a(Matrix<S>{a.row[i + r], 0, 1}, 0, 1, p, depth, k, to);
+}
+
+template <typename S>
+void pack_columns(const Rows<S>& b, int64_t p, int64_t depth, int64_t k, int64_t j, int64_t n,
+                  accumulate_t<S>* to) {
+  using W = Word<S>;
+  using T = accumulate_t<S>;
+  constexpr int64_t terms = W::kPair ? 2 : 1;
+  for (int64_t d = 0; d < depth; ++d, to += kColumns<T>) {
+    const int64_t at = (p + d) * terms;
+    const int64_t step = W::kPair && at + 1 < k ? b.row[at + 1] - b.row[at] : 0;
+    store(to, n ? W::across(b.row[at] + j, step, k - at, n) : Vec<T>(T(0)));
+  }
 }
 
 // ------------------------------------------------------------------------------------ micro-kernel
@@ -266,19 +295,19 @@ void multiply_rows(int64_t n, bool second, const T* a, const T* b, int64_t depth
 // pieces of Vec::size words of k, row after row, B as packed panels do.
 //
 // rows × kColumns of C += A·B over `pieces` pieces, `step` apart, of which the last has `last`
-// words.
-template <typename T, int rows>
+// words; `at_once` of them are summed before they join C.
+template <typename T, bool pair, int at_once, int rows>
 void multiply_piece_rows(const T* a, int64_t step, int64_t pieces, int64_t last, const T* b,
                          bool add, T* c) {
   using V = Vec<T>;
-  constexpr int64_t kAtOnce = 32 / V::size;  // pieces that are summed before they join C
   for (int64_t piece = 0; piece < pieces; add = true) {
     V sum[rows][kVectors];
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[r][v] = V(T(0));
-    for (const int64_t end = std::min(pieces, piece + kAtOnce); piece < end; ++piece, a += step) {
+    for (const int64_t end = std::min<int64_t>(pieces, piece + at_once); piece < end;
+         ++piece, a += step) {
       const int64_t words = piece + 1 < pieces ? V::size : last;
       for (int64_t k = 0; k < words; ++k, b += kColumns<T>) {
         __builtin_prefetch(b + 8 * kColumns<T>, 0, 3);
@@ -289,7 +318,8 @@ void multiply_piece_rows(const T* a, int64_t step, int64_t pieces, int64_t last,
         for (int r = 0; r < rows; ++r) {
           const V row(a[r * V::size + k]);
 #pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(row, column[v], sum[r][v]);
+          for (int v = 0; v < kVectors; ++v)
+            sum[r][v] = multiply_add<T, pair>(row, column[v], sum[r][v]);
         }
       }
     }
@@ -304,11 +334,11 @@ void multiply_piece_rows(const T* a, int64_t step, int64_t pieces, int64_t last,
 }
 
 // The same for any number of rows.
-template <typename T, int... rows>
+template <bool pair, int at_once, typename T, int... rows>
 void multiply_pieces(const T* a, int64_t step, int64_t pieces, int64_t last, const T* b, int64_t m,
                      bool add, T* c, std::integer_sequence<int, rows...>) {
   using Kernel = void (*)(const T*, int64_t, int64_t, int64_t, const T*, bool, T*);
-  constexpr Kernel kKernels[] = {&multiply_piece_rows<T, rows + 1>...};
+  constexpr Kernel kKernels[] = {&multiply_piece_rows<T, pair, at_once, rows + 1>...};
   // Of even heights: 13 rows are 7 and 6.
   for (int64_t tiles = (m + kRows - 1) / kRows, i = 0; tiles > 0; --tiles) {
     const int64_t height = (m - i + tiles - 1) / tiles;
@@ -316,11 +346,11 @@ void multiply_pieces(const T* a, int64_t step, int64_t pieces, int64_t last, con
     i += height;
   }
 }
-template <typename T>
+template <bool pair = false, int words_at_once = 32, typename T>
 void multiply_pieces(const T* a, int64_t step, int64_t pieces, int64_t last, const T* b, int64_t m,
                      bool add, T* c) {
-  multiply_pieces(a, step, pieces, last, b, m, add, c,
-                  std::make_integer_sequence<int, int(kRows)>());
+  multiply_pieces<pair, words_at_once / int(Vec<T>::size)>(
+      a, step, pieces, last, b, m, add, c, std::make_integer_sequence<int, int(kRows)>());
 }
 
 // ------------------------------------------------------------------------------------------- whole
@@ -336,7 +366,7 @@ struct Cut {
   explicit Cut(int64_t k) {
     const int64_t depth = words<S>(k), fit = kBytes / int64_t(sizeof(accumulate_t<S>));
     const int64_t fitting = fit / std::max<int64_t>(1, depth) / kLeast * kLeast;
-    deep = fitting == 0;
+    deep = fitting < kBlockColumns;
     panel = deep ? fit / kBlockColumns / kDepth * kDepth : depth;
     rows = deep ? 8 * kBlockRows : kBlockRows;
     if (!deep) columns = std::min(fitting, kBlockColumns);

@@ -39,6 +39,15 @@
 
 namespace dlkernels {
 
+// Between two looks at memory that another thread is about to write.
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 struct bf16 {
   uint16_t bits;
 };
@@ -765,21 +774,41 @@ inline Vec<T> first(int64_t n, Vec<T> a, Vec<T> b) {
 // 2^-126.5 (2^-1022.5) are 0: results that are not normal cost some processors a hundred cycles;
 // from n = 128 (1024) on they are inf. exp(−inf) = 0, exp(NaN) = NaN. The float polynomial is a
 // minimax one of 1 + r·p(r), relative error 2e-9.
-inline F exp(F x) {
-  x = min(F(89.0f), max(F(-88.0f), x));
+//
+// Of n vectors side by side, so that no step waits for the one before.
+template <int n>
+inline void exp(F (&x)[n]) {
   const F magic(0x1.8p23f + 127.0f);
-  const F biased = fma(x, F(1.44269504088896341f), magic);
-  const F n = biased - magic;
-  F r = fma(n, F(-0.693359375f), x);
-  r = fma(n, F(2.12194440e-4f), r);
-  F p = F(1.384360716e-3f);
-  p = fma(p, r, F(8.374195546e-3f));
-  p = fma(p, r, F(4.166800529e-2f));
-  p = fma(p, r, F(1.666643023e-1f));
-  p = fma(p, r, F(4.999999404e-1f));
-  p = fma(p, r, F(1.0f));
-  p = fma(p, r, F(1.0f));
-  return p * exponent_from_low_bits(biased);
+  F biased[n], p[n];
+#define DLK_EACH for (int i = 0; i < n; ++i)
+#pragma GCC unroll 8
+  DLK_EACH x[i] = min(F(89.0f), max(F(-88.0f), x[i]));
+#pragma GCC unroll 8
+  DLK_EACH biased[i] = fma(x[i], F(1.44269504088896341f), magic);
+#pragma GCC unroll 8
+  DLK_EACH x[i] = fma(biased[i] - magic, F(-0.693359375f), x[i]);
+#pragma GCC unroll 8
+  DLK_EACH x[i] = fma(biased[i] - magic, F(2.12194440e-4f), x[i]);
+#pragma GCC unroll 8
+  DLK_EACH p[i] = fma(F(1.384360716e-3f), x[i], F(8.374195546e-3f));
+#pragma GCC unroll 8
+  DLK_EACH p[i] = fma(p[i], x[i], F(4.166800529e-2f));
+#pragma GCC unroll 8
+  DLK_EACH p[i] = fma(p[i], x[i], F(1.666643023e-1f));
+#pragma GCC unroll 8
+  DLK_EACH p[i] = fma(p[i], x[i], F(4.999999404e-1f));
+#pragma GCC unroll 8
+  DLK_EACH p[i] = fma(p[i], x[i], F(1.0f));
+#pragma GCC unroll 8
+  DLK_EACH p[i] = fma(p[i], x[i], F(1.0f));
+#pragma GCC unroll 8
+  DLK_EACH x[i] = p[i] * exponent_from_low_bits(biased[i]);
+#undef DLK_EACH
+}
+inline F exp(F x) {
+  F one[1] = {x};
+  exp(one);
+  return one[0];
 }
 
 inline D exp(D x) {
@@ -848,10 +877,14 @@ inline D log(D x) {
   return fma(e, D(0.693359375), m + y) + (x - x);
 }
 
+template <int n>
+inline void exp(D (&x)[n]) {
+  for (int i = 0; i < n; ++i) x[i] = exp(x[i]);
+}
+
 // tanh: an odd polynomial below 0.625, 1 − 2 / (e^2|x| + 1) above. The sign is set last: the
-// polynomial loses that of −0.
-inline F tanh(F x) {
-  const F a = abs(x);
+// polynomial loses that of −0. Here from x and e^2|x|.
+inline F tanh_from_exp(F x, F e) {
   const F z = x * x;
   F p = F(-5.70498872745e-3f);
   p = fma(p, z, F(2.06390887954e-2f));
@@ -859,12 +892,10 @@ inline F tanh(F x) {
   p = fma(p, z, F(1.33314422036e-1f));
   p = fma(p, z, F(-3.33332819422e-1f));
   const F near = fma(p * z, x, x);
-  const F far = F(1.0f) - F(2.0f) / (exp(a + a) + F(1.0f));
-  return copysign(select(less(a, F(0.625f)), near, far), x);
+  const F far = F(1.0f) - F(2.0f) / (e + F(1.0f));
+  return copysign(select(less(abs(x), F(0.625f)), near, far), x);
 }
-
-inline D tanh(D x) {
-  const D a = abs(x);
+inline D tanh_from_exp(D x, D e) {
   const D z = x * x;
   D p = D(-9.64399179425052238628e-1);
   p = fma(p, z, D(-9.92877231001918586564e1));
@@ -873,8 +904,19 @@ inline D tanh(D x) {
   q = fma(q, z, D(2.23548839060100448583e3));
   q = fma(q, z, D(4.84406305325125486048e3));
   const D near = fma(p / q * z, x, x);
-  const D far = D(1.0) - D(2.0) / (exp(a + a) + D(1.0));
-  return copysign(select(less(a, D(0.625)), near, far), x);
+  const D far = D(1.0) - D(2.0) / (e + D(1.0));
+  return copysign(select(less(abs(x), D(0.625)), near, far), x);
+}
+template <typename T>
+inline Vec<T> tanh(Vec<T> x) {
+  return tanh_from_exp(x, exp(abs(x) + abs(x)));
+}
+template <typename T, int n>
+inline void tanh(Vec<T> (&x)[n]) {
+  Vec<T> e[n];
+  for (int i = 0; i < n; ++i) e[i] = abs(x[i]) + abs(x[i]);
+  exp(e);
+  for (int i = 0; i < n; ++i) x[i] = tanh_from_exp(x[i], e[i]);
 }
 
 }  // namespace dlkernels

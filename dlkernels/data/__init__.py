@@ -5,15 +5,16 @@ from typing import NamedTuple
 
 import torch
 
-from dlkernels.data import cifar10, diabetes, digits, mnist, points
+from dlkernels.data import cifar10, diabetes, digits, mnist, points, sine, text, vectors
 
 _FILES = {"images": ("MNIST", mnist.load), "cifar10": ("CIFAR-10", cifar10.load)}
 
 
 class Examples(NamedTuple):
     name: str
-    train_inputs: torch.Tensor  # (N, ...) float32; of images (N, C, H, W), normalised
-    train_targets: torch.Tensor  # (N,) int64 classes, or (N, 1) float32
+    # (N, ...) float32; of images (N, C, H, W), normalised; words (N, T) int64
+    train_inputs: torch.Tensor
+    train_targets: torch.Tensor  # (N,) int64 classes, or (N, ...) float32
     test_inputs: torch.Tensor
     test_targets: torch.Tensor
 
@@ -37,6 +38,15 @@ def load_for(recipe, path: Path | None = None) -> Examples:
     if recipe.data == "diabetes":
         name = "scikit-learn diabetes" if path is None else f"diabetes file of {path}"
         return Examples(name, *diabetes.load(path))
+    if recipe.data == "text":
+        name = "the standard library's documentation" if path is None else f"reviews of {path}"
+        return Examples(name, *text.load(path))
+    if path is not None and recipe.data in ("sine", "vectors"):
+        raise ValueError(f"no --data for this network: it makes its own, not {path}")
+    if recipe.data == "sine":
+        return Examples("the sine", *sine.load())
+    if recipe.data == "vectors":
+        return Examples("noisy copies of 20 vectors", *vectors.load())
     if path is not None:
         raise ValueError(f"no --data for this network: it has three points of its own, not {path}")
     if recipe.data == "line":

@@ -11,6 +11,9 @@ from dlkernels.models.mnist_cnn import MnistCNN
 from dlkernels.models.mnist_mlp import MnistMLP
 from dlkernels.models.recipe import Recipe
 from dlkernels.models.resnet import ResNet18Cifar, ResNet18Light, ResNet18Pokemon
+from dlkernels.models.sentiment_lstm import SentimentLSTM
+from dlkernels.models.sine_rnn import SineRNN
+from dlkernels.models.two_cells import TwoCellLSTM, TwoCellRNN
 
 NETWORKS = {
     "diabetes_logistic": DiabetesLogistic,
@@ -28,6 +31,10 @@ NETWORKS = {
     "resnet18_cifar": ResNet18Cifar,
     "resnet18_light": ResNet18Light,
     "resnet18_pokemon": ResNet18Pokemon,
+    "sentiment_lstm": SentimentLSTM,
+    "sine_rnn": SineRNN,
+    "two_cell_lstm": TwoCellLSTM,
+    "two_cell_rnn": TwoCellRNN,
 }
 
 __all__ = [
@@ -48,4 +55,8 @@ __all__ = [
     "ResNet18Cifar",
     "ResNet18Light",
     "ResNet18Pokemon",
+    "SentimentLSTM",
+    "SineRNN",
+    "TwoCellLSTM",
+    "TwoCellRNN",
 ]

@@ -16,7 +16,8 @@ class Recipe:
 
     epochs: int
     embedded_epochs: int | None = None  # as ``epochs``
-    # A data set of dlkernels.data: or "cifar10", "folders", "diabetes", "line", "step".
+    # A data set of dlkernels.data: or "cifar10", "folders", "diabetes", "line", "step", "sine",
+    # "vectors", "text".
     data: str = "images"
     classes: int = 10  # of images
     image_size: int = 28  # height and width of the input
@@ -31,7 +32,13 @@ class Recipe:
     weight_decay: float = 0.0
     milestones: tuple[int, ...] = ()  # epochs after which lr is a tenth
     batch_size: int | None = 64  # None: all of the set
-    metric: str = "accuracy"  # or "binary accuracy", "mean squared error", on the test set
+    # Or "binary accuracy", "mean squared error", "autoregressive mean squared error": of what
+    # the network's ``predict`` makes of the inputs. On the test set.
+    metric: str = "accuracy"
+    threshold: float = 0.5  # above which an output says yes
+    # The network gives (outputs, state), and takes the state of the step before.
+    carries_state: bool = False
+    max_norm: float | None = None  # of the gradients of a step, to which they are scaled down
 
     @property
     def channels(self) -> int:

@@ -482,18 +482,19 @@ def _run_cell(mode, own, *inputs):
 # ------------------------------------------------------------------------------------------- choice
 
 
-def _autocast(mode, cell, input, state):
-    """The dtype that autocast computes in, that of stock's result; None where it does nothing.
+def _autocast(mode, input, state, onednn=True):
+    """The dtype that autocast computes in; None where it does nothing.
 
-    On a CPU it casts the arguments of a product alone: where a float32 state is added to one, the
-    result is float32. What it would refuse, as float64, is not cast."""
+    On a CPU it casts the arguments of a product alone, but for a whole LSTM that oneDNN has: where
+    a float32 state is added to a product, the sum is float32. What it would refuse, as float64, is
+    not cast."""
     device = input.device.type
     if not torch.is_autocast_enabled(device):
         return None
     dtype = torch.get_autocast_dtype(device)
     if input.dtype == torch.float64 or state.dtype == torch.float64:
         return None
-    if device == "cpu" and (mode == "gru" or (cell and mode == "lstm")):
+    if device == "cpu" and (mode == "gru" or (mode == "lstm" and not onednn)):
         return torch.promote_types(dtype, state.dtype)
     return dtype
 
@@ -542,6 +543,8 @@ def _misfit(mode, input, batch_sizes, hx, cx, params, biases, layers, bidirectio
     if hx.dim() != 3 or hx.shape[0] != layers * directions:
         return f"hx of shape {tuple(hx.shape)}"
     batch, size = hx.shape[1:]
+    if packed and not torch.compiler.is_compiling() and batch != int(batch_sizes[0]):
+        return f"hx of shape {tuple(hx.shape)} for {int(batch_sizes[0])} sequences"
     if not packed and input.shape[0 if batch_first else 1] != batch:
         return f"hx of shape {tuple(hx.shape)} for input of {tuple(input.shape)}"
     rows = params[0].shape[0] if params[0].dim() == 2 else 0
@@ -578,6 +581,14 @@ def _torchs():
     return None
 
 
+def _is_vmapped():
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or []
+    return any(interpreter.key() == functorch.TransformType.Vmap for interpreter in stack)
+
+
 def _chosen(op, input, reason, stocks):
     """Records who does it: ours where there is no reason against. Under "own" that is an error."""
     if reason is not None and config.forced() == "own" and active_transform() is None:
@@ -589,6 +600,31 @@ def _chosen(op, input, reason, stocks):
 
 
 # ------------------------------------------------------------------------------------------- public
+
+
+def _all_layers(run, tensors, num_layers, dropout, train, bidirectional, batch_first):
+    """(output, h_n[, c_n]) of all layers, each by ``run(input, hx, cx, weights)``."""
+    output, *others = tensors
+    hx, cx, *params = _contiguous(others)
+    if batch_first:
+        output = output.transpose(0, 1)
+    if output.stride(-1) != 1:
+        output = output.contiguous()
+    directions, each, last = 2 if bidirectional else 1, len(params) // num_layers, []
+    for layer in range(num_layers):
+        if layer and train and dropout > 0:
+            output = F.dropout(output, dropout)
+        h, c = hx, cx
+        if num_layers > 1:
+            of_layer = slice(layer * directions, (layer + 1) * directions)
+            h, c = hx[of_layer], None if cx is None else cx[of_layer]
+        output, *states = run(output, h, c, params[layer * each : (layer + 1) * each])
+        last.append(states)
+    if batch_first:
+        output = output.transpose(0, 1)
+    if num_layers == 1:
+        return output, *last[0]
+    return output, *(torch.cat(states) for states in zip(*last, strict=True))
 
 
 def _recurrent(
@@ -604,10 +640,24 @@ def _recurrent(
         return _STOCK[mode](input, batch_sizes, states, params, *settings)
 
     tensors, dtype = (input, hx, cx, *params), None
+    projected = len(params) == num_layers * (1 + bidirectional) * (3 + 2 * has_biases)
+    batch_first = batch_first and batch_sizes is None
+
+    def layers(run, tensors):
+        return _all_layers(run, tensors, num_layers, dropout, train, bidirectional, batch_first)
+
+    if _is_vmapped():
+        config.record(mode, "reference", "stock has no batching rule")
+        return layers(
+            lambda input, h, c, weights: layer_reference(
+                input, batch_sizes, h, c, *weights, mode=mode
+            ),
+            tensors,
+        )
     reason = _torchs()
     if reason is None:
         if isinstance(input, Tensor) and isinstance(hx, Tensor):
-            dtype = _autocast(mode, False, input, hx)
+            dtype = _autocast(mode, input, hx, onednn=not projected and batch_sizes is None)
         reason = _unsupported(tensors, "lstm_forward", dtype)
     if reason is None:
         reason = _misfit(
@@ -620,29 +670,14 @@ def _recurrent(
     if reason is not None:
         return stocks()
 
-    input, *others = _cast(dtype, tensors)
-    hx, cx, *params = _contiguous(others)
-    output = input.transpose(0, 1) if batch_first and batch_sizes is None else input
-    if output.stride(-1) != 1:
-        output = output.contiguous()
-    own, directions = config.forced() == "own", 2 if bidirectional else 1
-    each, last = len(params) // num_layers, []
-    for layer in range(num_layers):
-        if layer and train and dropout > 0:
-            output = F.dropout(output, dropout)
-        h, c = hx, cx
-        if num_layers > 1:
-            of_layer = slice(layer * directions, (layer + 1) * directions)
-            h, c = hx[of_layer], None if cx is None else cx[of_layer]
-        output, *states = _run_layer(
-            mode, own, batch_sizes, output, h, c, params[layer * each : (layer + 1) * each]
-        )
-        last.append(states)
-    if batch_first and batch_sizes is None:
-        output = output.transpose(0, 1)
-    if num_layers == 1:
-        return output, *last[0]
-    return output, *(torch.cat(states) for states in zip(*last, strict=True))
+    own = config.forced() == "own"
+    results = layers(
+        lambda *arguments: _run_layer(mode, own, batch_sizes, *arguments), _cast(dtype, tensors)
+    )
+    if dtype is not None and projected:  # h is a product
+        h_dtype = torch.get_autocast_dtype(input.device.type)
+        return *(result.to(h_dtype) for result in results[:2]), results[2]
+    return results
 
 
 def lstm(
@@ -749,10 +784,14 @@ def _cell(mode, input, hx, cx, *weights):
         return _STOCK_CELL[mode](input, hx if cx is None else (hx, cx), *weights)
 
     tensors, dtype = (input, hx, cx, *weights), None
+    if _is_vmapped():
+        config.record(f"{mode}_cell", "reference", "stock has no batching rule")
+        states = cell_reference(*tensors, mode=mode)
+        return states if mode == "lstm" else states[0]
     reason = _torchs()
     if reason is None:
         if isinstance(input, Tensor) and isinstance(hx, Tensor):
-            dtype = _autocast(mode, True, input, cx if mode == "lstm" else hx)
+            dtype = _autocast(mode, input, hx if cx is None else cx, onednn=False)
         reason = _unsupported(tensors, "lstm_cell_forward", dtype)
     if reason is None:
         reason = _misfit_of_cell(mode, *tensors)

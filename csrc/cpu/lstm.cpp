@@ -1,0 +1,501 @@
+// One layer of an LSTM, GRU or RNN, all its directions, and a step of one: see ops/lstm.py. A cell
+// is a layer of one step.
+#include "lstm.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../check.h"
+#include "gemm.h"
+#include "memory.h"
+#include "sums.h"
+
+namespace dlkernels {
+namespace {
+
+using lstm::Mode;
+using lstm::Shape;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+using Tensors = std::vector<Tensor>;
+
+constexpr const char* kOp = "lstm";
+constexpr const char* kCell = "lstm_cell";
+
+// --------------------------------------------------------------------------------------- arguments
+
+Mode parse_mode(const char* op, const std::string& name) {
+  constexpr std::array<const char*, 4> kNames{"lstm", "gru", "rnn_tanh", "rnn_relu"};
+  const auto* found = std::find(kNames.begin(), kNames.end(), name);
+  DLK_CHECK(found != kNames.end(), op, ": expected mode lstm, gru, rnn_tanh or rnn_relu, got ",
+            name);
+  return Mode(found - kNames.begin());
+}
+
+void check_tensor(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype,
+                  const Ints& shape) {
+  check_cpu(op, argument, tensor);
+  check_dtype(op, argument, tensor, dtype);
+  check_shape(op, argument, tensor, shape);
+}
+
+// Of a layer: its shape, checked, with everything contiguous that is not the input. `hold` keeps
+// what is copied.
+struct Layer {
+  const char* op;
+  Shape shape{};
+  ScalarType dtype;
+  bool biases = false;
+  Tensor input, hx, cx, sizes;
+  Tensors weights;
+
+  int64_t per_direction() const { return 2 + (biases ? 2 : 0) + (shape.projected ? 1 : 0); }
+  const Tensor& weight(int64_t d, int64_t i) const {
+    return weights[size_t(d * per_direction() + i)];
+  }
+
+  template <typename S>
+  std::vector<lstm::Weights<S>> of() const {
+    std::vector<lstm::Weights<S>> all;
+    for (int64_t d = 0; d < shape.directions; ++d) {
+      const auto data = [&](int64_t i) {
+        return static_cast<const S*>(weight(d, i).const_data_ptr());
+      };
+      all.push_back({data(0), data(1), biases ? data(2) : nullptr, biases ? data(3) : nullptr,
+                     shape.projected ? data(per_direction() - 1) : nullptr});
+    }
+    return all;
+  }
+};
+
+ScalarType sums_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Layer make_layer(const char* op, const Tensor& input, const Optional& batch_sizes, const Tensor& hx,
+                 const Optional& cx, const Tensors& weights, const std::string& mode) {
+  Layer layer;
+  layer.op = op;
+  Shape& s = layer.shape;
+  s.mode = parse_mode(op, mode);
+  check_cpu(op, "input", input);
+  check_floating(op, "input", input);
+  const ScalarType dtype = layer.dtype = input.scalar_type();
+  const int64_t dim = batch_sizes ? 2 : 3;
+  DLK_CHECK(input.dim() == dim, op, ": expected input with ", dim, " dimensions, got shape ",
+            shape_string(input.sizes()));
+  DLK_CHECK(hx.dim() == 3 && hx.size(0) >= 1 && hx.size(0) <= 2, op,
+            ": expected hx of 1 or 2 directions, got shape ", shape_string(hx.sizes()));
+  s.directions = hx.size(0);
+  s.batch = hx.size(1);
+  s.state = hx.size(2);
+  s.inputs = input.size(dim - 1);
+  const int64_t count = int64_t(weights.size()), each = count / s.directions;
+  DLK_CHECK(count == each * s.directions && each >= 2 && each <= 5, op,
+            ": expected 2 to 5 weights for each of ", s.directions, " directions, got ", count);
+  layer.biases = each >= 4;
+  s.projected = each % 2 == 1;
+  DLK_CHECK(!s.projected || s.mode == Mode::kLstm, op, ": only an lstm has projections");
+  DLK_CHECK(cx.has_value() == (s.mode == Mode::kLstm), op,
+            ": expected cx of an lstm, and only of one");
+  s.hidden = s.projected ? (cx->dim() == 3 ? cx->size(2) : -1) : s.state;
+  const int64_t gates = s.gates() * s.hidden;
+  check_tensor(op, "hx", hx, dtype, Ints{s.directions, s.batch, s.state});
+  if (cx) check_tensor(op, "cx", *cx, dtype, Ints{s.directions, s.batch, s.hidden});
+  DLK_CHECK(s.hidden >= 1 && s.state >= 1, op, ": expected a hidden state, got hx of shape ",
+            shape_string(hx.sizes()));
+  for (int64_t i = 0; i < count; ++i) {
+    const Tensor& w = weights[size_t(i)];
+    const int64_t at = i % each;
+    const Ints shape = at == 0                   ? Ints{gates, s.inputs}
+                       : at == 1                 ? Ints{gates, s.state}
+                       : layer.biases && at <= 3 ? Ints{gates}
+                                                 : Ints{s.state, s.hidden};
+    check_tensor(op, "weights", w, dtype, shape);
+    layer.weights.push_back(torch::stable::contiguous(w));
+  }
+  if (batch_sizes) {
+    check_cpu(op, "batch_sizes", *batch_sizes);
+    check_dtype(op, "batch_sizes", *batch_sizes, ScalarType::Long);
+    DLK_CHECK(batch_sizes->dim() == 1, op, ": expected batch_sizes with 1 dimension, got shape ",
+              shape_string(batch_sizes->sizes()));
+    layer.sizes = torch::stable::contiguous(*batch_sizes);
+    s.steps = layer.sizes.size(0);
+    s.sizes = static_cast<const int64_t*>(layer.sizes.const_data_ptr());
+    s.offsets.push_back(0);
+    for (int64_t t = 0; t < s.steps; ++t) {
+      DLK_CHECK(s.sizes[t] >= 0 && s.sizes[t] <= (t ? s.sizes[t - 1] : s.batch), op,
+                ": expected batch_sizes that do not grow, of at most ", s.batch, ", got ",
+                s.sizes[t], " at ", t);
+      s.offsets.push_back(s.offsets.back() + s.sizes[t]);
+    }
+    DLK_CHECK(s.offsets.back() == input.size(0), op, ": expected ", s.offsets.back(),
+              " rows of input by batch_sizes, got ", input.size(0));
+  } else {
+    s.steps = input.size(0);
+    DLK_CHECK(input.size(1) == s.batch, op, ": expected a batch of ", s.batch,
+              " as hx has, got input of shape ", shape_string(input.sizes()));
+  }
+  layer.input =
+      s.inputs <= 1 || input.stride(dim - 1) == 1 ? input : torch::stable::contiguous(input);
+  layer.hx = torch::stable::contiguous(hx);
+  if (cx) layer.cx = torch::stable::contiguous(*cx);
+  return layer;
+}
+
+template <typename S>
+const S* data_of(const Tensor& tensor) {
+  return static_cast<const S*>(tensor.const_data_ptr());
+}
+template <typename S>
+S* write_to(const Tensor& tensor) {
+  return static_cast<S*>(tensor.mutable_data_ptr());
+}
+template <typename S>
+const S* data_of(const Optional& tensor) {
+  return tensor ? data_of<S>(*tensor) : nullptr;
+}
+
+Tensor make(const Tensor& like, ScalarType dtype, const Ints& shape) {
+  const Tensor made = torch::stable::new_empty(like, shape, dtype);
+  const int64_t bytes = made.numel() * int64_t(made.element_size());
+  if (bytes >= 2 << 20) advise_huge_pages(made.mutable_data_ptr(), size_t(bytes));
+  return made;
+}
+
+// Rows of the input, and of the state before each step of direction d.
+template <typename S>
+std::vector<const S*> input_rows(const Layer& layer) {
+  const Shape& s = layer.shape;
+  std::vector<const S*> rows;
+  rows.reserve(size_t(s.rows()));
+  const S* const x = data_of<S>(layer.input);
+  const int64_t dim = layer.input.dim();
+  for (int64_t t = 0; t < s.steps; ++t)
+    for (int64_t b = 0; b < s.active(t); ++b)
+      rows.push_back(dim == 2 ? x + (s.offset(t) + b) * layer.input.stride(0)
+                              : x + t * layer.input.stride(0) + b * layer.input.stride(1));
+  return rows;
+}
+template <typename S>
+std::vector<const S*> state_rows(const Layer& layer, int64_t d, const S* output) {
+  const Shape& s = layer.shape;
+  std::vector<const S*> rows;
+  rows.reserve(size_t(s.rows()));
+  const S* const hx = data_of<S>(layer.hx);
+  for (int64_t t = 0; t < s.steps; ++t)
+    for (int64_t b = 0; b < s.active(t); ++b) {
+      const int64_t before = s.before(d, t, b);
+      rows.push_back(before >= 0 ? output + (before * s.directions + d) * s.state
+                                 : hx + (d * s.batch + b) * s.state);
+    }
+  return rows;
+}
+
+// --------------------------------------------------------------------------------------- forward
+
+// Outputs of a layer: contiguous, cells and gates without elements where they are not saved.
+struct Outputs {
+  Tensor output, h_n, c_n, gates, cells;
+};
+
+void forward(const Layer& layer, const Outputs& to) {
+  const Shape& s = layer.shape;
+  if (s.batch == 0) return;
+  for_dtype<bf16, f16>(layer.dtype, [&](auto tag) {
+    using S = decltype(tag);
+    using T = accumulate_t<S>;
+    const auto written = [](const Tensor& tensor) {
+      return tensor.numel() ? write_to<S>(tensor) : nullptr;
+    };
+    if (s.rows() == 0) {
+      std::copy_n(data_of<S>(layer.hx), layer.hx.numel(), write_to<S>(to.h_n));
+      if (s.mode == Mode::kLstm)
+        std::copy_n(data_of<S>(layer.cx), layer.cx.numel(), write_to<S>(to.c_n));
+      return;
+    }
+    const bool packed = s.sizes != nullptr;
+    lstm::Forward<S> run{s,
+                         layer.template of<S>(),
+                         data_of<S>(layer.input),
+                         packed ? 0 : layer.input.stride(0),
+                         layer.input.stride(packed ? 0 : 1),
+                         data_of<S>(layer.hx),
+                         s.mode == Mode::kLstm ? data_of<S>(layer.cx) : nullptr,
+                         write_to<S>(to.output),
+                         write_to<S>(to.h_n),
+                         written(to.c_n),
+                         written(to.gates),
+                         to.cells.numel() ? write_to<T>(to.cells) : nullptr};
+    run.run();
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(Tensor input, Optional batch_sizes,
+                                                                Tensor hx, Optional cx,
+                                                                Tensors weights, Text mode,
+                                                                bool save, bool) {
+  const Layer layer = make_layer(kOp, input, batch_sizes, hx, cx, weights, mode);
+  const Shape& s = layer.shape;
+  const Ints none{0};
+  const bool is_lstm = s.mode == Mode::kLstm, keeps = save && s.kept();
+  const int64_t columns = s.directions * s.state;
+  const Outputs to{
+      make(input, layer.dtype, s.sizes ? Ints{s.rows(), columns} : Ints{s.steps, s.batch, columns}),
+      make(input, layer.dtype, {s.directions, s.batch, s.state}),
+      make(input, layer.dtype, is_lstm ? Ints{s.directions, s.batch, s.hidden} : none),
+      make(input, layer.dtype, keeps ? Ints{s.directions, s.rows(), s.kept() * s.hidden} : none),
+      make(input, sums_dtype(layer.dtype),
+           keeps && is_lstm ? Ints{s.directions, s.rows(), s.hidden} : none)};
+  forward(layer, to);
+  return {to.output, to.h_n, to.c_n, to.gates, to.cells};
+}
+
+// -------------------------------------------------------------------------------------- backward
+
+struct Gradients {
+  Tensor input, hx, cx;
+  Tensors weights;
+};
+
+// grad_output, output and gates are contiguous; cells are of the type of sums.
+Gradients backward(const Layer& layer, const Optional& grad_output, const Optional& grad_h_n,
+                   const Optional& grad_c_n, const Tensor& output, const Tensor& gates,
+                   const Tensor& cells, bool want_input, bool want_states, bool want_weights) {
+  const Shape& s = layer.shape;
+  const bool is_lstm = s.mode == Mode::kLstm;
+  const Ints none{0};
+  const Ints input_shape = s.sizes ? Ints{s.rows(), s.inputs} : Ints{s.steps, s.batch, s.inputs};
+  const auto empty = [&](bool wanted, const Ints& shape) {
+    return make(layer.hx, layer.dtype, wanted ? shape : none);
+  };
+  Gradients to{empty(want_input, input_shape),
+               empty(want_states, {s.directions, s.batch, s.state}),
+               empty(want_states && is_lstm, {s.directions, s.batch, s.hidden}),
+               {}};
+  if (want_weights)
+    for (const Tensor& weight : layer.weights) {
+      const auto size = weight.sizes();
+      to.weights.push_back(empty(true, Ints(size.begin(), size.end())));
+    }
+  const int64_t rows = s.rows(), width = s.width() * s.hidden, own = s.gates() * s.hidden;
+  const Tensor grad_gates = empty(true, {s.directions, rows, width});
+  const Tensor grad_state = empty(s.projected, {s.directions, rows, s.state});
+  const Tensor full = empty(s.projected, {s.directions, rows, s.hidden});
+  for_dtype<bf16, f16>(layer.dtype, [&](auto tag) {
+    using S = decltype(tag);
+    using T = accumulate_t<S>;
+    using V = Vec<T>;
+    const auto wanted = [](bool is, const Tensor& tensor) {
+      return is ? write_to<S>(tensor) : nullptr;
+    };
+    if (rows == 0 || s.batch == 0) {
+      const auto pass = [](const Optional& from, const Tensor& result) {
+        if (from)
+          std::copy_n(data_of<S>(*from), result.numel(), write_to<S>(result));
+        else
+          std::fill_n(write_to<S>(result), result.numel(), S{});
+      };
+      if (want_states) pass(grad_h_n, to.hx);
+      if (want_states && is_lstm) pass(grad_c_n, to.cx);
+    } else {
+      lstm::Backward<S> run{s,
+                            layer.template of<S>(),
+                            data_of<S>(grad_output),
+                            data_of<S>(grad_h_n),
+                            data_of<S>(grad_c_n),
+                            data_of<S>(layer.hx),
+                            is_lstm ? data_of<S>(layer.cx) : nullptr,
+                            data_of<S>(output),
+                            s.kept() ? data_of<S>(gates) : nullptr,
+                            is_lstm ? data_of<T>(cells) : nullptr,
+                            wanted(want_states, to.hx),
+                            wanted(want_states && is_lstm, to.cx),
+                            write_to<S>(grad_gates),
+                            wanted(s.projected, grad_state),
+                            wanted(s.projected, full)};
+      run.run();
+    }
+    const auto x = want_weights ? input_rows<S>(layer) : std::vector<const S*>();
+    for (int64_t d = 0; d < s.directions; ++d) {
+      const S* const dg = data_of<S>(grad_gates) + d * rows * width;
+      // Those that meet x: of a GRU n r z.
+      const gemm::Matrix<S> z{dg, width, 1};
+      const int64_t turn = s.mode == Mode::kGru ? s.hidden : 0;
+      const auto gate = [=](int64_t i) { return i < turn ? i + 2 * turn : i - turn; };
+      if (want_input) {
+        const S* const w = data_of<S>(layer.weight(d, 0));
+        S* const result = write_to<S>(to.input);
+        const int64_t n = s.inputs;
+        const auto write = [=](int64_t i, int64_t j, int64_t lanes, V value) {
+          S* const at = result + i * n + j;
+          store(at, d ? value + load(at, lanes) : value, lanes);
+        };
+        if (turn) {
+          std::vector<const S*> order;
+          for (int64_t i = 0; i < own; ++i) order.push_back(w + gate(i) * n);
+          gemm::multiply(z, gemm::Rows<S>{order.data()}, rows, n, own, write);
+        } else {
+          gemm::multiply(z, gemm::Matrix<S>{w, n, 1}, rows, n, own, write);
+        }
+      }
+      if (!want_weights) continue;
+      const auto grad = [&](int64_t i) {
+        return to.weights[size_t(d * layer.per_direction() + i)];
+      };
+      const auto h = state_rows(layer, d, data_of<S>(output));
+      S *const w_ih = write_to<S>(grad(0)), *const w_hh = write_to<S>(grad(1));
+      const lstm::Beside<S> beside{{x.data()}, {h.data()}, s.inputs, s.state};
+      const int64_t first = beside.first(), inputs = s.inputs, state = s.state;
+      if (turn) {
+        gemm::multiply(z.transposed(), gemm::Rows<S>{x.data()}, own, inputs, rows,
+                       [=](int64_t i, int64_t j, int64_t lanes, V value) {
+                         store(w_ih + gate(i) * inputs + j, value, lanes);
+                       });
+        gemm::multiply(gemm::Matrix<S>{dg + turn, 1, width}, gemm::Rows<S>{h.data()}, own, state,
+                       rows, [=](int64_t i, int64_t j, int64_t lanes, V value) {
+                         store(w_hh + i * state + j, value, lanes);
+                       });
+      } else {
+        gemm::multiply(z.transposed(), beside, own, beside.columns(), rows,
+                       [=](int64_t i, int64_t j, int64_t lanes, V value) {
+                         if (j < first)
+                           store(w_ih + i * inputs + j, value, std::min(lanes, inputs - j));
+                         else
+                           store(w_hh + i * state + j - first, value, lanes);
+                       });
+      }
+      if (layer.biases) {
+        std::vector<S> sums(static_cast<size_t>(width));
+        sums::rows(z, rows, width, sums.data());
+        S *const b_ih = write_to<S>(grad(2)), *const b_hh = write_to<S>(grad(3));
+        for (int64_t i = 0; i < own; ++i) b_ih[gate(i)] = sums[size_t(i)];
+        std::copy_n(sums.data() + turn, own, b_hh);
+      }
+      if (s.projected) {
+        const gemm::Matrix<S> dh{data_of<S>(grad_state) + d * rows * state, 1, state};
+        const gemm::Matrix<S> hf{data_of<S>(full) + d * rows * s.hidden, s.hidden, 1};
+        S* const w_hr = write_to<S>(grad(layer.per_direction() - 1));
+        const int64_t n = s.hidden;
+        gemm::multiply(dh, hf, state, n, rows, [=](int64_t i, int64_t j, int64_t lanes, V value) {
+          store(w_hr + i * n + j, value, lanes);
+        });
+      }
+    }
+  });
+  return to;
+}
+
+void check_gradient(const Layer& layer, const char* argument, Optional& grad, const Ints& shape) {
+  if (!grad) return;
+  check_tensor(layer.op, argument, *grad, layer.dtype, shape);
+  grad = torch::stable::contiguous(*grad);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensors> lstm_backward(
+    Optional grad_output, Optional grad_h_n, Optional grad_c_n, Tensor input, Optional batch_sizes,
+    Tensor hx, Optional cx, Tensors weights, Tensor output, Tensor gates, Tensor cells, Text mode,
+    bool, bool want_input, bool want_states, bool want_weights) {
+  const Layer layer = make_layer(kOp, input, batch_sizes, hx, cx, weights, mode);
+  const Shape& s = layer.shape;
+  const int64_t columns = s.directions * s.state;
+  const Ints shape = s.sizes ? Ints{s.rows(), columns} : Ints{s.steps, s.batch, columns};
+  check_gradient(layer, "grad_output", grad_output, shape);
+  check_gradient(layer, "grad_h_n", grad_h_n, {s.directions, s.batch, s.state});
+  check_gradient(layer, "grad_c_n", grad_c_n, {s.directions, s.batch, s.hidden});
+  check_tensor(kOp, "output", output, layer.dtype, shape);
+  if (s.kept())
+    check_tensor(kOp, "gates", gates, layer.dtype, {s.directions, s.rows(), s.kept() * s.hidden});
+  if (s.mode == Mode::kLstm)
+    check_tensor(kOp, "cells", cells, sums_dtype(layer.dtype), {s.directions, s.rows(), s.hidden});
+  Gradients grads =
+      backward(layer, grad_output, grad_h_n, grad_c_n, torch::stable::contiguous(output),
+               torch::stable::contiguous(gates), torch::stable::contiguous(cells), want_input,
+               want_states, want_weights);
+  return {grads.input, grads.hx, grads.cx, std::move(grads.weights)};
+}
+
+// ------------------------------------------------------------------------------------------ cells
+
+Layer make_cell(const Tensor& input, const Tensor& hx, const Optional& cx, const Tensor& w_ih,
+                const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
+                const std::string& mode) {
+  DLK_CHECK(input.dim() == 2, kCell, ": expected input with 2 dimensions, got shape ",
+            shape_string(input.sizes()));
+  DLK_CHECK(hx.dim() == 2, kCell, ": expected hx with 2 dimensions, got shape ",
+            shape_string(hx.sizes()));
+  DLK_CHECK(b_ih.has_value() == b_hh.has_value(), kCell, ": expected both biases or none");
+  Tensors weights{w_ih, w_hh};
+  if (b_ih) weights.push_back(*b_ih), weights.push_back(*b_hh);
+  const auto step = [](const Tensor& tensor) { return torch::stable::unsqueeze(tensor, 0); };
+  return make_layer(kCell, step(input), std::nullopt, step(hx),
+                    cx ? Optional(step(*cx)) : std::nullopt, weights, mode);
+}
+
+std::tuple<Tensor, Tensor, Tensor> lstm_cell_forward(Tensor input, Tensor hx, Optional cx,
+                                                     Tensor w_ih, Tensor w_hh, Optional b_ih,
+                                                     Optional b_hh, Text mode, bool save, bool) {
+  const Layer layer = make_cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh, mode);
+  const Shape& s = layer.shape;
+  const Ints none{0}, state{s.batch, s.hidden};
+  const Tensor h_n = make(input, layer.dtype, state);
+  const Outputs to{
+      make(input, layer.dtype, state), h_n,
+      make(input, layer.dtype, s.mode == Mode::kLstm ? state : none),
+      make(input, layer.dtype, save && s.kept() ? Ints{s.batch, s.kept() * s.hidden} : none),
+      make(input, layer.dtype, none)};
+  forward(layer, to);
+  return {to.output, to.c_n, to.gates};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_cell_backward(
+    Optional grad_h, Optional grad_c, Tensor input, Tensor hx, Optional cx, Tensor w_ih,
+    Tensor w_hh, Optional b_ih, Optional b_hh, Tensor h, Tensor c, Tensor gates, Text mode, bool,
+    bool want_input, bool want_states, bool want_weights) {
+  const Layer layer = make_cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh, mode);
+  const Shape& s = layer.shape;
+  const Ints state{s.batch, s.hidden};
+  check_gradient(layer, "grad_h", grad_h, state);
+  check_gradient(layer, "grad_c", grad_c, state);
+  check_tensor(kCell, "h", h, layer.dtype, state);
+  if (s.kept()) check_tensor(kCell, "gates", gates, layer.dtype, {s.batch, s.kept() * s.hidden});
+  Tensor cells = c;
+  if (s.mode == Mode::kLstm) {
+    check_tensor(kCell, "c", c, layer.dtype, state);
+    cells = torch::stable::to(c, sums_dtype(layer.dtype));
+  }
+  Gradients grads = backward(layer, std::nullopt, grad_h, grad_c, torch::stable::contiguous(h),
+                             torch::stable::contiguous(gates), torch::stable::contiguous(cells),
+                             want_input, want_states, want_weights);
+  const auto shaped = [](const Tensor& tensor, const Ints& shape) {
+    return tensor.dim() == 1 ? tensor : torch::stable::view(tensor, shape);
+  };
+  const auto weight = [&](size_t i) {
+    return i < grads.weights.size() ? grads.weights[i] : make(input, layer.dtype, {0});
+  };
+  return {shaped(grads.input, {s.batch, s.inputs}),
+          shaped(grads.hx, state),
+          shaped(grads.cx, state),
+          weight(0),
+          weight(1),
+          weight(2),
+          weight(3)};
+}
+
+}  // namespace
+}  // namespace dlkernels
+
+STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
+  m.impl("lstm_forward", TORCH_BOX(&dlkernels::lstm_forward));
+  m.impl("lstm_backward", TORCH_BOX(&dlkernels::lstm_backward));
+  m.impl("lstm_cell_forward", TORCH_BOX(&dlkernels::lstm_cell_forward));
+  m.impl("lstm_cell_backward", TORCH_BOX(&dlkernels::lstm_cell_backward));
+}

@@ -1,0 +1,963 @@
+// The loops of LSTM, GRU and RNN layers: see ops/lstm.py.
+//
+// Forward. Hidden units go in groups of one or two vectors; the weights of a group, all gates, are
+// packed once, in panels of kColumns. For each chunk of steps one product gives x·W_ihᵀ; then, step
+// by step, h·W_hhᵀ is summed on top of it, and the gates follow while the sums are in L1. h lies in
+// the pieces that gemm::multiply_pieces reads.
+// Backward. For each step the product of the following step's gradient of the gates with W_hh gives
+// that of h, unit by unit, and with it the gates'. What does not depend on the order of steps (the
+// gradients of input and weights) is for large products afterwards.
+//
+// Threads: the two directions on two halves; of a direction, parts of the batch, which know nothing
+// of each other, or groups of units, which meet after each step. Every sum is of one thread and in
+// an order of its own: the same bits for any number of threads.
+//
+// The gates of the backward pass lie side by side for each row: i f g o; for a GRU n r z and r·n's
+// part of the hidden state, so that those which meet W_ih and those which meet W_hh each are
+// neighbours.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "gemm.h"
+#include "simd.h"
+#include "team.h"
+
+namespace dlkernels::lstm {
+
+enum class Mode { kLstm, kGru, kTanh, kRelu };
+
+struct Shape {
+  Mode mode;
+  int64_t steps, batch, inputs, hidden, state, directions;  // state is hidden, or projected to
+  bool projected;
+  const int64_t* sizes;          // rows of each step, of a packed sequence; or null
+  std::vector<int64_t> offsets;  // of its steps, and their end
+
+  int64_t gates() const { return mode == Mode::kLstm ? 4 : mode == Mode::kGru ? 3 : 1; }
+  // Numbers kept for each hidden unit, and those of its gradient.
+  int64_t kept() const { return mode == Mode::kLstm || mode == Mode::kGru ? 4 : 0; }
+  int64_t width() const { return kept() ? kept() : 1; }
+  int64_t rows() const { return sizes ? offsets.back() : steps * batch; }
+  int64_t active(int64_t t) const { return t < 0 || t >= steps ? 0 : sizes ? sizes[t] : batch; }
+  int64_t offset(int64_t t) const { return sizes ? offsets[size_t(t)] : t * batch; }
+  // Row b's state before step t, as a row of all steps'; or −1, its first.
+  int64_t before(int64_t d, int64_t t, int64_t b) const {
+    const int64_t from = d == 0 ? t - 1 : t + 1;
+    return b < active(from) ? offset(from) + b : -1;
+  }
+};
+
+// Of a direction, contiguous; biases and `hr` may be null.
+template <typename S>
+struct Weights {
+  const S *ih, *hh, *b_ih, *b_hh, *hr;
+};
+
+inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// -------------------------------------------------------------------------------------- operands
+
+// rows × units as multiply_pieces reads them.
+template <typename S>
+struct Pieces {
+  using T = accumulate_t<S>;
+  using V = Vec<T>;
+  static constexpr bool kPair = gemm::Word<S>::kPair;
+  static constexpr int64_t kUnits = V::size * (kPair ? 2 : 1);
+  using Stored = std::conditional_t<kPair, S, T>;
+  T* data;
+  int64_t rows;
+
+  static int64_t size(int64_t units, int64_t rows) { return parts(units, kUnits) * rows * V::size; }
+  Stored* at(int64_t row, int64_t unit) const {
+    return reinterpret_cast<Stored*>(data) + (unit / kUnits * rows + row) * kUnits + unit % kUnits;
+  }
+  // Rounded to S.
+  void put(int64_t row, int64_t unit, V value, int64_t lanes) const {
+    if constexpr (!std::is_same_v<S, Stored>) {
+      S rounded[V::size];
+      store(rounded, value);
+      value = load(rounded);
+    }
+    store(at(row, unit), value, lanes);
+  }
+  V get(int64_t row, int64_t unit, int64_t lanes) const { return load(at(row, unit), lanes); }
+  void clear(int64_t row0, int64_t row1, int64_t unit) const {
+    std::fill_n(reinterpret_cast<T*>(at(row0, unit)), (row1 - row0) * V::size, T(0));
+  }
+  // C[m × kColumns] (+)= rows [row, row + m) and units [unit, unit + k), a whole number of pieces
+  // or the last, by the panel b.
+  void multiply(int64_t row, int64_t m, int64_t unit, int64_t k, const T* b, bool add, T* c) const {
+    const int64_t words = gemm::words<S>(k), pieces = parts(words, V::size);
+    gemm::multiply_pieces<kPair, kWordsAtOnce>(reinterpret_cast<const T*>(at(row, unit)),
+                                               rows * V::size, pieces,
+                                               words - (pieces - 1) * V::size, b, m, add, c);
+  }
+  static constexpr int kWordsAtOnce = 64;
+};
+
+// How the rows of a weight, gates × units, make strips of a vector of columns, two a panel. A group
+// has all gates of its units: of an LSTM i f | g o of one vector, of a GRU r r' | z z' | n n' of
+// two, of an RNN two vectors.
+template <typename T>
+struct Groups {
+  Mode mode;
+  int64_t hidden;
+
+  static constexpr int64_t kLanes = Vec<T>::size;
+  int64_t vectors() const { return mode == Mode::kLstm ? 1 : 2; }
+  int64_t units() const { return vectors() * kLanes; }
+  int64_t panels() const { return mode == Mode::kLstm ? 2 : mode == Mode::kGru ? 3 : 1; }
+  int64_t count() const { return parts(hidden, units()); }
+  int64_t all_panels() const { return count() * panels(); }
+  // Strip `s` of group `group`: its first row of the weight, and how many there are.
+  int64_t row(int64_t group, int64_t s, int64_t& lanes) const {
+    const int64_t gate = s / vectors(), unit = group * units() + s % vectors() * kLanes;
+    lanes = std::clamp<int64_t>(hidden - unit, 0, kLanes);
+    return gate * hidden + unit;
+  }
+};
+
+// Panel `panel` of the weight w (gates · hidden × k), transposed.
+template <typename S, typename T>
+void pack_gates(const S* w, int64_t k, const Groups<T>& groups, int64_t panel, T* to) {
+  const gemm::Matrix<S> columns{w, 1, k};
+  for (int64_t v = 0; v < gemm::kVectors; ++v) {
+    int64_t lanes;
+    const int64_t group = panel / groups.panels(), s = panel % groups.panels() * gemm::kVectors + v;
+    const int64_t row = groups.row(group, s, lanes);
+    gemm::pack_columns(columns, 0, gemm::words<S>(k), k, row, lanes, to + v * Vec<T>::size);
+  }
+}
+
+// Columns [j, j + kColumns) of b[k×n].
+template <typename S, typename T>
+void pack_panel(const gemm::Matrix<S>& b, int64_t k, int64_t j, int64_t n, T* to) {
+  using V = Vec<T>;
+  for (int64_t v = 0; v < gemm::kColumns<T>; v += V::size)
+    gemm::pack_columns(b, 0, gemm::words<S>(k), k, j + v,
+                       std::clamp<int64_t>(n - j - v, 0, V::size), to + v);
+}
+
+// x and h side by side, x's columns filled up to whole vectors.
+template <typename S>
+struct Beside {
+  using Element = S;
+  gemm::Rows<S> x, h;
+  int64_t inputs, state;
+
+  static constexpr int64_t kLanes = Vec<accumulate_t<S>>::size;
+  int64_t first() const { return gemm::round_up(inputs, kLanes); }
+  int64_t columns() const { return first() + state; }
+};
+
+template <typename S, typename T>
+void pack_b(const Beside<S>& b, int64_t p, int64_t depth, int64_t k, int64_t j, int64_t columns,
+            T* to) {
+  using V = Vec<T>;
+  for (int64_t c = 0; c < columns; c += gemm::kColumns<T>)
+    for (int64_t v = 0; v < gemm::kColumns<T>; v += V::size) {
+      const int64_t at = j + c + v, from = at - b.first();
+      T* const strip = to + c * depth + v;
+      if (from < 0)
+        gemm::pack_columns(b.x, p, depth, k, at, std::min(V::size, b.inputs - at), strip);
+      else
+        gemm::pack_columns(b.h, p, depth, k, from, std::clamp<int64_t>(b.state - from, 0, V::size),
+                           strip);
+    }
+}
+
+// --------------------------------------------------------------------------------------- threads
+
+// What of a direction a thread has: rows [row0, row1) of the batch, part `part` of `parts` of the
+// units; `first` is the first of those that share the rows with it.
+struct Place {
+  int64_t direction, directions;  // its first, how many
+  int64_t first_of_all, all, me;
+  int64_t row_part, row_parts, part, parts;
+  int64_t first() const { return first_of_all + row_part * parts; }
+  int64_t mine() const { return me - first_of_all; }
+};
+
+// [begin, end) of n things for part `part` of `parts`.
+struct Share {
+  int64_t begin, end;
+  Share(int64_t n, int64_t part, int64_t parts)
+      : begin(n * part / parts), end(n * (part + 1) / parts) {}
+};
+
+struct Plan {
+  int64_t threads, row_parts;  // of one direction
+  bool apart;                  // directions on halves of the team
+};
+
+// Cycles of a step on `threads` of one direction, in parts of the batch. `bytes` of weights want to
+// stay in the nearer cache; `groups` of units, each `work` multiply-adds of a vector for each row.
+inline double step_cost(const Shape& s, int64_t groups, int64_t work, int64_t bytes,
+                        int64_t threads, int64_t row_parts) {
+  const int64_t rows = parts(s.batch, row_parts), unit_parts = threads / row_parts;
+  double tiles = 0;
+  for (int64_t r = 0, n = parts(rows, gemm::kRows); r < n; ++r)
+    tiles += std::max<int64_t>(3, (rows * (r + 1) / n) - rows * r / n);
+  double cost = tiles * double(parts(groups, unit_parts) * work);
+  if (bytes / unit_parts > (768 << 10)) cost *= 1.1;
+  return cost + (unit_parts > 1 ? 2000.0 * double(s.projected ? 2 : 1) : 0.0);
+}
+
+// For a team of `team`.
+inline Plan make_plan(const Shape& s, int64_t groups, int64_t work, int64_t bytes, int64_t team) {
+  Plan plan{1, 1, s.directions == 2 && team % 2 == 0};
+  const int64_t most = plan.apart ? team / 2 : team;
+  double best = step_cost(s, groups, work, bytes, 1, 1);
+  for (int64_t n = 2; n <= most; ++n)
+    for (int64_t r = 1; r <= std::min(n, s.batch); ++r) {
+      if (n % r || n / r > groups) continue;
+      const double cost = step_cost(s, groups, work, bytes, n, r) * 1.02;
+      if (cost < best) best = cost, plan.threads = n, plan.row_parts = r;
+    }
+  return plan;
+}
+
+// The rows of part `part`, so that parts have the same number of rows in all steps.
+inline Share rows_of(const Shape& s, int64_t part, int64_t row_parts) {
+  Share share(s.batch, part, row_parts);
+  if (!s.sizes || row_parts == 1) return share;
+  const auto cut = [&](int64_t at) {
+    const int64_t wanted = s.rows() * at / row_parts;
+    int64_t sum = 0, row = 0;
+    // Rows are as long as there are steps with more than `row` rows.
+    for (int64_t t = s.steps; row < s.batch && sum < wanted; ++row) {
+      while (t > 0 && s.sizes[t - 1] <= row) --t;
+      sum += t;
+    }
+    return at == row_parts ? s.batch : row;
+  };
+  share.begin = cut(part), share.end = cut(part + 1);
+  return share;
+}
+
+// --------------------------------------------------------------------------------------- forward
+
+template <typename S>
+struct Forward {
+  using T = accumulate_t<S>;
+  using V = Vec<T>;
+  static constexpr int64_t kL = V::size, kColumns = gemm::kColumns<T>;
+  static constexpr int64_t kStepRows = 4 * gemm::kRows;  // rows whose sums are in L1
+
+  const Shape& s;
+  std::vector<Weights<S>> weights;
+  const S* x;
+  int64_t step_stride, row_stride;  // of x
+  const S *hx, *cx;
+  S *output, *h_n, *c_n, *gates;  // gates, cells: null where nothing is saved
+  T* cells;
+
+  const Groups<T> groups{s.mode, s.hidden};
+  // Steps of a chunk.
+  const int64_t chunk = std::clamp<int64_t>(256 / std::max<int64_t>(1, s.batch), 1, s.steps);
+
+  // Scratch of one direction.
+  struct Scratch {
+    T *w_ih, *w_hh, *w_hr, *bias, *b_hn, *sums, *c;
+    Pieces<S> h[2], full;
+  };
+  // Of a thread.
+  struct Own {
+    T *packed_a, *tile;
+    const S** rows;
+    int64_t* starts;
+  };
+
+  int64_t depth_ih() const { return gemm::words<S>(s.inputs); }
+  int64_t depth_hh() const { return gemm::words<S>(s.state); }
+
+  // Lays out scratch from `from` on, null to measure it; its size.
+  int64_t lay_out(Scratch& to, T* from) const {
+    int64_t used = 0;
+    const auto take = [&](int64_t n) {
+      T* const at = from + used;
+      used += Aligned<T>::padded(n) + 64 / int64_t(sizeof(T));
+      return at;
+    };
+    const int64_t panels = groups.all_panels(), rows = s.batch;
+    to.w_ih = take(panels * depth_ih() * kColumns);
+    to.w_hh = take(panels * depth_hh() * kColumns);
+    to.w_hr =
+        take(s.projected ? parts(s.state, kColumns) * gemm::words<S>(s.hidden) * kColumns : 0);
+    to.bias = take(panels * kColumns);
+    to.b_hn = take(groups.count() * groups.units());
+    to.sums = take(panels * chunk * rows * kColumns);
+    to.c = take(s.mode == Mode::kLstm ? parts(s.hidden, kL) * rows * kL : 0);
+    for (auto& h : to.h) h = {take(Pieces<S>::size(s.state, rows)), rows};
+    to.full = {take(s.projected ? Pieces<S>::size(s.hidden, rows) : 0), rows};
+    return used;
+  }
+  int64_t lay_out(Own& to, T* from) const {
+    int64_t used = 0;
+    const auto take = [&](int64_t n) {
+      T* const at = from + used;
+      used += Aligned<T>::padded(n);
+      return at;
+    };
+    const auto words = [](int64_t n) { return parts(n * 8, int64_t(sizeof(T))); };
+    to.packed_a = take(gemm::kBlockRows * gemm::kPitch);
+    to.tile = take(kStepRows * kColumns);
+    to.rows = reinterpret_cast<const S**>(take(words(chunk * s.batch)));
+    to.starts = reinterpret_cast<int64_t*>(take(words(chunk)));
+    return used;
+  }
+
+  Plan plan(int64_t team) const {
+    const int64_t work = groups.panels() * gemm::kVectors * (s.state + s.inputs);
+    const int64_t bytes = groups.all_panels() * depth_hh() * kColumns * int64_t(sizeof(T));
+    return make_plan(s, groups.count(), work, bytes, team);
+  }
+
+  void run() {
+    const int64_t most = std::max<int64_t>(1, torch::stable::get_num_threads());
+    Plan wanted = plan(most);
+    const int64_t work = s.rows() * s.gates() * s.hidden * (s.inputs + s.state);
+    int64_t threads = wanted.threads * (wanted.apart ? 2 : 1);
+    threads = std::clamp<int64_t>(work * s.directions / gemm::kGrain, 1, threads);
+    Scratch measure;
+    Own measure_own;
+    const int64_t shared = lay_out(measure, nullptr), own = lay_out(measure_own, nullptr);
+    const Aligned<T> memory(s.directions * shared + threads * own);
+    Team::run(threads, [&](Team& team, int64_t me) {
+      Own mine;
+      lay_out(mine, memory.get() + s.directions * shared + me * own);
+      const Plan p = plan(team.size());
+      const int64_t d0 = p.apart ? me / p.threads : 0;
+      if (me >= p.threads * (p.apart ? 2 : 1)) return;
+      const int64_t first = p.apart ? d0 * p.threads : 0, rank = me - first;
+      const int64_t unit_parts = p.threads / p.row_parts;
+      const Place at{d0,        p.apart ? 1 : s.directions, first,       p.threads,
+                     me,        rank / unit_parts,          p.row_parts, rank % unit_parts,
+                     unit_parts};
+      for (int64_t d = d0; d < d0 + at.directions; ++d) {
+        Scratch scratch;
+        lay_out(scratch, memory.get() + d * shared);
+        direction(team, at, d, scratch, mine);
+      }
+    });
+  }
+
+  // What comes before the first step: weights, biases, states.
+  void prepare(const Place& at, int64_t d, const Scratch& to, const Share& rows) const {
+    const Weights<S>& w = weights[size_t(d)];
+    const int64_t strips = groups.panels() * gemm::kVectors;
+    const Share mine(groups.count(), at.mine(), at.all);
+    for (int64_t p = mine.begin * groups.panels(); p < mine.end * groups.panels(); ++p) {
+      pack_gates(w.ih, s.inputs, groups, p, to.w_ih + p * depth_ih() * kColumns);
+      pack_gates(w.hh, s.state, groups, p, to.w_hh + p * depth_hh() * kColumns);
+    }
+    for (int64_t g = mine.begin; g < mine.end; ++g)
+      for (int64_t strip = 0; strip < strips; ++strip) {
+        int64_t lanes;
+        const int64_t row = groups.row(g, strip, lanes);
+        const bool own = s.mode == Mode::kGru && strip >= 4;  // of n: W_hn·h + b_hn is apart
+        V bias(T(0)), hidden(T(0));
+        if (w.b_ih && lanes) bias = load(w.b_ih + row, lanes), hidden = load(w.b_hh + row, lanes);
+        store(to.bias + (g * strips + strip) * kL, own ? bias : bias + hidden);
+        if (own) store(to.b_hn + (g * 2 + strip - 4) * kL, hidden);
+      }
+    if (s.projected) {
+      const Share panels(parts(s.state, kColumns), at.mine(), at.all);
+      const int64_t size = gemm::words<S>(s.hidden) * kColumns;
+      for (int64_t p = panels.begin; p < panels.end; ++p)
+        pack_panel(gemm::Matrix<S>{w.hr, 1, s.hidden}, s.hidden, p * kColumns, s.state,
+                   to.w_hr + p * size);
+    }
+    const auto fill = [&](const Pieces<S>& pieces, const S* from, int64_t units) {
+      const int64_t size = Pieces<S>::kUnits;
+      const Share share(parts(units, size), at.part, at.parts);
+      for (int64_t u = share.begin * size; u < share.end * size; u += size) {
+        pieces.clear(rows.begin, rows.end, u);
+        if (!from) continue;
+        for (int64_t r = rows.begin; r < rows.end; ++r)
+          for (int64_t v = u; v < std::min(units, u + size); v += kL) {
+            const int64_t lanes = std::min(kL, units - v);
+            pieces.put(r, v, load(from + r * units + v, lanes), lanes);
+          }
+      }
+    };
+    const S* const h0 = hx + d * s.batch * s.state;
+    fill(to.h[0], h0, s.state);
+    fill(to.h[1], h0, s.state);
+    if (s.projected) fill(to.full, nullptr, s.hidden);
+    if (s.mode == Mode::kLstm) {
+      const Share share(parts(s.hidden, kL), at.part, at.parts);
+      for (int64_t v = share.begin; v < share.end; ++v)
+        for (int64_t r = rows.begin; r < rows.end; ++r)
+          store(to.c + (v * s.batch + r) * kL,
+                load(cx + (d * s.batch + r) * s.hidden + v * kL, std::min(kL, s.hidden - v * kL)));
+    }
+  }
+
+  // x·W_ihᵀ of steps [t0, t1), my rows and groups, into sums[panel][row][kColumns].
+  void input_product(const Share& rows, const Share& mine, int64_t t0, int64_t t1,
+                     const Scratch& to, const Own& own, T* sums, int64_t pitch) const {
+    int64_t count = 0;
+    for (int64_t t = t0; t < t1; ++t) {
+      own.starts[t - t0] = count;
+      for (int64_t b = rows.begin; b < std::min(rows.end, s.active(t)); ++b)
+        own.rows[count++] =
+            s.sizes ? x + (s.offset(t) + b) * row_stride : x + t * step_stride + b * row_stride;
+    }
+    const gemm::Rows<S> a{own.rows};
+    const int64_t depth = depth_ih();
+    for (int64_t i = 0; i < count; i += gemm::kBlockRows) {
+      const int64_t n = std::min(gemm::kBlockRows, count - i);
+      int64_t p = 0;
+      do {
+        const int64_t size = std::min(gemm::kDepth, depth - p);
+        gemm::pack_a(a, i, n, p, size, s.inputs, own.packed_a);
+        for (int64_t r = 0; r < n; r += gemm::kRows)
+          for (int64_t c = mine.begin * groups.panels(); c < mine.end * groups.panels(); ++c) {
+            T* const tile = sums + (c * pitch + i + r) * kColumns;
+            gemm::multiply_rows<T, Pieces<S>::kPair>(
+                std::min(gemm::kRows, n - r), true, own.packed_a + r * gemm::kPitch,
+                to.w_ih + (c * depth + p) * kColumns, size, p > 0, tile, kColumns,
+                gemm::Ahead{reinterpret_cast<const char*>(tile), 0},
+                std::make_integer_sequence<int, int(gemm::kRows)>());
+          }
+        p += size;
+      } while (p < depth);
+    }
+  }
+
+  // Rows [row, row + n) of a step and one vector of units, from its sums.
+  struct Tile {
+    int64_t d, t, row, n, unit;
+    T* sums;
+    const T* hidden;       // a GRU's W_hn·h
+    int64_t panel;         // from one panel's sums to the next
+    int64_t v;             // of the group's vectors
+    const T *bias, *b_hn;  // of the group
+    int64_t ends;          // rows from here on have no further step
+  };
+
+  void put_state(const Tile& at, const Scratch& to, const Pieces<S>& h, int64_t r, V value,
+                 int64_t lanes) const {
+    const int64_t row = at.row + r;
+    if (s.projected) {
+      to.full.put(row, at.unit, value, lanes);
+      return;
+    }
+    put_output(at.d, at.t, row, at.unit, at.ends, h, value, lanes);
+  }
+
+  void put_output(int64_t d, int64_t t, int64_t row, int64_t unit, int64_t ends, const Pieces<S>& h,
+                  V value, int64_t lanes) const {
+    h.put(row, unit, value, lanes);
+    store(output + ((s.offset(t) + row) * s.directions + d) * s.state + unit, value, lanes);
+    if (row >= ends) store(h_n + (d * s.batch + row) * s.state + unit, value, lanes);
+  }
+
+  void lstm_gates(const Tile& at, const Scratch& to, const Pieces<S>& h) const {
+    const int64_t lanes = std::min(kL, s.hidden - at.unit);
+    const V zero(T(0)), one(T(1));
+    const V bias_i = load(at.bias), bias_f = load(at.bias + kL), bias_g = load(at.bias + 2 * kL),
+            bias_o = load(at.bias + 3 * kL);
+    T* const c = to.c + (at.unit / kL * s.batch + at.row) * kL;
+    const int64_t first = s.offset(at.t) + at.row;
+    constexpr int kAtOnce = 4;  // rows; their o waits in the place of the sums
+    for (int64_t r0 = 0; r0 < at.n; r0 += kAtOnce) {
+      const int64_t r1 = std::min(at.n, r0 + kAtOnce);
+      V outer[kAtOnce];
+      for (int64_t r = r0; r < r1; ++r) {
+        T* const sums = at.sums + r * kColumns;
+        V x[4] = {load(sums) + bias_i, load(sums + kL) + bias_f,
+                  load(sums + at.panel + kL) + bias_o, load(sums + at.panel) + bias_g};
+        const V in = x[3];
+        for (int k = 0; k < 3; ++k) x[k] = zero - x[k];
+        x[3] = abs(in) + abs(in);
+        exp(x);
+        const V i = one / (one + x[0]), f = one / (one + x[1]), o = one / (one + x[2]);
+        const V g = tanh_from_exp(in, x[3]);
+        const V cell = fma(f, load(c + r * kL), i * g);
+        store(c + r * kL, cell);
+        store(sums, o);
+        outer[r - r0] = cell;
+        if (gates) {
+          S* const to_gates = gates + (at.d * s.rows() + first + r) * 4 * s.hidden + at.unit;
+          store(to_gates, i, lanes);
+          store(to_gates + s.hidden, f, lanes);
+          store(to_gates + 2 * s.hidden, g, lanes);
+          store(to_gates + 3 * s.hidden, o, lanes);
+          if (cells) store(cells + (at.d * s.rows() + first + r) * s.hidden + at.unit, cell, lanes);
+        }
+        if (at.row + r >= at.ends)
+          store(c_n + (at.d * s.batch + at.row + r) * s.hidden + at.unit, cell, lanes);
+      }
+      for (int64_t r = r1; r < r0 + kAtOnce; ++r) outer[r - r0] = zero;
+      tanh(outer);
+      for (int64_t r = r0; r < r1; ++r)
+        put_state(at, to, h, r, load(at.sums + r * kColumns) * outer[r - r0], lanes);
+    }
+  }
+
+  void gru_gates(const Tile& at, const Scratch& to, const Pieces<S>& h,
+                 const Pieces<S>& before) const {
+    const int64_t lanes = std::min(kL, s.hidden - at.unit);
+    const T* const bias = at.bias + at.v * kL;
+    const V zero(T(0)), one(T(1));
+    const V bias_r = load(bias), bias_z = load(bias + kColumns), bias_n = load(bias + 2 * kColumns),
+            bias_hn = load(at.b_hn + at.v * kL);
+    const int64_t first = s.offset(at.t) + at.row;
+    for (int64_t r = 0; r < at.n; ++r) {
+      const T* const sums = at.sums + r * kColumns + at.v * kL;
+      V x[2] = {zero - (load(sums) + bias_r), zero - (load(sums + at.panel) + bias_z)};
+      exp(x);
+      const V reset = one / (one + x[0]), z = one / (one + x[1]);
+      const V hidden = load(at.hidden + r * kColumns + at.v * kL) + bias_hn;
+      const V n = tanh(fma(reset, hidden, load(sums + 2 * at.panel) + bias_n));
+      const V old = before.get(at.row + r, at.unit, lanes);
+      put_state(at, to, h, r, fma(z, old - n, n), lanes);
+      if (gates) {
+        S* const to_gates = gates + (at.d * s.rows() + first + r) * 4 * s.hidden + at.unit;
+        store(to_gates, reset, lanes);
+        store(to_gates + s.hidden, z, lanes);
+        store(to_gates + 2 * s.hidden, n, lanes);
+        store(to_gates + 3 * s.hidden, hidden, lanes);
+      }
+    }
+  }
+
+  void rnn_gate(const Tile& at, const Scratch& to, const Pieces<S>& h) const {
+    const int64_t lanes = std::min(kL, s.hidden - at.unit);
+    const V bias = load(at.bias + at.v * kL), zero(T(0));
+    for (int64_t r = 0; r < at.n; ++r) {
+      const V sum = load(at.sums + r * kColumns + at.v * kL) + bias;
+      const V value = s.mode == Mode::kTanh ? tanh(sum) : select(less(sum, zero), zero, sum);
+      put_state(at, to, h, r, value, lanes);
+    }
+  }
+
+  // Step t of rows [row0, row0 + n), whose sums of x begin at `sums`.
+  void step(int64_t d, int64_t t, int64_t row0, int64_t n, int64_t ends, const Share& mine,
+            const Scratch& to, const Own& own, T* sums, int64_t pitch, const Pieces<S>& from,
+            const Pieces<S>& h) const {
+    const int64_t panels = groups.panels(), depth = depth_hh();
+    for (int64_t g = mine.begin; g < mine.end; ++g)
+      for (int64_t r = 0; r < n; r += kStepRows) {
+        const int64_t m = std::min(kStepRows, n - r);
+        T* const first = sums + (g * panels * pitch + r) * kColumns;
+        for (int64_t p = 0; p < panels; ++p) {
+          const bool apart = s.mode == Mode::kGru && p == 2;
+          from.multiply(row0 + r, m, 0, s.state, to.w_hh + (g * panels + p) * depth * kColumns,
+                        !apart, apart ? own.tile : first + p * pitch * kColumns);
+        }
+        for (int64_t v = 0; v < groups.vectors(); ++v) {
+          const int64_t unit = g * groups.units() + v * kL;
+          if (unit >= s.hidden) break;
+          const Tile at{d,
+                        t,
+                        row0 + r,
+                        m,
+                        unit,
+                        first,
+                        own.tile,
+                        pitch * kColumns,
+                        v,
+                        to.bias + g * panels * kColumns,
+                        to.b_hn + g * groups.units(),
+                        ends};
+          switch (s.mode) {
+            case Mode::kLstm:
+              lstm_gates(at, to, h);
+              break;
+            case Mode::kGru:
+              gru_gates(at, to, h, from);
+              break;
+            default:
+              rnn_gate(at, to, h);
+          }
+        }
+      }
+  }
+
+  // h of rows [row0, row0 + n) from what is to be projected.
+  void project(int64_t d, int64_t t, int64_t row0, int64_t n, int64_t ends, const Place& at,
+               const Scratch& to, const Own& own, const Pieces<S>& h) const {
+    const int64_t depth = gemm::words<S>(s.hidden);
+    const Share mine(parts(s.state, kColumns), at.part, at.parts);
+    for (int64_t p = mine.begin; p < mine.end; ++p)
+      for (int64_t r = 0; r < n; r += kStepRows) {
+        const int64_t m = std::min(kStepRows, n - r);
+        to.full.multiply(row0 + r, m, 0, s.hidden, to.w_hr + p * depth * kColumns, false, own.tile);
+        for (int64_t i = 0; i < m; ++i)
+          for (int64_t v = 0; v < kColumns; v += kL) {
+            const int64_t unit = p * kColumns + v;
+            if (unit < s.state)
+              put_output(d, t, row0 + r + i, unit, ends, h, load(own.tile + i * kColumns + v),
+                         std::min(kL, s.state - unit));
+          }
+      }
+  }
+
+  void direction(Team& team, const Place& at, int64_t d, const Scratch& to, const Own& own) const {
+    const Share rows = rows_of(s, at.row_part, at.row_parts);
+    const Share mine(groups.count(), at.part, at.parts);
+    prepare(at, d, to, rows);
+    team.wait(1, at.first_of_all, at.all, at.me);
+    const int64_t pitch = chunk * (rows.end - rows.begin);
+    T* const sums = to.sums + groups.all_panels() * chunk * rows.begin * kColumns;
+    for (int64_t q0 = 0; q0 < s.steps; q0 += chunk) {
+      const int64_t q1 = std::min(s.steps, q0 + chunk);
+      const int64_t t0 = d == 0 ? q0 : s.steps - q1;
+      input_product(rows, mine, t0, t0 + q1 - q0, to, own, sums, pitch);
+      for (int64_t q = q0; q < q1; ++q) {
+        const int64_t t = d == 0 ? q : s.steps - 1 - q;
+        const int64_t n = std::max<int64_t>(0, std::min(rows.end, s.active(t)) - rows.begin);
+        const int64_t ends = d == 0 ? s.active(t + 1) : t == 0 ? 0 : s.batch;
+        const Pieces<S>&from = to.h[q % 2], &h = to.h[(q + 1) % 2];
+        step(d, t, rows.begin, n, ends, mine, to, own, sums + own.starts[t - t0] * kColumns, pitch,
+             from, h);
+        if (s.projected) {
+          team.wait(0, at.first(), at.parts, at.me);
+          project(d, t, rows.begin, n, ends, at, to, own, h);
+        }
+        team.wait(0, at.first(), at.parts, at.me);
+      }
+    }
+  }
+};
+
+// -------------------------------------------------------------------------------------- backward
+
+template <typename S>
+struct Backward {
+  using T = accumulate_t<S>;
+  using V = Vec<T>;
+  static constexpr int64_t kL = V::size, kColumns = gemm::kColumns<T>;
+  static constexpr int64_t kStepRows = 4 * gemm::kRows;
+
+  const Shape& s;
+  std::vector<Weights<S>> weights;
+  const S *grad_output, *grad_h_n, *grad_c_n;  // may be null
+  const S *hx, *cx, *output, *gates;
+  const T* cells;
+  S *grad_hx, *grad_cx;  // may be null
+  S* grad_gates;         // directions × rows × width · hidden
+  S *grad_state, *full;  // of a projection: directions × rows × state, and × hidden
+  const int64_t meets = s.mode == Mode::kGru ? 3 : s.gates();  // gates that meet W_hh
+
+  struct Scratch {
+    T *w_hh, *w_hr, *carry;
+    Pieces<S> gates[2], state;
+  };
+
+  int64_t lay_out(Scratch& to, T* from) const {
+    int64_t used = 0;
+    const auto take = [&](int64_t n) {
+      T* const at = from + used;
+      used += Aligned<T>::padded(n) + 64 / int64_t(sizeof(T));
+      return at;
+    };
+    to.w_hh = take(parts(s.state, kColumns) * depth() * kColumns);
+    to.w_hr =
+        take(s.projected ? parts(s.hidden, kColumns) * gemm::words<S>(s.state) * kColumns : 0);
+    to.carry = take(parts(s.hidden, kL) * s.batch * kL);
+    for (auto& pieces : to.gates)
+      pieces = {take(meets * Pieces<S>::size(s.hidden, s.batch)), s.batch};
+    to.state = {take(s.projected ? Pieces<S>::size(s.state, s.batch) : 0), s.batch};
+    return used;
+  }
+
+  // The gates of a unit are whole pieces apart.
+  int64_t gate_units() const { return gemm::round_up(s.hidden, Pieces<S>::kUnits); }
+  bool whole() const { return gate_units() == s.hidden; }
+  int64_t depth() const { return meets * gemm::words<S>(s.hidden); }
+
+  Plan plan(int64_t team) const {
+    const int64_t work = gemm::kVectors * meets * s.hidden, panels = parts(s.state, kColumns);
+    return make_plan(s, panels, work, panels * kColumns * depth() * int64_t(sizeof(T)), team);
+  }
+
+  void run() {
+    const int64_t most = std::max<int64_t>(1, torch::stable::get_num_threads());
+    Plan wanted = plan(most);
+    int64_t threads = wanted.threads * (wanted.apart ? 2 : 1);
+    threads =
+        std::clamp<int64_t>(s.rows() * depth() * s.state * s.directions / gemm::kGrain, 1, threads);
+    Scratch measure;
+    const int64_t shared = lay_out(measure, nullptr), own = kStepRows * kColumns;
+    const Aligned<T> memory(s.directions * shared + threads * own);
+    Team::run(threads, [&](Team& team, int64_t me) {
+      const Plan p = plan(team.size());
+      if (me >= p.threads * (p.apart ? 2 : 1)) return;
+      const int64_t d0 = p.apart ? me / p.threads : 0;
+      const int64_t first = p.apart ? d0 * p.threads : 0, rank = me - first;
+      const int64_t unit_parts = p.threads / p.row_parts;
+      const Place at{d0,        p.apart ? 1 : s.directions, first,       p.threads,
+                     me,        rank / unit_parts,          p.row_parts, rank % unit_parts,
+                     unit_parts};
+      for (int64_t d = d0; d < d0 + at.directions; ++d) {
+        Scratch scratch;
+        lay_out(scratch, memory.get() + d * shared);
+        direction(team, at, d, scratch, memory.get() + s.directions * shared + me * own);
+      }
+    });
+  }
+
+  void prepare(const Place& at, int64_t d, const Scratch& to, const Share& rows) const {
+    const Weights<S>& w = weights[size_t(d)];
+    const Share mine(parts(s.state, kColumns), at.mine(), at.all);
+    const int64_t words = gemm::words<S>(s.hidden);
+    for (int64_t p = mine.begin; p < mine.end; ++p)
+      for (int64_t g = 0; g < meets; ++g)
+        pack_panel(gemm::Matrix<S>{w.hh + g * s.hidden * s.state, s.state, 1}, s.hidden,
+                   p * kColumns, s.state, to.w_hh + (p * meets + g) * words * kColumns);
+    if (s.projected) {
+      const Share panels(parts(s.hidden, kColumns), at.mine(), at.all);
+      for (int64_t p = panels.begin; p < panels.end; ++p)
+        pack_panel(gemm::Matrix<S>{w.hr, s.hidden, 1}, s.state, p * kColumns, s.hidden,
+                   to.w_hr + p * gemm::words<S>(s.state) * kColumns);
+    }
+    const auto clear = [&](const Pieces<S>& pieces, int64_t units) {
+      const int64_t size = Pieces<S>::kUnits;
+      const Share share(parts(units, size), at.part, at.parts);
+      for (int64_t u = share.begin; u < share.end; ++u)
+        pieces.clear(rows.begin, rows.end, u * size);
+    };
+    if (!whole())
+      for (const auto& pieces : to.gates) clear(pieces, meets * gate_units());
+    if (s.projected) clear(to.state, s.state);
+    const S* const from = s.mode == Mode::kLstm ? grad_c_n : grad_h_n;
+    const Share share(parts(s.hidden, kL), at.part, at.parts);
+    for (int64_t v = share.begin; v < share.end; ++v)
+      for (int64_t r = rows.begin; r < rows.end; ++r)
+        store(to.carry + (v * s.batch + r) * kL,
+              from ? load(from + (d * s.batch + r) * s.hidden + v * kL,
+                          std::min(kL, s.hidden - v * kL))
+                   : V(T(0)));
+  }
+
+  // The gradient of h after the step of a row, without that of its own output, to be added to
+  // `sum`: where a later step has been, `sum` is its part.
+  V gradient(int64_t d, int64_t row, int64_t at_row, int64_t unit, int64_t lanes, bool later,
+             V sum) const {
+    if (!later)
+      sum = grad_h_n ? load(grad_h_n + (d * s.batch + row) * s.state + unit, lanes) : V(T(0));
+    if (grad_output)
+      sum = sum + load(grad_output + (at_row * s.directions + d) * s.state + unit, lanes);
+    return sum;
+  }
+
+  // One vector of units of m rows from `row` on: from dh, the gradients of the cells' own h.
+  struct Cells {
+    int64_t d, t, row, m, unit, lanes;
+    const T* dh;  // kColumns apart
+    const Scratch& to;
+    const Pieces<S>& pieces;
+  };
+
+  void lstm_cells(const Cells& at) const {
+    constexpr int kAtOnce = 4;
+    const int64_t lanes = at.lanes, all = at.d * s.rows(), first = s.offset(at.t);
+    const V one(T(1));
+    for (int64_t r0 = 0; r0 < at.m; r0 += kAtOnce) {
+      const int64_t n = std::min<int64_t>(kAtOnce, at.m - r0);
+      V c[kAtOnce];
+      for (int64_t r = 0; r < kAtOnce; ++r) {
+        const int64_t row = all + first + at.row + r0 + std::min(r, n - 1);
+        c[r] = load(cells + row * s.hidden + at.unit, lanes);
+      }
+      tanh(c);
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t row = at.row + r0 + r, at_row = first + row;
+        const S* const kept = gates + (all + at_row) * 4 * s.hidden + at.unit;
+        const V dh = load(at.dh + (r0 + r) * kColumns);
+        const V i = load(kept, lanes), f = load(kept + s.hidden, lanes),
+                g = load(kept + 2 * s.hidden, lanes), o = load(kept + 3 * s.hidden, lanes);
+        const int64_t before = s.before(at.d, at.t, row);
+        const V old = before >= 0 ? load(cells + (all + before) * s.hidden + at.unit, lanes)
+                                  : load(cx + (at.d * s.batch + row) * s.hidden + at.unit, lanes);
+        T* const carry = at.to.carry + (at.unit / kL * s.batch + row) * kL;
+        const V dc = fma(dh * o, one - c[r] * c[r], load(carry));
+        store(carry, dc * f);
+        put_gate(at, row, 0, 0, dc * g * (i * (one - i)));
+        put_gate(at, row, 1, 1, dc * old * (f * (one - f)));
+        put_gate(at, row, 2, 2, dc * i * (one - g * g));
+        put_gate(at, row, 3, 3, dh * c[r] * (o * (one - o)));
+        if (full) store(full + (all + at_row) * s.hidden + at.unit, o * c[r], lanes);
+      }
+    }
+  }
+
+  void gru_cells(const Cells& at) const {
+    const V one(T(1));
+    const int64_t lanes = at.lanes;
+    for (int64_t i = 0; i < at.m; ++i) {
+      const int64_t row = at.row + i, at_row = s.offset(at.t) + row;
+      const S* const kept = gates + (at.d * s.rows() + at_row) * 4 * s.hidden + at.unit;
+      const V dh = load(at.dh + i * kColumns);
+      const V r = load(kept, lanes), z = load(kept + s.hidden, lanes),
+              n = load(kept + 2 * s.hidden, lanes), hidden = load(kept + 3 * s.hidden, lanes);
+      const int64_t before = s.before(at.d, at.t, row);
+      const V old = before >= 0
+                        ? load(output + (before * s.directions + at.d) * s.state + at.unit, lanes)
+                        : load(hx + (at.d * s.batch + row) * s.state + at.unit, lanes);
+      store(at.to.carry + (at.unit / kL * s.batch + row) * kL, dh * z);
+      const V dn = dh * (one - z) * (one - n * n);
+      put_gate(at, row, 0, -1, dn);
+      put_gate(at, row, 1, 0, dn * hidden * (r * (one - r)));
+      put_gate(at, row, 2, 1, dh * (old - n) * (z * (one - z)));
+      put_gate(at, row, 3, 2, dn * r);
+    }
+  }
+
+  void rnn_cells(const Cells& at) const {
+    const V zero(T(0)), one(T(1));
+    for (int64_t r = 0; r < at.m; ++r) {
+      const int64_t row = at.row + r, at_row = s.offset(at.t) + row;
+      const V dh = load(at.dh + r * kColumns);
+      const V h = load(output + (at_row * s.directions + at.d) * s.state + at.unit, at.lanes);
+      put_gate(at, row, 0, 0,
+               s.mode == Mode::kTanh ? dh * (one - h * h)
+                                     : select(less(zero, h), dh, select(less(h, one), zero, dh)));
+    }
+  }
+
+  void put_gate(const Cells& at, int64_t row, int64_t gate, int64_t piece, V value) const {
+    const int64_t at_row = at.d * s.rows() + s.offset(at.t) + row;
+    store(grad_gates + (at_row * s.width() + gate) * s.hidden + at.unit, value, at.lanes);
+    if (piece >= 0) at.pieces.put(row, piece * gate_units() + at.unit, value, at.lanes);
+  }
+
+  void cells_of(const Cells& at) const {
+    switch (s.mode) {
+      case Mode::kLstm:
+        return lstm_cells(at);
+      case Mode::kGru:
+        return gru_cells(at);
+      default:
+        return rnn_cells(at);
+    }
+  }
+
+  // What cells_of will read and write for one panel, asked for under the product before it.
+  void prefetch(int64_t d, int64_t t, int64_t row0, int64_t m, int64_t active, int64_t unit) const {
+    const int64_t end = std::min(row0 + m, active);
+    const int64_t size = std::min(kColumns, s.hidden - unit) * int64_t(sizeof(S));
+    const auto ask = [&](const auto* at, auto write) {
+      for (int64_t byte = 0; byte < size; byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(at) + byte, write, 2);
+    };
+    const std::integral_constant<int, 0> read;
+    const std::integral_constant<int, 1> write;
+    for (int64_t row = row0; row < end; ++row) {
+      const int64_t at_row = s.offset(t) + row, at = d * s.rows() + at_row;
+      for (int64_t g = 0; g < s.kept(); ++g) ask(gates + (at * 4 + g) * s.hidden + unit, read);
+      for (int64_t g = 0; g < s.width(); ++g)
+        ask(grad_gates + (at * s.width() + g) * s.hidden + unit, write);
+      const int64_t before = s.before(d, t, row);
+      if (cells && before >= 0) ask(cells + (d * s.rows() + before) * s.hidden + unit, read);
+      if (grad_output && !s.projected)
+        ask(grad_output + (at_row * s.directions + d) * s.state + unit, read);
+    }
+  }
+
+  // Gradients of rows [row0, row0 + m) and one panel of the state, of which rows below `later` have
+  // had a later step, whose part is in `sums`, and rows below `active` have step t.
+  void finish(int64_t d, int64_t t, int64_t row0, int64_t m, int64_t later, int64_t active,
+              int64_t panel, T* sums, const Scratch& to, const Pieces<S>& pieces) const {
+    for (int64_t v = 0; v < kColumns; v += kL) {
+      const int64_t unit = panel * kColumns + v, lanes = std::min(kL, s.state - unit);
+      if (lanes <= 0) break;
+      for (int64_t r = 0; r < m; ++r) {
+        const int64_t row = row0 + r;
+        V sum = load(sums + r * kColumns + v);
+        const T* const carry = to.carry + (unit / kL * s.batch + row) * kL;
+        if (s.mode == Mode::kGru && row < later) sum = sum + load(carry);
+        if (row >= active) {
+          if (grad_hx) store(grad_hx + (d * s.batch + row) * s.state + unit, sum, lanes);
+          if (grad_cx && !s.projected)
+            store(grad_cx + (d * s.batch + row) * s.hidden + unit, load(carry), lanes);
+          continue;
+        }
+        const V dh = gradient(d, row, s.offset(t) + row, unit, lanes, row < later, sum);
+        if (s.projected) {
+          to.state.put(row, unit, dh, lanes);
+          store(grad_state + (d * s.rows() + s.offset(t) + row) * s.state + unit, dh, lanes);
+        } else {
+          store(sums + r * kColumns + v, dh);
+        }
+      }
+      if (!s.projected && row0 < active)
+        cells_of({d, t, row0, std::min(m, active - row0), unit, lanes, sums + v, to, pieces});
+    }
+  }
+
+  // The product of the gradients of the gates with one panel of W_hh.
+  void multiply(const Pieces<S>& pieces, int64_t row, int64_t m, int64_t panel, const Scratch& to,
+                T* sums) const {
+    const T* const b = to.w_hh + panel * depth() * kColumns;
+    if (whole()) return pieces.multiply(row, m, 0, meets * s.hidden, b, false, sums);
+    for (int64_t g = 0; g < meets; ++g)
+      pieces.multiply(row, m, g * gate_units(), s.hidden,
+                      b + g * gemm::words<S>(s.hidden) * kColumns, g > 0, sums);
+  }
+
+  void direction(Team& team, const Place& at, int64_t d, const Scratch& to, T* tile) const {
+    const Share rows = rows_of(s, at.row_part, at.row_parts);
+    const Share mine(parts(s.state, kColumns), at.part, at.parts);
+    prepare(at, d, to, rows);
+    team.wait(1, at.first_of_all, at.all, at.me);
+    int64_t later = 0;
+    for (int64_t q = 0; q <= s.steps; ++q) {
+      const int64_t t = d == 0 ? s.steps - 1 - q : q;
+      const int64_t active = q < s.steps ? s.active(t) : 0;
+      const int64_t end = std::min(rows.end, std::max(later, active));
+      const Pieces<S>&from = to.gates[q % 2], &pieces = to.gates[(q + 1) % 2];
+      for (int64_t p = mine.begin; p < mine.end; ++p)
+        for (int64_t row = rows.begin; row < end; row += kStepRows) {
+          const int64_t m = std::min(kStepRows, end - row);
+          const int64_t n = std::clamp<int64_t>(later - row, 0, m);
+          for (int64_t r = 0; r < n; r += gemm::kRows) {
+            const int64_t height = std::min(gemm::kRows, n - r);
+            if (!s.projected) prefetch(d, t, row + r, height, active, p * kColumns);
+            multiply(from, row + r, height, p, to, tile + r * kColumns);
+          }
+          finish(d, t, row, m, later, active, p, tile, to, pieces);
+        }
+      if (s.projected) {
+        team.wait(0, at.first(), at.parts, at.me);
+        project(at, d, t, rows, later, active, to, pieces, tile);
+      }
+      team.wait(0, at.first(), at.parts, at.me);
+      later = active;
+    }
+  }
+
+  // From the gradient of the projected state to the gates.
+  void project(const Place& at, int64_t d, int64_t t, const Share& rows, int64_t later,
+               int64_t active, const Scratch& to, const Pieces<S>& pieces, T* tile) const {
+    const Share mine(parts(s.hidden, kColumns), at.part, at.parts);
+    const int64_t end = std::min(rows.end, std::max(later, active));
+    for (int64_t p = mine.begin; p < mine.end; ++p)
+      for (int64_t row = rows.begin; row < end; row += kStepRows) {
+        const int64_t m = std::min(kStepRows, end - row);
+        const int64_t n = std::clamp<int64_t>(active - row, 0, m);
+        if (n)
+          to.state.multiply(row, n, 0, s.state, to.w_hr + p * gemm::words<S>(s.state) * kColumns,
+                            false, tile);
+        for (int64_t v = 0; v < kColumns; v += kL) {
+          const int64_t unit = p * kColumns + v, lanes = std::min(kL, s.hidden - unit);
+          if (lanes <= 0) break;
+          if (n) cells_of({d, t, row, n, unit, lanes, tile + v, to, pieces});
+          for (int64_t r = n; grad_cx && r < m; ++r)
+            store(grad_cx + (d * s.batch + row + r) * s.hidden + unit,
+                  load(to.carry + (unit / kL * s.batch + row + r) * kL), lanes);
+        }
+      }
+  }
+};
+
+}  // namespace dlkernels::lstm
