@@ -261,10 +261,10 @@ def test_values_that_are_none():
 
 REFUSED = {
     "input": ({"input": torch.ones(3, 8)}, "expected input with 3 dimensions"),
-    "dtype": ({"hx": torch.ones(1, 9, 40).double()}, "hx of dtype Float"),
+    "dtype": ({"hx": torch.ones(1, 9, 40).double()}, "hx of dtype"),
     "hx": ({"hx": torch.ones(1, 8, 40)}, "8"),
     "weights": ({"weights": []}, "2 to 5 weights"),
-    "w_ih": ({"input": torch.ones(3, 9, 6)}, r"expected w\w+ih\w* of shape"),
+    "w_ih": ({"input": torch.ones(3, 9, 6)}, r"expected w\w+ of shape"),
     "sizes": ({"input": torch.ones(19, 5), "batch_sizes": torch.tensor([9, 10])}, "do not grow"),
     "rows": ({"input": torch.ones(5, 5), "batch_sizes": torch.tensor([9, 1])}, "10 rows of input"),
     "cx": ({"cx": None}, "expected cx of an lstm, and only of one"),

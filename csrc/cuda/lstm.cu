@@ -1168,7 +1168,8 @@ Layer::Layer(const Tensor& x, const Optional& batch_sizes, const Tensor& h, cons
     }
     directions.push_back(direction);
   }
-  DLK_CHECK((mode == Mode::kLstm) == c.has_value(), kOp, ": expected cx of an lstm, and only of one");
+  DLK_CHECK((mode == Mode::kLstm) == c.has_value(), kOp,
+            ": expected cx of an lstm, and only of one");
   if (c) {
     check_argument("cx", *c, x, Sizes{number, batch, hidden});
     cx = dense(*c);
@@ -1639,7 +1640,8 @@ struct Cell {
     in = input.size(1);
     hidden = hx.size(1);
     check_argument("hx", hx, input, Sizes{batch, hidden});
-    DLK_CHECK((mode == Mode::kLstm) == cx.has_value(), kOp, ": expected cx of an lstm, and only of one");
+    DLK_CHECK((mode == Mode::kLstm) == cx.has_value(), kOp,
+              ": expected cx of an lstm, and only of one");
     if (cx) check_argument("cx", *cx, input, Sizes{batch, hidden});
     check_argument("w_ih", w_ih, input, Sizes{gates * hidden, in});
     check_argument("w_hh", w_hh, input, Sizes{gates * hidden, hidden});
