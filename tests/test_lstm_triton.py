@@ -118,4 +118,4 @@ def test_compiled(capability, mode, monkeypatch, tmp_path):
         compiled = compile_kernel(*launch, capability)
         name = f"{launch[0].__name__} {launch[4]}"
         assert local_memory(compiled, tmp_path) == 0, f"spills: {name}"
-        assert compiled.metadata.shared == 0, name
+        assert compiled.metadata.shared <= 48 << 10, name
