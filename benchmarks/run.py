@@ -31,6 +31,7 @@ OPS = (
     "cross_entropy",
     "linear",
     "linear_cross_entropy",
+    "lstm",
     "residual_block",
 )
 COLUMNS = {  # heading: field, format, factor

@@ -470,6 +470,8 @@ struct Packed {
   Packed(const Matrix<S>& b, int64_t n, int64_t k, accumulate_t<S>* to) : data(to), n(n), k(k) {
     pack_panels(b, 0, words<S>(k), k, 0, n, to);
   }
+  // Of what pack_panels has packed, each kDepth words by somebody.
+  Packed(const accumulate_t<S>* data, int64_t n, int64_t k) : data(data), n(n), k(k) {}
   // Of run_block, for each of its threads.
   int64_t scratch_size() const {
     return kBlockRows * (kPitch + round_up(n, kColumns<accumulate_t<S>>));

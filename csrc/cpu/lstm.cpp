@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "../check.h"
+#include "activation.h"
 #include "gemm.h"
 #include "memory.h"
-#include "sums.h"
 
 namespace dlkernels {
 namespace {
@@ -287,107 +287,96 @@ Gradients backward(const Layer& layer, const Optional& grad_output, const Option
       to.weights.push_back(empty(true, Ints(size.begin(), size.end())));
     }
   const int64_t rows = s.rows(), width = s.width() * s.hidden, own = s.gates() * s.hidden;
-  const Tensor grad_gates = empty(true, {s.directions, rows, width});
-  const Tensor grad_state = empty(s.projected, {s.directions, rows, s.state});
-  const Tensor full = empty(s.projected, {s.directions, rows, s.hidden});
   for_dtype<bf16, f16>(layer.dtype, [&](auto tag) {
     using S = decltype(tag);
     using T = accumulate_t<S>;
     using V = Vec<T>;
-    const auto wanted = [](bool is, const Tensor& tensor) {
-      return is ? write_to<S>(tensor) : nullptr;
+    const auto zero = [](const Tensor& result) {
+      std::fill_n(write_to<S>(result), result.numel(), S{});
     };
-    if (rows == 0 || s.batch == 0) {
-      const auto pass = [](const Optional& from, const Tensor& result) {
+    if (rows == 0) {
+      const auto pass = [&](const Optional& from, const Tensor& result) {
         if (from)
           std::copy_n(data_of<S>(*from), result.numel(), write_to<S>(result));
         else
-          std::fill_n(write_to<S>(result), result.numel(), S{});
+          zero(result);
       };
       if (want_states) pass(grad_h_n, to.hx);
       if (want_states && is_lstm) pass(grad_c_n, to.cx);
-    } else {
-      lstm::Backward<S> run{s,
-                            layer.template of<S>(),
-                            data_of<S>(grad_output),
-                            data_of<S>(grad_h_n),
-                            data_of<S>(grad_c_n),
-                            data_of<S>(layer.hx),
-                            is_lstm ? data_of<S>(layer.cx) : nullptr,
-                            data_of<S>(output),
-                            s.kept() ? data_of<S>(gates) : nullptr,
-                            is_lstm ? data_of<T>(cells) : nullptr,
-                            wanted(want_states, to.hx),
-                            wanted(want_states && is_lstm, to.cx),
-                            write_to<S>(grad_gates),
-                            wanted(s.projected, grad_state),
-                            wanted(s.projected, full)};
-      run.run();
+      for (const Tensor& weight : to.weights) zero(weight);
+      return;
     }
-    const auto x = want_weights ? input_rows<S>(layer) : std::vector<const S*>();
+    const auto written = [](const Tensor& tensor) {
+      return tensor.numel() ? write_to<S>(tensor) : nullptr;
+    };
+    // Sums are in their type; of float and double the results are where they add up.
+    const int64_t each = layer.per_direction();
+    constexpr bool kSame = std::is_same_v<S, T>;
+    int64_t sums = 0;
+    for (const Tensor& weight : to.weights) sums += kSame ? 0 : Aligned<T>::padded(weight.numel());
+    const Aligned<T> memory(sums + s.directions * Aligned<T>::padded(width));
+    T* free = memory.get() + s.directions * Aligned<T>::padded(width);
+    std::vector<T*> places;
+    for (const Tensor& weight : to.weights) {
+      if constexpr (kSame)
+        places.push_back(write_to<T>(weight));
+      else
+        places.push_back(free), free += Aligned<T>::padded(weight.numel());
+    }
+    // The gradient of the input by each direction after the first.
+    const Tensor second = empty(want_input && s.directions == 2, input_shape);
+    std::vector<typename lstm::Backward<S>::Products> products;
     for (int64_t d = 0; d < s.directions; ++d) {
-      const S* const dg = data_of<S>(grad_gates) + d * rows * width;
-      // Those that meet x: of a GRU n r z.
-      const gemm::Matrix<S> z{dg, width, 1};
-      const int64_t turn = s.mode == Mode::kGru ? s.hidden : 0;
-      const auto gate = [=](int64_t i) { return i < turn ? i + 2 * turn : i - turn; };
-      if (want_input) {
-        const S* const w = data_of<S>(layer.weight(d, 0));
-        S* const result = write_to<S>(to.input);
-        const int64_t n = s.inputs;
-        const auto write = [=](int64_t i, int64_t j, int64_t lanes, V value) {
-          S* const at = result + i * n + j;
-          store(at, d ? value + load(at, lanes) : value, lanes);
-        };
-        if (turn) {
-          std::vector<const S*> order;
-          for (int64_t i = 0; i < own; ++i) order.push_back(w + gate(i) * n);
-          gemm::multiply(z, gemm::Rows<S>{order.data()}, rows, n, own, write);
-        } else {
-          gemm::multiply(z, gemm::Matrix<S>{w, n, 1}, rows, n, own, write);
-        }
-      }
-      if (!want_weights) continue;
-      const auto grad = [&](int64_t i) {
-        return to.weights[size_t(d * layer.per_direction() + i)];
+      const auto place = [&](int64_t i) {
+        return want_weights ? places[size_t(d * each + i)] : nullptr;
       };
-      const auto h = state_rows(layer, d, data_of<S>(output));
-      S *const w_ih = write_to<S>(grad(0)), *const w_hh = write_to<S>(grad(1));
-      const lstm::Beside<S> beside{{x.data()}, {h.data()}, s.inputs, s.state};
-      const int64_t first = beside.first(), inputs = s.inputs, state = s.state;
-      if (turn) {
-        gemm::multiply(z.transposed(), gemm::Rows<S>{x.data()}, own, inputs, rows,
-                       [=](int64_t i, int64_t j, int64_t lanes, V value) {
-                         store(w_ih + gate(i) * inputs + j, value, lanes);
-                       });
-        gemm::multiply(gemm::Matrix<S>{dg + turn, 1, width}, gemm::Rows<S>{h.data()}, own, state,
-                       rows, [=](int64_t i, int64_t j, int64_t lanes, V value) {
-                         store(w_hh + i * state + j, value, lanes);
-                       });
-      } else {
-        gemm::multiply(z.transposed(), beside, own, beside.columns(), rows,
-                       [=](int64_t i, int64_t j, int64_t lanes, V value) {
-                         if (j < first)
-                           store(w_ih + i * inputs + j, value, std::min(lanes, inputs - j));
-                         else
-                           store(w_hh + i * state + j - first, value, lanes);
-                       });
-      }
+      products.push_back(
+          {written(d ? second : to.input), place(0), place(1),
+           s.projected ? place(each - 1) : nullptr,
+           layer.biases ? memory.get() + d * Aligned<T>::padded(width) : nullptr,
+           want_weights ? state_rows<S>(layer, d, data_of<S>(output)) : std::vector<const S*>()});
+    }
+    lstm::Backward<S> run{s,
+                          layer.template of<S>(),
+                          data_of<S>(grad_output),
+                          data_of<S>(grad_h_n),
+                          data_of<S>(grad_c_n),
+                          data_of<S>(layer.hx),
+                          is_lstm ? data_of<S>(layer.cx) : nullptr,
+                          data_of<S>(output),
+                          s.kept() ? data_of<S>(gates) : nullptr,
+                          is_lstm ? data_of<T>(cells) : nullptr,
+                          written(to.hx),
+                          written(to.cx),
+                          want_weights ? input_rows<S>(layer) : std::vector<const S*>(),
+                          std::move(products),
+                          want_input,
+                          want_weights};
+    run.run();
+    if (want_input && s.directions == 2) {
+      S* const x = write_to<S>(to.input);
+      const S* const y = data_of<S>(second);
+      for_each_vector(to.input.numel(), x, [=](int64_t i, int64_t lanes) {
+        return load(x + i, lanes) + load(y + i, lanes);
+      });
+    }
+    if (!want_weights) return;
+    for (int64_t d = 0; d < s.directions; ++d) {
+      const auto grad = [&](int64_t i) { return to.weights[size_t(d * each + i)]; };
+      if constexpr (!kSame)
+        for (int64_t i = 0; i < each; ++i) {
+          if (layer.biases && (i == 2 || i == 3)) continue;
+          const T* const from = places[size_t(d * each + i)];
+          for_each_vector(grad(i).numel(), write_to<S>(grad(i)),
+                          [=](int64_t j, int64_t lanes) -> V { return load(from + j, lanes); });
+        }
       if (layer.biases) {
-        std::vector<S> sums(static_cast<size_t>(width));
-        sums::rows(z, rows, width, sums.data());
+        const T* const bias = run.products[size_t(d)].bias;
         S *const b_ih = write_to<S>(grad(2)), *const b_hh = write_to<S>(grad(3));
-        for (int64_t i = 0; i < own; ++i) b_ih[gate(i)] = sums[size_t(i)];
-        std::copy_n(sums.data() + turn, own, b_hh);
-      }
-      if (s.projected) {
-        const gemm::Matrix<S> dh{data_of<S>(grad_state) + d * rows * state, 1, state};
-        const gemm::Matrix<S> hf{data_of<S>(full) + d * rows * s.hidden, s.hidden, 1};
-        S* const w_hr = write_to<S>(grad(layer.per_direction() - 1));
-        const int64_t n = s.hidden;
-        gemm::multiply(dh, hf, state, n, rows, [=](int64_t i, int64_t j, int64_t lanes, V value) {
-          store(w_hr + i * n + j, value, lanes);
-        });
+        for (int64_t i = 0; i < own; ++i) {
+          b_ih[run.gate(i)] = narrow<S>(bias[i]);
+          b_hh[i] = narrow<S>(bias[i + width - own]);
+        }
       }
     }
   });

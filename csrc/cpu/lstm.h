@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "memory.h"
 #include "simd.h"
 #include "team.h"
 
@@ -644,13 +645,28 @@ struct Backward {
   const S *hx, *cx, *output, *gates;
   const T* cells;
   S *grad_hx, *grad_cx;  // may be null
-  S* grad_gates;         // directions × rows × width · hidden
-  S *grad_state, *full;  // of a projection: directions × rows × state, and × hidden
+  // What the large products read and write, of each direction; what is not wanted is null or empty.
+  struct Products {
+    S* grad_input;
+    T *w_ih, *w_hh, *w_hr, *bias;  // sums; bias: width · hidden
+    std::vector<const S*> h;       // the states before each row
+  };
+  std::vector<const S*> x;  // rows of the input
+  std::vector<Products> products;
+  bool want_input, want_weights;
+
   const int64_t meets = s.mode == Mode::kGru ? 3 : s.gates();  // gates that meet W_hh
+  const int64_t own = s.gates() * s.hidden, width = s.width() * s.hidden;
+  // Steps whose gradients are kept for one turn of the large products.
+  const int64_t chunk = std::clamp<int64_t>(512 / std::max<int64_t>(1, s.batch), 1, s.steps);
 
   struct Scratch {
-    T *w_hh, *w_hr, *carry;
+    T *w_hh, *w_hr, *w_ih, *carry;
+    S *grad_gates, *grad_state, *full;  // of a chunk; grad_state and full of a projection
     Pieces<S> gates[2], state;
+  };
+  struct Own {
+    T *tile, *product;
   };
 
   int64_t lay_out(Scratch& to, T* from) const {
@@ -663,7 +679,15 @@ struct Backward {
     to.w_hh = take(parts(s.state, kColumns) * depth() * kColumns);
     to.w_hr =
         take(s.projected ? parts(s.hidden, kColumns) * gemm::words<S>(s.state) * kColumns : 0);
+    to.w_ih = take(want_input ? gemm::Packed<S>::size(s.inputs, own) : 0);
     to.carry = take(parts(s.hidden, kL) * s.batch * kL);
+    const auto rows_of = [&](int64_t columns) {
+      return reinterpret_cast<S*>(
+          take(parts(chunk * s.batch * columns * int64_t(sizeof(S)), int64_t(sizeof(T)))));
+    };
+    to.grad_gates = rows_of(width);
+    to.grad_state = rows_of(s.projected ? s.state : 0);
+    to.full = rows_of(s.projected ? s.hidden : 0);
     for (auto& pieces : to.gates)
       pieces = {take(meets * Pieces<S>::size(s.hidden, s.batch)), s.batch};
     to.state = {take(s.projected ? Pieces<S>::size(s.state, s.batch) : 0), s.batch};
@@ -687,8 +711,9 @@ struct Backward {
     threads =
         std::clamp<int64_t>(s.rows() * depth() * s.state * s.directions / gemm::kGrain, 1, threads);
     Scratch measure;
-    const int64_t shared = lay_out(measure, nullptr), own = kStepRows * kColumns;
-    const Aligned<T> memory(s.directions * shared + threads * own);
+    const int64_t shared = lay_out(measure, nullptr);
+    const int64_t tile = kStepRows * kColumns, each = tile + Aligned<T>::padded(product_scratch());
+    const Aligned<T> memory(s.directions * shared + threads * each);
     Team::run(threads, [&](Team& team, int64_t me) {
       const Plan p = plan(team.size());
       if (me >= p.threads * (p.apart ? 2 : 1)) return;
@@ -698,12 +723,29 @@ struct Backward {
       const Place at{d0,        p.apart ? 1 : s.directions, first,       p.threads,
                      me,        rank / unit_parts,          p.row_parts, rank % unit_parts,
                      unit_parts};
+      T* const mine = memory.get() + s.directions * shared + me * each;
       for (int64_t d = d0; d < d0 + at.directions; ++d) {
         Scratch scratch;
         lay_out(scratch, memory.get() + d * shared);
-        direction(team, at, d, scratch, memory.get() + s.directions * shared + me * own);
+        direction(team, at, d, scratch, {mine, mine + tile});
       }
     });
+  }
+
+  // A thread's scratch of any of the large products.
+  int64_t product_scratch() const {
+    const int64_t most = chunk * s.batch,
+                  deep = gemm::Cut<S>::kBytes / int64_t(sizeof(T)) +
+                         gemm::kBlockRows * (gemm::kPitch + 8 * gemm::kBlockColumns);
+    const auto of = [&](int64_t m, int64_t n) {
+      return most <= 1024 ? gemm::scratch_size<S>(m, n, most) : deep;
+    };
+    int64_t size = 0;
+    if (want_input) size = gemm::Packed<S>(nullptr, s.inputs, own).scratch_size();
+    if (want_weights)
+      size = std::max({size, of(own, gemm::round_up(s.inputs, kL) + s.state),
+                       s.projected ? of(s.state, s.hidden) : 0});
+    return size;
   }
 
   void prepare(const Place& at, int64_t d, const Scratch& to, const Share& rows) const {
@@ -719,6 +761,23 @@ struct Backward {
       for (int64_t p = panels.begin; p < panels.end; ++p)
         pack_panel(gemm::Matrix<S>{w.hr, s.hidden, 1}, s.state, p * kColumns, s.hidden,
                    to.w_hr + p * gemm::words<S>(s.state) * kColumns);
+    }
+    if (want_input) {
+      const int64_t depth = gemm::words<S>(own), pitch = gemm::round_up(s.inputs, kColumns);
+      const Share blocks(parts(depth, gemm::kDepth), at.mine(), at.all);
+      const auto pack = [&](const auto& b) {
+        for (int64_t p = blocks.begin * gemm::kDepth;
+             p < std::min(depth, blocks.end * gemm::kDepth); p += gemm::kDepth)
+          gemm::pack_panels(b, p, std::min(depth, p + gemm::kDepth), own, 0, s.inputs,
+                            to.w_ih + p * pitch);
+      };
+      if (s.mode == Mode::kGru) {
+        std::vector<const S*> order(static_cast<size_t>(own));
+        for (int64_t i = 0; i < own; ++i) order[size_t(i)] = w.ih + gate(i) * s.inputs;
+        pack(gemm::Rows<S>{order.data()});
+      } else {
+        pack(gemm::Matrix<S>{w.ih, s.inputs, 1});
+      }
     }
     const auto clear = [&](const Pieces<S>& pieces, int64_t units) {
       const int64_t size = Pieces<S>::kUnits;
@@ -739,6 +798,12 @@ struct Backward {
                    : V(T(0)));
   }
 
+  // The row of W_ih that column i of the gradients of the gates meets.
+  int64_t gate(int64_t i) const {
+    const int64_t turn = s.mode == Mode::kGru ? s.hidden : 0;
+    return i < turn ? i + 2 * turn : i - turn;
+  }
+
   // The gradient of h after the step of a row, without that of its own output, to be added to
   // `sum`: where a later step has been, `sum` is its part.
   V gradient(int64_t d, int64_t row, int64_t at_row, int64_t unit, int64_t lanes, bool later,
@@ -753,7 +818,8 @@ struct Backward {
   // One vector of units of m rows from `row` on: from dh, the gradients of the cells' own h.
   struct Cells {
     int64_t d, t, row, m, unit, lanes;
-    const T* dh;  // kColumns apart
+    const T* dh;    // kColumns apart
+    int64_t first;  // of all rows, the first of this chunk
     const Scratch& to;
     const Pieces<S>& pieces;
   };
@@ -786,7 +852,8 @@ struct Backward {
         put_gate(at, row, 1, 1, dc * old * (f * (one - f)));
         put_gate(at, row, 2, 2, dc * i * (one - g * g));
         put_gate(at, row, 3, 3, dh * c[r] * (o * (one - o)));
-        if (full) store(full + (all + at_row) * s.hidden + at.unit, o * c[r], lanes);
+        if (s.projected)
+          store(at.to.full + (at_row - at.first) * s.hidden + at.unit, o * c[r], lanes);
       }
     }
   }
@@ -826,8 +893,8 @@ struct Backward {
   }
 
   void put_gate(const Cells& at, int64_t row, int64_t gate, int64_t piece, V value) const {
-    const int64_t at_row = at.d * s.rows() + s.offset(at.t) + row;
-    store(grad_gates + (at_row * s.width() + gate) * s.hidden + at.unit, value, at.lanes);
+    const int64_t at_row = s.offset(at.t) + row - at.first;
+    store(at.to.grad_gates + (at_row * s.width() + gate) * s.hidden + at.unit, value, at.lanes);
     if (piece >= 0) at.pieces.put(row, piece * gate_units() + at.unit, value, at.lanes);
   }
 
@@ -842,32 +909,29 @@ struct Backward {
     }
   }
 
-  // What cells_of will read and write for one panel, asked for under the product before it.
+  // What cells_of will read for one panel, asked for under the product before it.
   void prefetch(int64_t d, int64_t t, int64_t row0, int64_t m, int64_t active, int64_t unit) const {
     const int64_t end = std::min(row0 + m, active);
     const int64_t size = std::min(kColumns, s.hidden - unit) * int64_t(sizeof(S));
-    const auto ask = [&](const auto* at, auto write) {
+    const auto ask = [&](const auto* at) {
       for (int64_t byte = 0; byte < size; byte += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(at) + byte, write, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(at) + byte, 0, 2);
     };
-    const std::integral_constant<int, 0> read;
-    const std::integral_constant<int, 1> write;
     for (int64_t row = row0; row < end; ++row) {
       const int64_t at_row = s.offset(t) + row, at = d * s.rows() + at_row;
-      for (int64_t g = 0; g < s.kept(); ++g) ask(gates + (at * 4 + g) * s.hidden + unit, read);
-      for (int64_t g = 0; g < s.width(); ++g)
-        ask(grad_gates + (at * s.width() + g) * s.hidden + unit, write);
+      for (int64_t g = 0; g < s.kept(); ++g) ask(gates + (at * 4 + g) * s.hidden + unit);
       const int64_t before = s.before(d, t, row);
-      if (cells && before >= 0) ask(cells + (d * s.rows() + before) * s.hidden + unit, read);
+      if (cells && before >= 0) ask(cells + (d * s.rows() + before) * s.hidden + unit);
       if (grad_output && !s.projected)
-        ask(grad_output + (at_row * s.directions + d) * s.state + unit, read);
+        ask(grad_output + (at_row * s.directions + d) * s.state + unit);
     }
   }
 
   // Gradients of rows [row0, row0 + m) and one panel of the state, of which rows below `later` have
   // had a later step, whose part is in `sums`, and rows below `active` have step t.
   void finish(int64_t d, int64_t t, int64_t row0, int64_t m, int64_t later, int64_t active,
-              int64_t panel, T* sums, const Scratch& to, const Pieces<S>& pieces) const {
+              int64_t first, int64_t panel, T* sums, const Scratch& to,
+              const Pieces<S>& pieces) const {
     for (int64_t v = 0; v < kColumns; v += kL) {
       const int64_t unit = panel * kColumns + v, lanes = std::min(kL, s.state - unit);
       if (lanes <= 0) break;
@@ -885,13 +949,14 @@ struct Backward {
         const V dh = gradient(d, row, s.offset(t) + row, unit, lanes, row < later, sum);
         if (s.projected) {
           to.state.put(row, unit, dh, lanes);
-          store(grad_state + (d * s.rows() + s.offset(t) + row) * s.state + unit, dh, lanes);
+          store(to.grad_state + (s.offset(t) + row - first) * s.state + unit, dh, lanes);
         } else {
           store(sums + r * kColumns + v, dh);
         }
       }
       if (!s.projected && row0 < active)
-        cells_of({d, t, row0, std::min(m, active - row0), unit, lanes, sums + v, to, pieces});
+        cells_of(
+            {d, t, row0, std::min(m, active - row0), unit, lanes, sums + v, first, to, pieces});
     }
   }
 
@@ -905,17 +970,19 @@ struct Backward {
                       b + g * gemm::words<S>(s.hidden) * kColumns, g > 0, sums);
   }
 
-  void direction(Team& team, const Place& at, int64_t d, const Scratch& to, T* tile) const {
+  void direction(Team& team, const Place& at, int64_t d, const Scratch& to, const Own& mem) const {
     const Share rows = rows_of(s, at.row_part, at.row_parts);
     const Share mine(parts(s.state, kColumns), at.part, at.parts);
     prepare(at, d, to, rows);
     team.wait(1, at.first_of_all, at.all, at.me);
-    int64_t later = 0;
+    int64_t later = 0, first = 0;
     for (int64_t q = 0; q <= s.steps; ++q) {
       const int64_t t = d == 0 ? s.steps - 1 - q : q;
       const int64_t active = q < s.steps ? s.active(t) : 0;
       const int64_t end = std::min(rows.end, std::max(later, active));
       const Pieces<S>&from = to.gates[q % 2], &pieces = to.gates[(q + 1) % 2];
+      const int64_t begin = q / chunk * chunk, last = std::min(s.steps, begin + chunk);
+      if (q < s.steps) first = s.offset(d == 0 ? s.steps - last : begin);
       for (int64_t p = mine.begin; p < mine.end; ++p)
         for (int64_t row = rows.begin; row < end; row += kStepRows) {
           const int64_t m = std::min(kStepRows, end - row);
@@ -923,22 +990,104 @@ struct Backward {
           for (int64_t r = 0; r < n; r += gemm::kRows) {
             const int64_t height = std::min(gemm::kRows, n - r);
             if (!s.projected) prefetch(d, t, row + r, height, active, p * kColumns);
-            multiply(from, row + r, height, p, to, tile + r * kColumns);
+            multiply(from, row + r, height, p, to, mem.tile + r * kColumns);
           }
-          finish(d, t, row, m, later, active, p, tile, to, pieces);
+          finish(d, t, row, m, later, active, first, p, mem.tile, to, pieces);
         }
       if (s.projected) {
         team.wait(0, at.first(), at.parts, at.me);
-        project(at, d, t, rows, later, active, to, pieces, tile);
+        project(at, d, t, rows, later, active, first, to, pieces, mem.tile);
       }
-      team.wait(0, at.first(), at.parts, at.me);
       later = active;
+      if (q + 1 == last && q < s.steps) {
+        team.wait(1, at.first_of_all, at.all, at.me);
+        const int64_t after = d == 0 ? s.steps - begin : last;
+        large_products(at, d, first, (after < s.steps ? s.offset(after) : s.rows()) - first,
+                       begin == 0, to, mem.product);
+        team.wait(1, at.first_of_all, at.all, at.me);
+      } else {
+        team.wait(0, at.first(), at.parts, at.me);
+      }
+    }
+  }
+
+  // My share of what a chunk, `n` rows from `first` on, gives to the gradients of the input and of
+  // the weights; `fresh` where it is the first.
+  void large_products(const Place& at, int64_t d, int64_t first, int64_t n, bool fresh,
+                      const Scratch& to, T* scratch) const {
+    const Products& sums = products[size_t(d)];
+    const gemm::Matrix<S> z{to.grad_gates, width, 1};  // of a GRU n r z meet x
+    if (want_input) {
+      const gemm::Packed<S> w(to.w_ih, s.inputs, own);
+      const Share mine(parts(n, gemm::kRows), at.mine(), at.all);
+      const int64_t end = std::min(n, mine.end * gemm::kRows);
+      for (int64_t i = mine.begin * gemm::kRows; i < end; i += gemm::kBlockRows)
+        gemm::run_block(
+            z, w, i, std::min(gemm::kBlockRows, end - i), scratch,
+            [&](int64_t row, int64_t j, int64_t lanes, V value) {
+              store(sums.grad_input + (first + row) * s.inputs + j, value, lanes);
+            },
+            nullptr, 0);
+    }
+    if (!want_weights) return;
+    const auto add = [fresh](T* at, V value, int64_t lanes) {
+      store(at, fresh ? value : value + load(at, lanes), lanes);
+    };
+    const Share mine(parts(own, gemm::kRows), at.mine(), at.all);
+    const int64_t i0 = mine.begin * gemm::kRows, i1 = std::min(own, mine.end * gemm::kRows);
+    const gemm::Rows<S> xs{x.data() + first}, hs{sums.h.data() + first};
+    if (s.mode == Mode::kGru) {
+      gemm::run(z.transposed(), xs, i0, i1, 0, s.inputs, n, scratch,
+                [&](int64_t i, int64_t j, int64_t lanes, V value) {
+                  add(sums.w_ih + gate(i) * s.inputs + j, value, lanes);
+                });
+      gemm::run(gemm::Matrix<S>{to.grad_gates + s.hidden, 1, width}, hs, i0, i1, 0, s.state, n,
+                scratch, [&](int64_t i, int64_t j, int64_t lanes, V value) {
+                  add(sums.w_hh + i * s.state + j, value, lanes);
+                });
+    } else {
+      const Beside<S> beside{xs, hs, s.inputs, s.state};
+      const int64_t split = beside.first();
+      gemm::run(z.transposed(), beside, i0, i1, 0, beside.columns(), n, scratch,
+                [&](int64_t i, int64_t j, int64_t lanes, V value) {
+                  if (j < split)
+                    add(sums.w_ih + i * s.inputs + j, value, std::min(lanes, s.inputs - j));
+                  else
+                    add(sums.w_hh + i * s.state + j - split, value, lanes);
+                });
+    }
+    if (s.projected) {
+      const Share out(parts(s.state, gemm::kRows), at.mine(), at.all);
+      gemm::run(gemm::Matrix<S>{to.grad_state, 1, s.state}, gemm::Matrix<S>{to.full, s.hidden, 1},
+                out.begin * gemm::kRows, std::min(s.state, out.end * gemm::kRows), 0, s.hidden, n,
+                scratch, [&](int64_t i, int64_t j, int64_t lanes, V value) {
+                  add(sums.w_hr + i * s.hidden + j, value, lanes);
+                });
+    }
+    if (!sums.bias) return;
+    const Share columns(parts(width, kL), at.mine(), at.all);
+    for (int64_t j = columns.begin * kL; j < std::min(width, columns.end * kL); j += kL) {
+      const int64_t lanes = std::min(kL, width - j);
+      constexpr int64_t kHalves = kL / Vec<double>::size, kBlock = 16;  // a block's sum is a T
+      Vec<double> total[kHalves], halves[kHalves];
+      std::fill(total, total + kHalves, Vec<double>(0.0));
+      for (int64_t r0 = 0; r0 < n; r0 += kBlock) {
+        V part(T(0));
+        for (int64_t r = r0; r < std::min(n, r0 + kBlock); ++r)
+          part = part + load(z.at(r, j), lanes);
+        to_doubles(part, halves);
+        for (int64_t q = 0; q < kHalves; ++q) total[q] = total[q] + halves[q];
+      }
+      T rounded[kL];
+      for (int64_t q = 0; q < kHalves; ++q) store_rounded(rounded + q * (kL / kHalves), total[q]);
+      add(sums.bias + j, load(rounded), lanes);
     }
   }
 
   // From the gradient of the projected state to the gates.
   void project(const Place& at, int64_t d, int64_t t, const Share& rows, int64_t later,
-               int64_t active, const Scratch& to, const Pieces<S>& pieces, T* tile) const {
+               int64_t active, int64_t first, const Scratch& to, const Pieces<S>& pieces,
+               T* tile) const {
     const Share mine(parts(s.hidden, kColumns), at.part, at.parts);
     const int64_t end = std::min(rows.end, std::max(later, active));
     for (int64_t p = mine.begin; p < mine.end; ++p)
@@ -951,7 +1100,7 @@ struct Backward {
         for (int64_t v = 0; v < kColumns; v += kL) {
           const int64_t unit = p * kColumns + v, lanes = std::min(kL, s.hidden - unit);
           if (lanes <= 0) break;
-          if (n) cells_of({d, t, row, n, unit, lanes, tile + v, to, pieces});
+          if (n) cells_of({d, t, row, n, unit, lanes, tile + v, first, to, pieces});
           for (int64_t r = n; grad_cx && r < m; ++r)
             store(grad_cx + (d * s.batch + row + r) * s.hidden + unit,
                   load(to.carry + (unit / kL * s.batch + row + r) * kL), lanes);

@@ -60,7 +60,7 @@ class Team {
 
   template <typename Done>
   static void spin(const Done& done) {
-    constexpr int kSpins = 1 << 11;  // looks before the processor goes to others
+    constexpr int kSpins = 1 << 8;  // looks before the processor goes to others
     for (int looks = 0; !done(); ++looks) looks < kSpins ? pause() : void(sched_yield());
   }
 
