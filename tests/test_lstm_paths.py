@@ -71,7 +71,7 @@ def lengths_of(path):
 
 def batch_sizes_of(path):
     lengths = lengths_of(path)
-    return torch.tensor([int((lengths > t).sum()) for t in range(path.steps)])
+    return torch.tensor([int((lengths > t).sum()) for t in range(path.steps)], device="cpu")
 
 
 class Problem(NamedTuple):
@@ -265,8 +265,14 @@ REFUSED = {
     "hx": ({"hx": torch.ones(1, 8, 40)}, "8"),
     "weights": ({"weights": []}, "2 to 5 weights"),
     "w_ih": ({"input": torch.ones(3, 9, 6)}, r"expected w\w+ of shape"),
-    "sizes": ({"input": torch.ones(19, 5), "batch_sizes": torch.tensor([9, 10])}, "do not grow"),
-    "rows": ({"input": torch.ones(5, 5), "batch_sizes": torch.tensor([9, 1])}, "10 rows of input"),
+    "sizes": (
+        {"input": torch.ones(19, 5), "batch_sizes": torch.tensor([9, 10], device="cpu")},
+        "do not grow",
+    ),
+    "rows": (
+        {"input": torch.ones(5, 5), "batch_sizes": torch.tensor([9, 1], device="cpu")},
+        "10 rows of input",
+    ),
     "cx": ({"cx": None}, "expected cx of an lstm, and only of one"),
 }
 
