@@ -889,13 +889,21 @@ struct Device {
 double cost_of(const Cut& c, const Device& device, int64_t blocks, int item, int tiles) {
   const double pieces = c.pieces, columns = double(divide_up(c.rows, 8));
   const double read = c.rows * pieces * kPiece / (c.cluster ? 128 : 64);
-  const double products = c.tiles * pieces * columns * 2 * (item == 4 ? 3 : 1) * 8;
+  const double products = c.tiles * pieces * columns * (item == 4 ? 24 : 4);
   const double weights =
       c.tiles * std::max(0.0, pieces - kept_pieces(tiles) * c.split) * 1024 / 128;
   const double units = double(divide_up(int64_t(c.rows) * c.units, kThreads)) * 200;
   const double barrier = c.cluster ? 600 : 1500 + 4 * c.blocks;
   const double waves = double(divide_up(blocks, device.blocks));
   return waves * (read + products + weights + units + barrier);
+}
+
+// And by torch's product and a launch: the host's time, or the product's.
+double cost_of_steps(const Cut& c, const Device& device, int64_t batch, int64_t directions,
+                     int item) {
+  const double products = 2.0 * double(batch) * c.row_gates * c.depth_gates * c.hidden * c.hidden;
+  const double rate = double(device.blocks) * (item == 4 ? 180 : 1500);
+  return double(directions) * std::max(20000.0, products / rate);
 }
 
 bool lay_out(Cut& c, int item, int tiles, size_t limit) {
@@ -924,7 +932,8 @@ bool lay_out(Cut& c, int item, int tiles, size_t limit) {
   return at <= int64_t(limit);
 }
 
-// The cheapest cut, if the weights fit. row_gates, depth_gates: of the products' matrix.
+// The cheapest cut, if the weights fit and it beats a launch a step. row_gates, depth_gates: of the
+// products' matrix.
 std::optional<Cut> cut_of(int64_t hidden, int64_t batch, int64_t directions, int row_gates,
                           int depth_gates, int item, int tiles, const Device& device) {
   std::optional<Cut> best;
@@ -953,7 +962,7 @@ std::optional<Cut> cut_of(int64_t hidden, int64_t batch, int64_t directions, int
           continue;
         if (!lay_out(c, item, tiles, device.shared)) continue;
         const double cost = cost_of(c, device, blocks, item, tiles);
-        if (best && cost >= least) continue;
+        if (cost >= (best ? least : cost_of_steps(c, device, batch, directions, item))) continue;
         best = c;
         least = cost;
       }
