@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dlkernels import data
-from dlkernels.data import cifar10, diabetes, digits, mnist
+from dlkernels.data import cifar10, diabetes, digits, mnist, sine, text, vectors
 from dlkernels.models import NETWORKS
 
 SIZES = {"train": 7, "t10k": 5}
@@ -355,8 +355,94 @@ def test_a_recipes_data_is_what_its_loss_takes(network):
     loss = getattr(torch.nn, recipe.loss)(**recipe.loss_arguments)
     for x, y in (examples[1:3], examples[3:5]):
         assert len(x) == len(y) > 0
-        assert loss(NETWORKS[network](nn=torch.nn)(x), y).isfinite()
+        outputs = NETWORKS[network](nn=torch.nn)(x[:64])
+        outputs = outputs[0] if recipe.carries_state else outputs
+        assert loss(outputs, y[:64]).isfinite()
     assert all(moved.device.type == "meta" for moved in examples.to(torch.device("meta"))[1:])
+
+
+def test_the_sine():
+    x, y, test_x, test_y = sine.load(batches=40)
+    assert x.shape == y.shape == (40, 49, 1) and test_x.shape == test_y.shape == (9, 25, 1)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    starts = {0.0: 0, 1.0: 0, 2.0: 0}
+    for row in x[..., 0]:
+        (start,) = (t for t in starts if torch.allclose(row[0], torch.tensor(t).sin()))
+        starts[start] += 1
+        torch.testing.assert_close(row, torch.sin(start + torch.linspace(0, 10, 50))[:-1])
+    assert all(starts.values())
+    torch.testing.assert_close(test_y[0, :, 0], torch.sin(torch.linspace(0, 10, 50))[25:])
+
+
+def test_the_vectors_can_be_told_apart():
+    x, y, test_x, test_y = vectors.load()
+    assert x.shape == (2000, 10, 100) and test_x.shape == (500, 10, 100)
+    means = torch.stack([x[y == which].mean((0, 1)) for which in range(20)])
+    nearest = (test_x.mean(1)[:, None] - means).square().sum(2).argmin(1)
+    assert (nearest == test_y).float().mean() > 0.95
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+def test_the_documentation_as_texts():
+    x, y, test_x, test_y = text.load()
+    assert len(x) == 4 * len(test_x) > 500 and x.shape[1] <= 60
+    for inputs, targets in ((x, y), (test_x, test_y)):
+        assert targets.mean() == 0.5 and inputs.dtype == torch.int64
+        ends = (inputs == 0).long()
+        assert torch.equal(ends.cummax(1).values, ends), "a gap in a text"
+        assert (inputs[:, :8] > 0).all() and inputs.max() < 10_002
+    assert (test_x == 1).any() and not (x == 1).any()
+
+
+def reviews(folder, parts):
+    for part, texts in parts.items():
+        for at, words in enumerate(texts):
+            file = folder / part / f"{at}_7.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(words)
+    return folder
+
+
+def test_a_folder_of_reviews(tmp_path):
+    folder = reviews(
+        tmp_path,
+        {
+            "train/pos": ["Good, good!<br />It's GOOD"],
+            "train/neg": ["a bad one", "bad a"],
+            "test/pos": ["good ones"],
+            "test/neg": [""],
+        },
+    )
+    x, y, test_x, test_y = text.load(folder)
+    assert y.tolist() == [[1], [0], [0]] and test_y.tolist() == [[1], [0]]
+    # By frequency, then by alphabet: good, a, bad, it's, one.
+    assert x.tolist() == [[2, 2, 5, 2], [3, 4, 6, 0], [4, 3, 0, 0]]
+    assert test_x.tolist() == [[2, 1], [1, 0]]
+    assert text.load(folder, words=4, length=2)[0].tolist() == [[2, 2], [3, 1], [1, 3]]
+    examples = data.load_for(NETWORKS["sentiment_lstm"].recipe, folder)
+    assert examples.name == f"reviews of {folder}" and torch.equal(examples.train_inputs, x)
+
+
+def test_a_folder_without_reviews(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+        text.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"pos has no \*.txt"):
+        text.load(tmp_path)
+
+
+def test_vectors_of_words(tmp_path):
+    file, known = tmp_path / "glove.txt", {"good": 2, "bad": 3, "none": 4}
+    file.write_text("the 1 2\nbad 0.5 -1\ngood 3 4\n")
+    numbers, rows = text.vectors(file, known)
+    assert numbers.tolist() == [3, 2] and rows.tolist() == [[0.5, -1], [3, 4]]
+    file.write_text("bad 0.5 -1\ngood 3\n")
+    with pytest.raises(ValueError, match="line 2: 1 numbers for 'good'"):
+        text.vectors(file, known)
+    file.write_text("bad 0.5 x\n")
+    with pytest.raises(ValueError, match="line 1: 'bad 0.5 x' is no vector"):
+        text.vectors(file, known)
 
 
 def test_points():

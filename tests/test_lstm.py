@@ -1040,6 +1040,21 @@ def test_which_kernel_is_recorded():
         assert [(c.op, c.kernel) for c in choices] == [("lstm", wanted), ("gru_cell", wanted)]
 
 
+def test_a_small_cell_is_stocks():
+    """By its multiply-adds, of which fewer pay for a gradient."""
+    for batch, graded, wanted in (
+        (2, False, "stock"),
+        (2, True, "stock"),
+        (20, False, "stock"),
+        (20, True, dlkernels.config.owner("cpu")),
+        (400, False, dlkernels.config.owner("cpu")),
+    ):
+        cell = made(nn, "lstm", 64, 64, dtype=torch.float32, cell=True).requires_grad_(graded)
+        with dlkernels.config.recording() as choices:
+            cell(torch.randn(batch, 64))
+        assert [choice.kernel for choice in choices] == [wanted]
+
+
 def test_own_has_none_for_complex_numbers(own):
     cell = torch.randn(20, 4, dtype=torch.complex64), torch.randn(20, 5, dtype=torch.complex64)
     state = torch.zeros(2, 5, dtype=torch.complex64)

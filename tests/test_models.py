@@ -81,6 +81,21 @@ def four_blocks(channels, outlayer):
     return keys | layers(outlayer=outlayer)
 
 
+def recurrent(name, gates, *sizes, suffixes=("",)):
+    """The keys of a cell, or with suffixes of the layers and directions of a whole one."""
+    keys = {}
+    inputs, hidden = sizes
+    for at, suffix in enumerate(suffixes):
+        features = inputs if at < 2 else 2 * hidden
+        keys |= {
+            f"{name}.weight_ih{suffix}": (gates * hidden, features),
+            f"{name}.weight_hh{suffix}": (gates * hidden, hidden),
+            f"{name}.bias_ih{suffix}": (gates * hidden,),
+            f"{name}.bias_hh{suffix}": (gates * hidden,),
+        }
+    return keys
+
+
 # name: parameters, then each key and its shape.
 GOLDEN = {
     "diabetes_logistic": (9, layers(linear=(1, 8))),
@@ -138,6 +153,20 @@ GOLDEN = {
     "resnet18_cifar": (11_173_962, resnet18_cifar()),
     "resnet18_light": (9_553_674, four_blocks((64, 128, 256, 512, 512), (10, 512))),
     "resnet18_pokemon": (1_234_885, four_blocks((16, 32, 64, 128, 256), (5, 256 * 9))),
+    "sentiment_lstm": (
+        3_310_857,
+        {
+            "embedding.weight": (10_002, 100),
+            **recurrent("rnn", 4, 100, 256, suffixes=("_l0", "_l0_reverse", "_l1", "_l1_reverse")),
+            **layers(fc=(1, 512)),
+        },
+    ),
+    "sine_rnn": (321, {**recurrent("rnn", 1, 1, 16, suffixes=("_l0",)), **layers(linear=(1, 16))}),
+    "two_cell_lstm": (
+        20_000,
+        {**recurrent("cell1", 4, 100, 30), **recurrent("cell2", 4, 30, 20)},
+    ),
+    "two_cell_rnn": (5_000, {**recurrent("cell1", 1, 100, 30), **recurrent("cell2", 1, 30, 20)}),
 }
 
 # name: data, loss and its arguments, learning rate, momentum, batch, epochs of the documents; None
@@ -158,6 +187,10 @@ RECIPES = {
     "resnet18_cifar": ("cifar10", "CrossEntropyLoss", {}, 0.1, 0.9, 128, 200),
     "resnet18_light": ("cifar10", "CrossEntropyLoss", {}, 1e-3, None, 128, 1000),
     "resnet18_pokemon": ("folders", "CrossEntropyLoss", {}, 1e-3, None, 32, 10),
+    "sentiment_lstm": ("text", "BCEWithLogitsLoss", {}, 1e-3, None, 30, None),
+    "sine_rnn": ("sine", "MSELoss", {}, 0.01, None, 1, 1),
+    "two_cell_lstm": ("vectors", "CrossEntropyLoss", {}, None, None, None, None),
+    "two_cell_rnn": ("vectors", "CrossEntropyLoss", {}, None, None, None, None),
 }
 
 # name: optimiser, mean and std of its pixels; of the others SGD and MNIST's.
@@ -167,6 +200,10 @@ OTHERS = {
     "resnet18_cifar": ("SGD", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "resnet18_light": ("Adam", *IMAGENET),
     "resnet18_pokemon": ("Adam", *IMAGENET),
+}
+OTHERS |= {
+    name: ("Adam", 0.1307, 0.3081)
+    for name in ("sentiment_lstm", "sine_rnn", "two_cell_lstm", "two_cell_rnn")
 }
 RESNETS = [name for name in NETWORKS if name.startswith("resnet")]
 
@@ -178,7 +215,20 @@ def input_shape(recipe):
     """Of one example."""
     image = recipe.channels, recipe.image_size, recipe.image_size
     images = dict.fromkeys(("images", "cifar10", "folders"), image)
-    return {**images, "diabetes": (8,)}.get(recipe.data, (1,))
+    others = {"diabetes": (8,), "sine": (7, 1), "vectors": (5, 100), "text": (6,)}
+    return {**images, **others}.get(recipe.data, (1,))
+
+
+def inputs_of(recipe, batch):
+    """Random ones."""
+    if recipe.data == "text":
+        return torch.randint(1, 10_002, (batch, *input_shape(recipe)))
+    return torch.randn(batch, *input_shape(recipe))
+
+
+def outputs_of(model, x):
+    outputs = model(x)
+    return outputs[0] if model.recipe.carries_state else outputs
 
 
 def test_every_network_has_golden_values():
@@ -199,10 +249,13 @@ def test_parameters_and_keys(network, nn):
 @namespace
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_outputs_have_one_row_per_example(network, nn, batch):
+    if network == "sentiment_lstm" and not batch:
+        pytest.skip("torch packs no empty batch")
     cls = NETWORKS[network]
-    shape = input_shape(cls.recipe)
-    outputs = cls.recipe.classes if len(shape) == 3 else 1
-    assert cls(nn=nn).eval()(torch.randn(batch, *shape)).shape == (batch, outputs)
+    rest = {"vectors": (20,), "sine": (7, 1)}.get(cls.recipe.data)
+    rest = rest or (cls.recipe.classes if len(input_shape(cls.recipe)) == 3 else 1,)
+    outputs = outputs_of(cls(nn=nn).eval(), inputs_of(cls.recipe, batch))
+    assert outputs.shape == (batch, *rest)
 
 
 @namespace
@@ -360,7 +413,7 @@ def test_what_stands_behind_the_last_layer(network):
     """The documented activation on the outputs: a ReLU on logits is kept."""
     cls = NETWORKS[network]
     model = cls(nn=torch.nn).eval()
-    outputs = model(torch.randn(20, *input_shape(cls.recipe)))
+    outputs = outputs_of(model, inputs_of(cls.recipe, 20))
     if cls.recipe.loss == "BCELoss":
         assert (0 < outputs).all() and (outputs < 1).all()
     elif network == "mlp200":
@@ -391,7 +444,7 @@ def batches(examples, size, steps):
         yield examples.train_inputs[chosen], examples.train_targets[chosen]
 
 
-@pytest.mark.parametrize("network", sorted(set(NETWORKS) - set(RESNETS)))
+@pytest.mark.parametrize("network", sorted(set(NETWORKS) - set(RESNETS) - {"sentiment_lstm"}))
 def test_loss_curve_is_as_close_to_float64_as_stock(network, monkeypatch):
     """20 steps of stock, ours and a float64 twin from the same weights, on the same batches.
 
@@ -517,3 +570,87 @@ def test_a_line_through_the_origin(nn, monkeypatch):
     assert weights[0] == pytest.approx(1.0933333, abs=1e-6)
     assert weights[-1] == pytest.approx(1.9999444, abs=1e-6)
     assert model(examples.test_inputs).item() == pytest.approx(7.9997778, abs=2e-6)
+
+
+# ------------------------------------------------------------------------------ recurrent networks
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_sentiment_lstm_trains_as_stock(packed, monkeypatch):
+    """From the same weights with the same dropout, on texts of a few words that it can learn."""
+    monkeypatch.setattr(config, "kernels", "own")
+    examples = torch.randint(2, 50, (12, 7))
+    examples[::2, 5:] = 0
+    targets = (examples[:, :1] % 2).float()
+    losses = []
+    for nn in (torch.nn, dlkernels.nn):
+        torch.manual_seed(2)
+        model = NETWORKS["sentiment_lstm"](nn=nn, words=50, packed=packed)
+        model.embedding.weight.data.mul_(2)
+        optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+        losses.append([])
+        for step in range(12):
+            torch.manual_seed(step)
+            loss = nn.BCEWithLogitsLoss()(model(examples), targets)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    assert losses[1][-1] < 0.5 * losses[1][0]
+
+
+def test_sentiment_lstm_reads_up_to_the_end_of_a_text(monkeypatch):
+    monkeypatch.setattr(config, "kernels", "own")
+    model = NETWORKS["sentiment_lstm"](words=50).eval()
+    text = torch.randint(2, 50, (1, 5))
+    padded = torch.cat([text, torch.zeros(1, 4, dtype=torch.int64)], 1)
+    torch.testing.assert_close(model(padded), model(text))
+
+
+def test_sentiment_lstm_starts_from_vectors():
+    model = NETWORKS["sentiment_lstm"](words=50)
+    before, vectors = model.embedding.weight.detach().clone(), torch.randn(2, 100)
+    model.copy_vectors(torch.tensor([7, 3]), vectors)
+    assert torch.equal(model.embedding.weight[[7, 3]], vectors)
+    assert torch.equal(model.embedding.weight[8:], before[8:])
+
+
+@namespace
+def test_sine_rnn_starts_as_documented(nn):
+    model = NETWORKS["sine_rnn"](nn=nn)
+    weights = torch.cat([p.detach().flatten() for p in model.rnn.parameters()])
+    assert weights.std().item() == pytest.approx(0.001, rel=0.2)
+    assert model.linear.weight.abs().max() > 0.05
+
+
+def test_sine_rnn_predicts_along_the_sine(monkeypatch):
+    """On its own, point by point, for half a wave after 300 steps and the documents' recipe."""
+    monkeypatch.setattr(config, "kernels", "own")
+    recipe, examples = NETWORKS["sine_rnn"].recipe, data.load_for(NETWORKS["sine_rnn"].recipe)
+    side = train.twins("sine_rnn", 0, torch.device("cpu"))[1]
+    for at in range(300):
+        train.step(side, examples.train_inputs[at : at + 1], examples.train_targets[at : at + 1])
+    assert side.state.shape == (1, 1, 16) and not side.state.requires_grad
+    assert side.losses[-1] < 0.1 * side.losses[0]
+    targets = examples.test_targets[:, :5]
+    score = train.score(recipe.metric, side.model, examples.test_inputs, targets)
+    assert score.value < 0.05 < targets.square().mean()
+
+
+def test_a_prediction_is_fed_back():
+    model = NETWORKS["sine_rnn"](nn=torch.nn)
+    x = torch.randn(2, 4, 1)
+    first = model.predict(x, 1)
+    torch.testing.assert_close(
+        model.predict(x, 3)[:, 1:], model.predict(torch.cat([x, first], 1), 2)
+    )
+
+
+def test_gradients_are_scaled_down():
+    recipe = NETWORKS["two_cell_rnn"].recipe
+    side = train.twins("two_cell_rnn", 0, torch.device("cpu"))[1]
+    side.max_norm = 1e-3
+    train.step(side, inputs_of(recipe, 4), torch.arange(4))
+    norm = torch.cat([p.grad.flatten() for p in side.model.parameters()]).norm().item()
+    assert norm == pytest.approx(1e-3, rel=1e-3)

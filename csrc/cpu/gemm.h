@@ -169,6 +169,17 @@ void pack_columns(const Matrix<S>& b, int64_t p, int64_t depth, int64_t k, int64
     for (int64_t d = 0; d < depth; d += V::size) {  // a square of Vec::size through L1
       const int64_t at = (p + d) * terms, size = std::min(V::size, depth - d);
       T square[V::size * V::size];
+      if constexpr (std::is_same_v<S, T>)
+        if (n == V::size && size == V::size) {  // all of it is there: no need of the square
+          for (int64_t q = 0; q < V::size; q += kPiece<T>) {
+            V v[kPiece<T>];
+            for (int64_t r = 0; r < kPiece<T>; ++r)
+              v[r] = load_pieces(b.at(at + q, j + r), kPiece<T> * b.column_stride);
+            transpose_pieces(v);
+            for (int64_t r = 0; r < kPiece<T>; ++r) store(to + (d + q + r) * step, v[r]);
+          }
+          continue;
+        }
       for (int64_t l = 0; l < V::size; ++l)
         store(square + l * V::size, l < n ? W::along(b.at(at, j + l), size, k - at) : V(T(0)));
       for (int64_t q = 0; q < size; q += kPiece<T>) {

@@ -60,9 +60,16 @@ struct Weights {
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
+// n elements or a few more: an odd number of cache lines, so that rows so long do not all meet in
+// the same few places of a cache.
+template <typename S>
+int64_t odd_lines(int64_t n) {
+  return (parts(n * int64_t(sizeof(S)), 64) | 1) * 64 / int64_t(sizeof(S));
+}
+
 // -------------------------------------------------------------------------------------- operands
 
-// rows × units as multiply_pieces reads them.
+// rows × units as multiply_pieces reads them; an odd number of rows, as of odd_lines.
 template <typename S>
 struct Pieces {
   using T = accumulate_t<S>;
@@ -93,12 +100,20 @@ struct Pieces {
   // C[m × kColumns] (+)= rows [row, row + m) and units [unit, unit + k), a whole number of pieces
   // or the last, by the panel b.
   void multiply(int64_t row, int64_t m, int64_t unit, int64_t k, const T* b, bool add, T* c) const {
-    const int64_t words = gemm::words<S>(k), pieces = parts(words, V::size);
-    gemm::multiply_pieces<kPair, kWordsAtOnce>(reinterpret_cast<const T*>(at(row, unit)),
-                                               rows * V::size, pieces,
-                                               words - (pieces - 1) * V::size, b, m, add, c);
+    // As in gemm's own: a sum that is short as a whole costs little more in shorter pieces.
+    if (gemm::words<S>(k) > gemm::kFlush)
+      multiply_with<gemm::kFlush>(row, m, unit, k, b, add, c);
+    else
+      multiply_with<gemm::kFlush / 4>(row, m, unit, k, b, add, c);
   }
-  static constexpr int kWordsAtOnce = 64;
+  template <int words_at_once>
+  void multiply_with(int64_t row, int64_t m, int64_t unit, int64_t k, const T* b, bool add,
+                     T* c) const {
+    const int64_t words = gemm::words<S>(k), pieces = parts(words, V::size);
+    gemm::multiply_pieces<kPair, words_at_once>(reinterpret_cast<const T*>(at(row, unit)),
+                                                rows * V::size, pieces,
+                                                words - (pieces - 1) * V::size, b, m, add, c);
+  }
 };
 
 // How the rows of a weight, gates × units, make strips of a vector of columns, two a panel. A group
@@ -259,17 +274,19 @@ struct Forward {
   T* cells;
 
   const Groups<T> groups{s.mode, s.hidden};
+  // Of one step a group's weights are packed where they are used, and go.
+  const bool once = s.steps == 1 && s.inputs > 0;
   // Steps of a chunk.
   const int64_t chunk = std::clamp<int64_t>(256 / std::max<int64_t>(1, s.batch), 1, s.steps);
 
   // Scratch of one direction.
   struct Scratch {
     T *w_ih, *w_hh, *w_hr, *bias, *b_hn, *sums, *c;
-    Pieces<S> h[2], full;
+    Pieces<S> h[2], full, x;  // x: of the only step
   };
   // Of a thread.
   struct Own {
-    T *packed_a, *tile;
+    T *packed_a, *tile, *w_ih, *w_hh;  // the weights of a group
     const S** rows;
     int64_t* starts;
   };
@@ -286,16 +303,17 @@ struct Forward {
       return at;
     };
     const int64_t panels = groups.all_panels(), rows = s.batch;
-    to.w_ih = take(panels * depth_ih() * kColumns);
-    to.w_hh = take(panels * depth_hh() * kColumns);
+    to.w_ih = take(once ? 0 : panels * depth_ih() * kColumns);
+    to.w_hh = take(once ? 0 : panels * depth_hh() * kColumns);
     to.w_hr =
         take(s.projected ? parts(s.state, kColumns) * gemm::words<S>(s.hidden) * kColumns : 0);
     to.bias = take(panels * kColumns);
     to.b_hn = take(groups.count() * groups.units());
     to.sums = take(panels * chunk * rows * kColumns);
     to.c = take(s.mode == Mode::kLstm ? parts(s.hidden, kL) * rows * kL : 0);
-    for (auto& h : to.h) h = {take(Pieces<S>::size(s.state, rows)), rows};
-    to.full = {take(s.projected ? Pieces<S>::size(s.hidden, rows) : 0), rows};
+    for (auto& h : to.h) h = {take(Pieces<S>::size(s.state, rows | 1)), rows | 1};
+    to.full = {take(s.projected ? Pieces<S>::size(s.hidden, rows | 1) : 0), rows | 1};
+    to.x = {take(once ? Pieces<S>::size(s.inputs, rows | 1) : 0), rows | 1};
     return used;
   }
   int64_t lay_out(Own& to, T* from) const {
@@ -306,7 +324,9 @@ struct Forward {
       return at;
     };
     const auto words = [](int64_t n) { return parts(n * 8, int64_t(sizeof(T))); };
-    to.packed_a = take(gemm::kBlockRows * gemm::kPitch);
+    to.packed_a = take(once ? 0 : gemm::kBlockRows * gemm::kPitch);
+    to.w_ih = take(once ? groups.panels() * depth_ih() * kColumns : 0);
+    to.w_hh = take(once ? groups.panels() * depth_hh() * kColumns : 0);
     to.tile = take(kStepRows * kColumns);
     to.rows = reinterpret_cast<const S**>(take(words(chunk * s.batch)));
     to.starts = reinterpret_cast<int64_t*>(take(words(chunk)));
@@ -353,7 +373,7 @@ struct Forward {
     const Weights<S>& w = weights[size_t(d)];
     const int64_t strips = groups.panels() * gemm::kVectors;
     const Share mine(groups.count(), at.mine(), at.all);
-    for (int64_t p = mine.begin * groups.panels(); p < mine.end * groups.panels(); ++p) {
+    for (int64_t p = mine.begin * groups.panels(); !once && p < mine.end * groups.panels(); ++p) {
       pack_gates(w.ih, s.inputs, groups, p, to.w_ih + p * depth_ih() * kColumns);
       pack_gates(w.hh, s.state, groups, p, to.w_hh + p * depth_hh() * kColumns);
     }
@@ -374,23 +394,24 @@ struct Forward {
         pack_panel(gemm::Matrix<S>{w.hr, 1, s.hidden}, s.hidden, p * kColumns, s.state,
                    to.w_hr + p * size);
     }
-    const auto fill = [&](const Pieces<S>& pieces, const S* from, int64_t units) {
+    const auto fill = [&](const Pieces<S>& pieces, const S* from, int64_t stride, int64_t units) {
       const int64_t size = Pieces<S>::kUnits;
       const Share share(parts(units, size), at.part, at.parts);
       for (int64_t u = share.begin * size; u < share.end * size; u += size) {
-        pieces.clear(rows.begin, rows.end, u);
+        if (!from || units < u + size) pieces.clear(rows.begin, rows.end, u);
         if (!from) continue;
         for (int64_t r = rows.begin; r < rows.end; ++r)
           for (int64_t v = u; v < std::min(units, u + size); v += kL) {
             const int64_t lanes = std::min(kL, units - v);
-            pieces.put(r, v, load(from + r * units + v, lanes), lanes);
+            pieces.put(r, v, load(from + r * stride + v, lanes), lanes);
           }
       }
     };
     const S* const h0 = hx + d * s.batch * s.state;
-    fill(to.h[0], h0, s.state);
-    fill(to.h[1], h0, s.state);
-    if (s.projected) fill(to.full, nullptr, s.hidden);
+    fill(to.h[0], h0, s.state, s.state);
+    if (s.steps > 1) fill(to.h[1], h0, s.state, s.state);
+    if (once) fill(to.x, x, row_stride, s.inputs);
+    if (s.projected) fill(to.full, nullptr, 0, s.hidden);
     if (s.mode == Mode::kLstm) {
       const Share share(parts(s.hidden, kL), at.part, at.parts);
       for (int64_t v = share.begin; v < share.end; ++v)
@@ -545,14 +566,24 @@ struct Forward {
             const Scratch& to, const Own& own, T* sums, int64_t pitch, const Pieces<S>& from,
             const Pieces<S>& h) const {
     const int64_t panels = groups.panels(), depth = depth_hh();
-    for (int64_t g = mine.begin; g < mine.end; ++g)
+    for (int64_t g = mine.begin; g < mine.end; ++g) {
+      const T* const w_hh = once ? own.w_hh : to.w_hh + g * panels * depth * kColumns;
+      for (int64_t p = 0; once && p < panels; ++p) {
+        pack_gates(weights[size_t(d)].ih, s.inputs, groups, g * panels + p,
+                   own.w_ih + p * depth_ih() * kColumns);
+        pack_gates(weights[size_t(d)].hh, s.state, groups, g * panels + p,
+                   own.w_hh + p * depth * kColumns);
+      }
       for (int64_t r = 0; r < n; r += kStepRows) {
         const int64_t m = std::min(kStepRows, n - r);
         T* const first = sums + (g * panels * pitch + r) * kColumns;
         for (int64_t p = 0; p < panels; ++p) {
           const bool apart = s.mode == Mode::kGru && p == 2;
-          from.multiply(row0 + r, m, 0, s.state, to.w_hh + (g * panels + p) * depth * kColumns,
-                        !apart, apart ? own.tile : first + p * pitch * kColumns);
+          if (once)
+            to.x.multiply(row0 + r, m, 0, s.inputs, own.w_ih + p * depth_ih() * kColumns, false,
+                          first + p * pitch * kColumns);
+          from.multiply(row0 + r, m, 0, s.state, w_hh + p * depth * kColumns, !apart,
+                        apart ? own.tile : first + p * pitch * kColumns);
         }
         for (int64_t v = 0; v < groups.vectors(); ++v) {
           const int64_t unit = g * groups.units() + v * kL;
@@ -581,6 +612,7 @@ struct Forward {
           }
         }
       }
+    }
   }
 
   // h of rows [row0, row0 + n) from what is to be projected.
@@ -612,7 +644,10 @@ struct Forward {
     for (int64_t q0 = 0; q0 < s.steps; q0 += chunk) {
       const int64_t q1 = std::min(s.steps, q0 + chunk);
       const int64_t t0 = d == 0 ? q0 : s.steps - q1;
-      input_product(rows, mine, t0, t0 + q1 - q0, to, own, sums, pitch);
+      if (once)
+        own.starts[0] = 0;
+      else
+        input_product(rows, mine, t0, t0 + q1 - q0, to, own, sums, pitch);
       for (int64_t q = q0; q < q1; ++q) {
         const int64_t t = d == 0 ? q : s.steps - 1 - q;
         const int64_t n = std::max<int64_t>(0, std::min(rows.end, s.active(t)) - rows.begin);
@@ -624,7 +659,7 @@ struct Forward {
           team.wait(0, at.first(), at.parts, at.me);
           project(d, t, rows.begin, n, ends, at, to, own, h);
         }
-        team.wait(0, at.first(), at.parts, at.me);
+        if (q + 1 < s.steps) team.wait(0, at.first(), at.parts, at.me);
       }
     }
   }
@@ -657,6 +692,7 @@ struct Backward {
 
   const int64_t meets = s.mode == Mode::kGru ? 3 : s.gates();  // gates that meet W_hh
   const int64_t own = s.gates() * s.hidden, width = s.width() * s.hidden;
+  const int64_t pitch = odd_lines<S>(width);  // of grad_gates
   // Steps whose gradients are kept for one turn of the large products.
   const int64_t chunk = std::clamp<int64_t>(512 / std::max<int64_t>(1, s.batch), 1, s.steps);
 
@@ -666,8 +702,9 @@ struct Backward {
     Pieces<S> gates[2], state;
   };
   struct Own {
-    T *tile, *product;
+    T *tile, *product, *w_hh;  // w_hh: of one step a panel is packed where it is used, and goes
   };
+  bool once() const { return s.steps == 1; }
 
   int64_t lay_out(Scratch& to, T* from) const {
     int64_t used = 0;
@@ -676,7 +713,7 @@ struct Backward {
       used += Aligned<T>::padded(n) + 64 / int64_t(sizeof(T));
       return at;
     };
-    to.w_hh = take(parts(s.state, kColumns) * depth() * kColumns);
+    to.w_hh = take(once() ? 0 : parts(s.state, kColumns) * depth() * kColumns);
     to.w_hr =
         take(s.projected ? parts(s.hidden, kColumns) * gemm::words<S>(s.state) * kColumns : 0);
     to.w_ih = take(want_input ? gemm::Packed<S>::size(s.inputs, own) : 0);
@@ -685,12 +722,12 @@ struct Backward {
       return reinterpret_cast<S*>(
           take(parts(chunk * s.batch * columns * int64_t(sizeof(S)), int64_t(sizeof(T)))));
     };
-    to.grad_gates = rows_of(width);
+    to.grad_gates = rows_of(pitch);
     to.grad_state = rows_of(s.projected ? s.state : 0);
     to.full = rows_of(s.projected ? s.hidden : 0);
     for (auto& pieces : to.gates)
-      pieces = {take(meets * Pieces<S>::size(s.hidden, s.batch)), s.batch};
-    to.state = {take(s.projected ? Pieces<S>::size(s.state, s.batch) : 0), s.batch};
+      pieces = {take(meets * Pieces<S>::size(s.hidden, s.batch | 1)), s.batch | 1};
+    to.state = {take(s.projected ? Pieces<S>::size(s.state, s.batch | 1) : 0), s.batch | 1};
     return used;
   }
 
@@ -712,7 +749,8 @@ struct Backward {
         std::clamp<int64_t>(s.rows() * depth() * s.state * s.directions / gemm::kGrain, 1, threads);
     Scratch measure;
     const int64_t shared = lay_out(measure, nullptr);
-    const int64_t tile = kStepRows * kColumns, each = tile + Aligned<T>::padded(product_scratch());
+    const int64_t tile = kStepRows * kColumns, product = Aligned<T>::padded(product_scratch());
+    const int64_t each = tile + product + (once() ? depth() * kColumns : 0);
     const Aligned<T> memory(s.directions * shared + threads * each);
     Team::run(threads, [&](Team& team, int64_t me) {
       const Plan p = plan(team.size());
@@ -727,7 +765,7 @@ struct Backward {
       for (int64_t d = d0; d < d0 + at.directions; ++d) {
         Scratch scratch;
         lay_out(scratch, memory.get() + d * shared);
-        direction(team, at, d, scratch, {mine, mine + tile});
+        direction(team, at, d, scratch, {mine, mine + tile, mine + tile + product});
       }
     });
   }
@@ -751,11 +789,8 @@ struct Backward {
   void prepare(const Place& at, int64_t d, const Scratch& to, const Share& rows) const {
     const Weights<S>& w = weights[size_t(d)];
     const Share mine(parts(s.state, kColumns), at.mine(), at.all);
-    const int64_t words = gemm::words<S>(s.hidden);
-    for (int64_t p = mine.begin; p < mine.end; ++p)
-      for (int64_t g = 0; g < meets; ++g)
-        pack_panel(gemm::Matrix<S>{w.hh + g * s.hidden * s.state, s.state, 1}, s.hidden,
-                   p * kColumns, s.state, to.w_hh + (p * meets + g) * words * kColumns);
+    for (int64_t p = mine.begin; !once() && p < mine.end; ++p)
+      pack_hidden(w, p, to.w_hh + p * depth() * kColumns);
     if (s.projected) {
       const Share panels(parts(s.hidden, kColumns), at.mine(), at.all);
       for (int64_t p = panels.begin; p < panels.end; ++p)
@@ -796,6 +831,13 @@ struct Backward {
               from ? load(from + (d * s.batch + r) * s.hidden + v * kL,
                           std::min(kL, s.hidden - v * kL))
                    : V(T(0)));
+  }
+
+  // Panel p of W_hh.
+  void pack_hidden(const Weights<S>& w, int64_t p, T* to) const {
+    for (int64_t g = 0; g < meets; ++g)
+      pack_panel(gemm::Matrix<S>{w.hh + g * s.hidden * s.state, s.state, 1}, s.hidden, p * kColumns,
+                 s.state, to + g * gemm::words<S>(s.hidden) * kColumns);
   }
 
   // The row of W_ih that column i of the gradients of the gates meets.
@@ -894,7 +936,7 @@ struct Backward {
 
   void put_gate(const Cells& at, int64_t row, int64_t gate, int64_t piece, V value) const {
     const int64_t at_row = s.offset(at.t) + row - at.first;
-    store(at.to.grad_gates + (at_row * s.width() + gate) * s.hidden + at.unit, value, at.lanes);
+    store(at.to.grad_gates + at_row * pitch + gate * s.hidden + at.unit, value, at.lanes);
     if (piece >= 0) at.pieces.put(row, piece * gate_units() + at.unit, value, at.lanes);
   }
 
@@ -961,9 +1003,7 @@ struct Backward {
   }
 
   // The product of the gradients of the gates with one panel of W_hh.
-  void multiply(const Pieces<S>& pieces, int64_t row, int64_t m, int64_t panel, const Scratch& to,
-                T* sums) const {
-    const T* const b = to.w_hh + panel * depth() * kColumns;
+  void multiply(const Pieces<S>& pieces, int64_t row, int64_t m, const T* b, T* sums) const {
     if (whole()) return pieces.multiply(row, m, 0, meets * s.hidden, b, false, sums);
     for (int64_t g = 0; g < meets; ++g)
       pieces.multiply(row, m, g * gate_units(), s.hidden,
@@ -983,17 +1023,20 @@ struct Backward {
       const Pieces<S>&from = to.gates[q % 2], &pieces = to.gates[(q + 1) % 2];
       const int64_t begin = q / chunk * chunk, last = std::min(s.steps, begin + chunk);
       if (q < s.steps) first = s.offset(d == 0 ? s.steps - last : begin);
-      for (int64_t p = mine.begin; p < mine.end; ++p)
+      for (int64_t p = mine.begin; p < mine.end; ++p) {
+        const T* const w_hh = once() ? mem.w_hh : to.w_hh + p * depth() * kColumns;
+        if (once() && q == 1) pack_hidden(weights[size_t(d)], p, mem.w_hh);
         for (int64_t row = rows.begin; row < end; row += kStepRows) {
           const int64_t m = std::min(kStepRows, end - row);
           const int64_t n = std::clamp<int64_t>(later - row, 0, m);
           for (int64_t r = 0; r < n; r += gemm::kRows) {
             const int64_t height = std::min(gemm::kRows, n - r);
             if (!s.projected) prefetch(d, t, row + r, height, active, p * kColumns);
-            multiply(from, row + r, height, p, to, mem.tile + r * kColumns);
+            multiply(from, row + r, height, w_hh, mem.tile + r * kColumns);
           }
           finish(d, t, row, m, later, active, first, p, mem.tile, to, pieces);
         }
+      }
       if (s.projected) {
         team.wait(0, at.first(), at.parts, at.me);
         project(at, d, t, rows, later, active, first, to, pieces, mem.tile);
@@ -1004,8 +1047,8 @@ struct Backward {
         const int64_t after = d == 0 ? s.steps - begin : last;
         large_products(at, d, first, (after < s.steps ? s.offset(after) : s.rows()) - first,
                        begin == 0, to, mem.product);
-        team.wait(1, at.first_of_all, at.all, at.me);
-      } else {
+        if (last < s.steps) team.wait(1, at.first_of_all, at.all, at.me);
+      } else if (q < s.steps) {
         team.wait(0, at.first(), at.parts, at.me);
       }
     }
@@ -1016,7 +1059,7 @@ struct Backward {
   void large_products(const Place& at, int64_t d, int64_t first, int64_t n, bool fresh,
                       const Scratch& to, T* scratch) const {
     const Products& sums = products[size_t(d)];
-    const gemm::Matrix<S> z{to.grad_gates, width, 1};  // of a GRU n r z meet x
+    const gemm::Matrix<S> z{to.grad_gates, pitch, 1};  // of a GRU n r z meet x
     if (want_input) {
       const gemm::Packed<S> w(to.w_ih, s.inputs, own);
       const Share mine(parts(n, gemm::kRows), at.mine(), at.all);
@@ -1041,7 +1084,7 @@ struct Backward {
                 [&](int64_t i, int64_t j, int64_t lanes, V value) {
                   add(sums.w_ih + gate(i) * s.inputs + j, value, lanes);
                 });
-      gemm::run(gemm::Matrix<S>{to.grad_gates + s.hidden, 1, width}, hs, i0, i1, 0, s.state, n,
+      gemm::run(gemm::Matrix<S>{to.grad_gates + s.hidden, 1, pitch}, hs, i0, i1, 0, s.state, n,
                 scratch, [&](int64_t i, int64_t j, int64_t lanes, V value) {
                   add(sums.w_hh + i * s.state + j, value, lanes);
                 });

@@ -67,7 +67,8 @@ def vectors(file: Path, known: dict[str, int]) -> tuple[torch.Tensor, torch.Tens
     numbers, rows = [], []
     with open(file, encoding="utf-8") as lines:
         for at, line in enumerate(lines, 1):
-            word, *values = line.rstrip("\n").split(" ")
+            line = line.rstrip("\n")
+            word, *values = line.split(" ")
             if word not in known:
                 continue
             try:

@@ -56,6 +56,11 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _STOCK = {mode: getattr(torch._VF, mode) for mode in GATES}
 _STOCK_CELL = {mode: getattr(torch._VF, f"{mode}_cell") for mode in GATES}
 
+# Below this many multiply-adds of a cell stock is done before our way through Python, without and
+# with a gradient (benchmarks: "what calling costs"). Whole sequences are ours: stock's own overhead
+# is by the step.
+_SMALL = {False: 2**20, True: 2**18}
+
 # ------------------------------------------------------------------------------------------ schemas
 
 _STEPS = "Tensor input, Tensor? batch_sizes, Tensor hx"
@@ -762,6 +767,18 @@ rnn_relu = _without_cell(
 )
 
 
+def _is_small(input, hx, cx, w_ih, w_hh, b_ih, b_hh):
+    """Whether stock would be done before our way through Python. A traced size is not asked."""
+    if config.forced() != "auto" or torch.compiler.is_compiling():
+        return False
+    if not (isinstance(input, Tensor) and isinstance(w_hh, Tensor) and isinstance(w_ih, Tensor)):
+        return False
+    if not input.is_cpu or input.dim() != 2:
+        return False
+    work = input.shape[0] * (w_ih.numel() + w_hh.numel())
+    return work < _SMALL[False] and work < _SMALL[needs_gradient(input, w_ih, w_hh)]
+
+
 def _misfit_of_cell(mode, input, hx, cx, w_ih, w_hh, b_ih, b_hh):
     """What of the shapes torch refuses, or broadcasts."""
     if input.dim() != 2 or hx.dim() != 2 or w_ih.dim() != 2:
@@ -790,6 +807,10 @@ def _cell(mode, input, hx, cx, *weights):
         config.record(f"{mode}_cell", "reference", "stock has no batching rule")
         states = cell_reference(*tensors, mode=mode)
         return states if mode == "lstm" else states[0]
+    if _is_small(*tensors):
+        if config.is_recording():
+            config.record(f"{mode}_cell", "stock", "too small for our call overhead")
+        return stocks()
     reason = _torchs()
     if reason is None:
         if isinstance(input, Tensor) and isinstance(hx, Tensor):
