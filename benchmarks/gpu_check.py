@@ -42,6 +42,8 @@ TESTS = [
         "cross_entropy_paths",
         "batch_norm_cuda",
         "batch_norm_paths",
+        "lstm_cuda",
+        "lstm_paths",
     )
 ]
 WORKERS = 6  # of pytest-xdist

@@ -46,6 +46,9 @@ NARROW = {
     r"(sums|apply)_kernel<\(Walk\)1, .*>": ("LDG STG", "channels that are no whole vectors"),
     r"convolve_kernel<.*>": ("LDG", "rows with their border begin anywhere; channels are few"),
     r"weight_gradient_kernel<.*>": ("LDG STG", "as convolve; writes a row of a kernel a thread"),
+    r"step_(forward|backward)_kernel<.*>": ("LDG STG", "a unit a thread: a few kilobytes a launch"),
+    r"before_kernel<.*>": ("LDG STG", "rows of any alignment, once a backward"),
+    r"(unprojected|sum)_kernel<.*>": ("LDG STG", "of projections and cells: as the steps"),
     r"add_pieces_kernel<.*>": ("LDG STG", "a number a thread, 128 bytes a warp"),
 }
 

@@ -73,7 +73,24 @@ def test_batch_norm(seed, part, library, tmp_path):
     run("90", seed, library, tmp_path, [LOADED, "test_batch_norm_paths.py"], part)
 
 
-def run(capability, seed, library, tmp_path, files, part=None):
+# The whole loop in one launch by clusters, by a grid's own barrier on a GPU that holds little, and
+# step by step where nothing fits.
+LSTM = {
+    "clusters": ("90", "1", {}, None),
+    "grid": ("80", "2", {"MULTIPROCESSORS": "16", "SHARED": "12"}, "not float64 and not project"),
+    "steps": ("80", "3", {"MULTIPROCESSORS": "0"}, "is_loaded or float32 or bfloat16"),
+}
+
+
+@pytest.mark.parametrize("form", LSTM)
+def test_lstm(form, library, tmp_path):
+    capability, seed, device, part = LSTM[form]
+    device = {f"DLKERNELS_EMULATED_{name}": value for name, value in device.items()}
+    files = [LOADED, "test_lstm_paths.py"]
+    run(capability, seed, library, tmp_path, files, part, device)
+
+
+def run(capability, seed, library, tmp_path, files, part=None, device=None):
     """Runs the tests in a copy of the package whose one library is the emulator's."""
     shutil.copy(library, copy_package(tmp_path, "plain"))
     if part:
@@ -86,6 +103,7 @@ def run(capability, seed, library, tmp_path, files, part=None):
         cwd=tmp_path,
         env={
             **os.environ,
+            **(device or {}),
             "DLKERNELS_EMULATED_CC": capability,
             "DLKERNELS_EMULATED_SEED": seed,
             "OMP_NUM_THREADS": "1",  # torch's own: the fibers are one thread

@@ -50,6 +50,7 @@ bool has_clusters(void (*)(Params...)) {
   return compute_capability() >= 90;
 }
 inline size_t shared_limit() { return emulated::shared_limit(); }
+inline int multiprocessors() { return emulated::multiprocessors(); }
 #else
 inline void check_cuda(cudaError_t error, const std::string& what) {
   DLK_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
@@ -91,6 +92,8 @@ bool has_clusters(void (*kernel)(Params...)) {
 inline size_t shared_limit() {
   return size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
+
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 inline cudaStream_t current_stream() {
   int device;

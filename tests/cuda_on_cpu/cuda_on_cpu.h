@@ -99,7 +99,8 @@ void launch(const Launch& launch, const Body& body) {
   run(launch, &body, sizeof(Body), [](const void* b) { (*static_cast<const Body*>(b))(); });
 }
 
-// The device: DLKERNELS_EMULATED_CC=80 is one without clusters.
+// The device: DLKERNELS_EMULATED_CC=80 is one without clusters; _MULTIPROCESSORS and _SHARED (KB a
+// block) make one on which work is cut otherwise.
 int compute_capability();
 int multiprocessors();
 size_t shared_limit();  // bytes a block

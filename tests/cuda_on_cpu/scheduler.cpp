@@ -526,12 +526,17 @@ void run(const Launch& launch, const void* body, size_t bytes, void (*call)(cons
 
 // ----------------------------------------------------------------------------- device and geometry
 
-int compute_capability() {
-  const char* wanted = getenv("DLKERNELS_EMULATED_CC");
-  return wanted && *wanted ? atoi(wanted) : 90;
+static int from_environment(const char* name, int otherwise) {
+  const char* wanted = getenv(name);
+  return wanted && *wanted ? atoi(wanted) : otherwise;
 }
-int multiprocessors() { return 4; }
-size_t shared_limit() { return (compute_capability() >= 90 ? 227 : 163) << 10; }
+
+int compute_capability() { return from_environment("DLKERNELS_EMULATED_CC", 90); }
+int multiprocessors() { return from_environment("DLKERNELS_EMULATED_MULTIPROCESSORS", 4); }
+size_t shared_limit() {
+  const int kilobytes = compute_capability() >= 90 ? 227 : 163;
+  return size_t(from_environment("DLKERNELS_EMULATED_SHARED", kilobytes)) << 10;
+}
 
 uint3 thread_index() { return self().index; }
 uint3 block_index() { return self().block->index; }
