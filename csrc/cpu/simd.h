@@ -12,7 +12,8 @@
 //   load_pieces      16 bytes from each of the places p, p + stride, …; store_pieces is its inverse
 //   transpose_pieces the small square matrices that the same piece of several vectors makes
 //   bits_of, mask_of a comparison's result as a bit for each lane, and its inverse
-//   exp, log, tanh   ≤ 2 ulp (tests/test_simd.py), algorithms of Cephes (Moshier, 1992)
+//   exp, log, tanh   ≤ 2 ulp (tests/test_simd.py), algorithms of Cephes (Moshier, 1992); exp and
+//                    tanh of an array take its vectors side by side
 // max(a, b) and min(a, b) are a > b ? a : b and a < b ? a : b: where either is NaN they return b.
 // exceeds(a, b), for a running maximum b, is a > b or a is NaN: the last NaN stays.
 #pragma once
