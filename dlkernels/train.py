@@ -45,7 +45,7 @@ class Side:
     optimisers: dict[str, torch.optim.Optimizer]  # of each turn of a step; "" of the only one
     schedules: list[torch.optim.lr_scheduler.LRScheduler]  # stepped at the end of an epoch
     clip: float | None = None
-    carried: Carried = field(default_factory=Carried)
+    carried: Carried | None = None
     losses: list[float] = field(default_factory=list)
     forward_ms: list[float] = field(default_factory=list)
     forward_backward_ms: list[float] = field(default_factory=list)
@@ -118,7 +118,8 @@ def _side(name: str, network: str, nn: ModuleType, device: torch.device) -> Side
         for optimiser in optimisers.values()
     ]
     loss = getattr(nn, recipe.loss)(**recipe.loss_arguments)
-    return Side(name, model, loss, optimisers, schedules, recipe.clip)
+    carried = Carried() if recipe.carries_state else None
+    return Side(name, model, loss, optimisers, schedules, recipe.clip, carried)
 
 
 def optimisers_of(
@@ -144,7 +145,7 @@ def objective(
     turn: str,
     inputs: torch.Tensor,
     targets: torch.Tensor,
-    carried: Carried,
+    carried: Carried | None = None,
     amp: torch.dtype | None = None,
 ) -> torch.Tensor:
     """What a turn of a training step makes smaller: the network's own ``objective``, or ``loss`` of
@@ -160,9 +161,9 @@ def objective(
     return loss(outputs, targets)
 
 
-def _forward(model: torch.nn.Module, inputs: torch.Tensor, carried: Carried) -> torch.Tensor:
+def _forward(model: torch.nn.Module, inputs: torch.Tensor, carried: Carried | None) -> torch.Tensor:
     """The outputs of a training step; a network's state is kept for the next one, detached."""
-    if not model.recipe.carries_state:
+    if carried is None:
         return model(inputs)
     state = carried.state
     if state is not None and state.shape[1] != len(inputs):  # a last, smaller batch
@@ -314,7 +315,9 @@ def peak_memory(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> int:
 
     def run() -> None:
         for turn in side.optimisers:
-            objective(model, side.loss, turn, inputs, targets, Carried()).backward()
+            objective(
+                model, side.loss, turn, inputs, targets, side.carried and Carried()
+            ).backward()
 
     run()
     model.zero_grad(set_to_none=True)
@@ -351,7 +354,7 @@ def kernels_used(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> lis
     ``dlkernels.explain``; what the network's own forward calls is "(model)". Runs on a copy."""
     model, loss = copy.deepcopy(side.model).train(), copy.deepcopy(side.loss)
     layers = [*explain(model, inputs)]
-    outputs = _forward(model, inputs, Carried())
+    outputs = _forward(model, inputs, side.carried and Carried())
     layers += (row._replace(name="loss") for row in explain(loss, outputs, targets))
     return [
         Layer(row.name or "(model)", row.cls.rpartition(".")[2], row.kernel, row.reason)

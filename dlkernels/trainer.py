@@ -220,7 +220,7 @@ class _Objective(torch.nn.Module):
         self,
         model: torch.nn.Module,
         loss: torch.nn.Module,
-        carried: Carried,
+        carried: Carried | None,
         amp: torch.dtype | None,
     ) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class Run:
         schedules = (schedule_of(settings.schedule, o) for o in self.optimisers.values())
         self.schedules = [schedule for schedule in schedules if schedule is not None]
         self.state = State()
-        self.carried = Carried()
+        self.carried = Carried() if self.recipe.carries_state else None
         objective = _Objective(self.model, self.loss, self.carried, self.amp)
         self.objective: torch.nn.Module = objective
         self.data = fingerprint(examples)
@@ -313,7 +313,7 @@ class Run:
                 "optimisers": {k: o.state_dict() for k, o in self.optimisers.items()},
                 "schedules": [schedule.state_dict() for schedule in self.schedules],
                 "scaler": self.scaler.state_dict(),
-                "carried": self.carried.state,
+                "carried": self.carried and self.carried.state,
             },
         )
 
@@ -328,8 +328,8 @@ class Run:
             for schedule, state in zip(self.schedules, checkpoint["schedules"], strict=True):
                 schedule.load_state_dict(state)
             self.scaler.load_state_dict(checkpoint["scaler"])
-            carried = checkpoint["carried"]
-            self.carried.state = None if carried is None else carried.to(self.device)
+            if self.carried and checkpoint["carried"] is not None:
+                self.carried.state = checkpoint["carried"].to(self.device)
             self.state = State(**checkpoint["state"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.out / 'last.pt'}: not a whole checkpoint: {error}") from None

@@ -31,7 +31,7 @@ TESTS = (
     "(test_index_targets and mean) or test_a_second_backward or same_bits or is_loaded"
     " or (test_shapes and not (conv2d and (no_bias or float16))"
     " and not (batch_norm and (float16 or pieces))) or test_layouts"
-    " or test_activations"
+    " or test_activations or test_packed"
     " or (test_linear_index_targets and mean and not no_bias) or test_linear_softcap"
     " or (test_transposed_shapes and not float16) or test_transposition_of"
     " or test_the_gradient_of_a_bias or test_running_statistics_are or test_statistics)"
@@ -112,6 +112,7 @@ def test_ops(name, tmp_path):
         "cross_entropy",
         "linear",
         "linear_cross_entropy",
+        "lstm",
         "residual_block",
     )
     files = ["tests/test_is_loaded.py", *(f"tests/test_{op}.py" for op in ops)]

@@ -46,9 +46,11 @@ PARTS = {
     "test_four_threads": "not residual_block",
     # Of linear and conv2d: every shape in each arithmetic, every layout of memory.
     "test_shapes": (
-        "no_bias or (max_pool2d and float32) or (batch_norm and not (float16 or pieces))"
+        "no_bias or ((max_pool2d or lstm) and float32) or (batch_norm and not (float16 or pieces))"
     ),
     "test_layouts": "not residual_block",
+    # Of lstm.
+    "test_packed": "float32",
     # Of batch_norm.
     "test_some_of_the_parameters": "",
     "test_the_steps_between": "relu",
@@ -197,6 +199,7 @@ def run_suite(folder: Path, selection: str) -> subprocess.CompletedProcess:
         "cross_entropy",
         "linear",
         "linear_cross_entropy",
+        "lstm",
         "residual_block",
     )
     command += [*(f"tests/test_{op}.py" for op in ops), "-k", selection]
