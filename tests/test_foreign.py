@@ -371,12 +371,24 @@ for when in ("before", "after"):
     for parameter, wanted in zip(model.parameters(), whole):
         torch.testing.assert_close(parameter.grad, wanted)
     print("equal", when)
+
+from torch.distributed.fsdp import fully_shard
+torch.manual_seed(0)
+model = dlkernels.swap(Net().double().eval())
+for part in (model.one, model.two, model):
+    fully_shard(part)
+with dlkernels.config.recording() as choices:
+    model(x[rank::size]).square().mean().backward()
+assert [choice.op for choice in choices].count("residual_block") == 2
+for parameter, wanted in zip(model.parameters(), whole):
+    torch.testing.assert_close(parameter.grad.full_tensor(), wanted)
+print("equal", "sharded")
 dist.destroy_process_group()
 """
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_blocks_before_and_after_ddp_with_two_processes(tmp_path):
+def test_blocks_before_and_after_ddp_and_before_fsdp_with_two_processes(tmp_path):
     file = str(tmp_path / "rendezvous")
     processes = [
         subprocess.Popen(
@@ -392,7 +404,7 @@ def test_blocks_before_and_after_ddp_with_two_processes(tmp_path):
         for process in processes:
             output, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors
-            assert output.split() == ["equal", "before", "equal", "after"]
+            assert output.split()[1::2] == ["before", "after", "sharded"]
     finally:
         for process in processes:
             process.kill()
