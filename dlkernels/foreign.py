@@ -96,13 +96,14 @@ def _wrong(block: torch.nn.Module, names: tuple[str, ...], allowed: tuple[type, 
 
 def _numbered(block: torch.nn.Module) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
     return [
-        (getattr(block, f"conv{i}"), getattr(block, f"bn{i}"))
+        (getattr(block, f"conv{i}"), getattr(block, f"bn{i}", None))
         for i in (1, 2, 3)
         if hasattr(block, f"conv{i}")
     ]
 
 
-def _around(downsample: torch.nn.Module | None) -> tuple | str | None:
+def _around(block: torch.nn.Module) -> tuple | str | None:
+    downsample = getattr(block, "downsample", None)
     if downsample is None:
         return None
     if type(downsample) not in (nn.Sequential, torch.nn.Sequential):
@@ -121,7 +122,7 @@ class TorchvisionBlock(nn.Fused):
         known, relus = TorchvisionBlock._known, ("relu",)
         if reason := _strangers(self, known) or _wrong(self, relus, (torch.nn.ReLU,)):
             return reason
-        shortcut = _around(self.downsample)
+        shortcut = _around(self)
         return shortcut if isinstance(shortcut, str) else Parts(_numbered(self), shortcut)
 
 
@@ -141,7 +142,7 @@ class TimmBlock(nn.Fused):
             or _wrong(self, acts, (torch.nn.ReLU,))
         ):
             return reason
-        shortcut = _around(self.downsample)
+        shortcut = _around(self)
         return shortcut if isinstance(shortcut, str) else Parts(layers, shortcut)
 
 
@@ -182,8 +183,10 @@ class ConvLayer(nn.Composite):
 
     def misfit(self) -> str | None:
         """Why they are two, of the module as it is; it may be stock."""
-        return _wrong(self, ("normalization",), (torch.nn.BatchNorm2d, nn.BatchNorm2d)) or _wrong(
-            self, ("activation",), (torch.nn.ReLU, torch.nn.Identity)
+        return (
+            _strangers(self, ("convolution", "normalization", "activation"))
+            or _wrong(self, ("normalization",), (torch.nn.BatchNorm2d, nn.BatchNorm2d))
+            or _wrong(self, ("activation",), (torch.nn.ReLU, torch.nn.Identity))
         )
 
     def chains(self) -> list[list[torch.nn.Module]]:
@@ -206,6 +209,11 @@ class ConvLayer(nn.Composite):
 
 class Conv1D:
     """``Conv1D`` of transformers, a linear layer whose weight is (in, out)."""
+
+    def misfit(self) -> str | None:
+        """Why it is another layer than that, of the module as it is; it may be stock."""
+        shapes = {name: parameter.dim() for name, parameter in self.named_parameters()}
+        return None if shapes == {"weight": 2, "bias": 1} else f"parameters {', '.join(shapes)}"
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., nf) of (..., nx)."""
@@ -236,7 +244,7 @@ KNOWN = {
     _TRANSFORMERS + "ResNetBasicLayer": _block(ResNetLayer),
     _TRANSFORMERS + "ResNetBottleNeckLayer": _block(ResNetLayer),
     _TRANSFORMERS + "ResNetConvLayer": Known("batch_norm", ConvLayer, ConvLayer.misfit, (5.0, 5.0)),
-    "transformers.pytorch_utils.Conv1D": Known("linear", Conv1D),
+    "transformers.pytorch_utils.Conv1D": Known("linear", Conv1D, Conv1D.misfit),
 }
 
 

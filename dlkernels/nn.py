@@ -690,6 +690,8 @@ def misfit(parts: Parts | str) -> str | None:
     """Why a block of these parts is none for ``functional.residual_block``, in whatever mode."""
     if isinstance(parts, str):
         return parts
+    if not parts.layers:
+        return "no convolution"
     for conv, norm in parts.pairs:
         if type(conv) not in (Conv2d, torch.nn.Conv2d):
             return f"a {type(conv).__name__} for a Conv2d"

@@ -167,6 +167,18 @@ def test_what_does_not_fit_is_swapped_in_parts_and_the_report_says_why(own, case
     assert_alike(evaluate(ours, x), evaluate(stock, x))
 
 
+@pytest.mark.parametrize("name", ["bn1", "conv1", "downsample"])
+def test_a_class_of_the_path_with_other_modules_is_left(name):
+    for cls in ("torchvision-BasicBlock", "timm-Bottleneck"):
+        module, _ = drawn(cls, projects=True)
+        delattr(module, name)
+        if name == "conv1":
+            del module.conv2, module.bn2
+            module.conv3 = None
+        kept = type(swap(module)) is BLOCKS[cls]
+        assert kept == (name != "downsample") and bool(line_of(module).reason) == kept
+
+
 def test_a_stride_without_a_projection_broadcasts_in_parts():
     module, _ = drawn("torchvision-BasicBlock", stride=2)
     assert "broadcasts" in line_of(swap(module)).reason
@@ -371,12 +383,24 @@ for when in ("before", "after"):
     for parameter, wanted in zip(model.parameters(), whole):
         torch.testing.assert_close(parameter.grad, wanted)
     print("equal", when)
+
+from torch.distributed.fsdp import fully_shard
+torch.manual_seed(0)
+model = dlkernels.swap(Net().double().eval())
+for part in (model.one, model.two, model):
+    fully_shard(part)
+with dlkernels.config.recording() as choices:
+    model(x[rank::size]).square().mean().backward()
+assert [choice.op for choice in choices].count("residual_block") == 2
+for parameter, wanted in zip(model.parameters(), whole):
+    torch.testing.assert_close(parameter.grad.full_tensor(), wanted)
+print("equal", "sharded")
 dist.destroy_process_group()
 """
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_blocks_before_and_after_ddp_with_two_processes(tmp_path):
+def test_blocks_before_and_after_ddp_and_before_fsdp_with_two_processes(tmp_path):
     file = str(tmp_path / "rendezvous")
     processes = [
         subprocess.Popen(
@@ -392,7 +416,7 @@ def test_blocks_before_and_after_ddp_with_two_processes(tmp_path):
         for process in processes:
             output, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors
-            assert output.split() == ["equal", "before", "equal", "after"]
+            assert output.split()[1::2] == ["before", "after", "sharded"]
     finally:
         for process in processes:
             process.kill()
@@ -521,6 +545,8 @@ def test_conv1d_is_a_linear_layer(own):
     assert type(pickle.loads(pickle.dumps(ours))) is type(ours)
     assert type(unswap(ours)) is foreign.Conv1D
     verify(swap(foreign.Conv1D(24, 16)), torch.randn(6, 16), strict=True)
+    stock.extra = nn.Parameter(torch.ones(3))
+    assert line_of(swap(stock)).reason == "parameters weight, bias, extra"
 
 
 class Language(foreign.PreTrainedModel):
