@@ -312,6 +312,8 @@ def train_one(
                 run.fit(on_step=lambda step, loss: advance(name, loss))
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f": --resume goes on from {last}") from None
+            except OSError as error:  # last.pt is still the one before
+                raise RequestError(f"dlkernels train: {error}") from error
         with refusals("train"):
             score, loss = run.test()
     if is_first():

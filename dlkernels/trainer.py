@@ -167,7 +167,6 @@ class Epoch(NamedTuple):
     validation_loss: float
     score: Score
     lr: float
-    best: bool
 
 
 def split(examples: Examples, settings: Settings) -> Split:
@@ -338,9 +337,7 @@ class Run:
 
     def fit(
         self,
-        *,
         on_step: Callable[[int, float], None] = lambda step, loss: None,
-        on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     ) -> None:
         """Trains until all epochs are done, or the patience is.
 
@@ -360,7 +357,7 @@ class Run:
                         raise KeyboardInterrupt
                     if self.save_every and self.state.step % self.save_every == 0 and not last:
                         self.save()
-                on_epoch(self._end_of_epoch())
+                self._end_of_epoch()
                 if self._any(interrupted):
                     raise KeyboardInterrupt
 
@@ -440,7 +437,7 @@ class Run:
             loss = loss / self.settings.processes
         return loss.item()
 
-    def _end_of_epoch(self) -> Epoch:
+    def _end_of_epoch(self) -> None:
         state = self.state
         lr = next(iter(self.optimisers.values())).param_groups[0]["lr"]
         score, loss = self.evaluate(self.split.validation_inputs, self.split.validation_targets)
@@ -456,7 +453,7 @@ class Run:
         best = not state.best or rank > state.best
         if best:
             state.best, state.best_epoch = rank, state.epoch
-        done = Epoch(state.epoch, state.loss / state.seen, loss, score, lr, best)
+        done = Epoch(state.epoch, state.loss / state.seen, loss, score, lr)
         state.batch = state.seen = 0
         state.loss = 0.0
         if self.rank == 0:
@@ -472,7 +469,6 @@ class Run:
                     },
                 )
             self.save()
-        return done
 
     def _tell(self, done: Epoch) -> None:
         row = {"epoch": done.epoch, "train_loss": done.train_loss}
