@@ -57,6 +57,16 @@ SHOWN = {
         "512x1024x128256 forward",
         "512x1024x128256 bfloat16",
     ),
+    "lstm": (
+        "100x32x100x256",
+        "200x64x128x128",
+        "50x1x1x16",
+        "100x32x100x256 2 layers bidirectional",
+        "100x32x100x256 GRU",
+        "100x32x100x256 packed",
+        "64x128x128 LSTMCell forward",
+        "100x32x100x256 LSTMCell loop",
+    ),
     "residual_block": (
         "64x64x32x32 64-64",
         "64x64x32x32 64-64 forward",
@@ -143,11 +153,11 @@ def table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def section(path: Path, rows: Rows) -> str:
-    """The table of rows of a results file, with the machine and the commands that it comes from."""
+def section(rows: Rows, commands: bool) -> str:
+    """The table of rows of a results file, with the machine that they are of; and the commands."""
     ours = [providers["auto"] for providers in rows.values() if "auto" in providers]
     runs = dict.fromkeys((one["command"], one["date"][:10], one["commit"]) for one in ours)
-    commands = [
+    made = [
         f"`{command}` ({date}{f', commit {commit}' if commit else ''})"
         for command, date, commit in runs
     ]
@@ -155,8 +165,9 @@ def section(path: Path, rows: Rows) -> str:
         [
             table(rows),
             f"Ours is what a user gets (`auto`); `own` never goes to stock. Stock in its best"
-            f" layout; medians; peak memory as a part of stock's. {'; '.join(commands)}. "
-            f"{machine.line(ours[-1]['machine'])}.",
+            f" layout; medians; peak memory as a part of stock's."
+            f" {machine.line(ours[-1]['machine'])}.",
+            *([f"Measured by {'; '.join(made)}."] if commands else []),
         ]
     )
 
@@ -271,8 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in files:
             rows, picture = newest(records.read(path)), path.with_suffix(".png")
             link = f"![{path.stem}]({os.path.relpath(picture, options.readme.parent)})"
-            parts.append(f"{section(path, shown(rows))}\n\n{link}")
-            every.append((path.stem, section(path, rows)))
+            parts.append(f"{section(shown(rows), commands=False)}\n\n{link}")
+            every.append((path.stem, section(rows, commands=True)))
             draw(path, picture)
         write(options.readme, "\n\n".join(parts))
         write_all(options.readme.parent / ALL, every)
