@@ -27,7 +27,7 @@ import dlkernels
 # Every shape in every dtype (conv2d's arithmetic of float16 is that of bfloat16), second
 # derivatives, several threads.
 TESTS = (
-    "not residual_block and ("
+    "not residual_block and not (lstm and (float64 or (float16 and not bfloat16))) and ("
     "(test_index_targets and mean) or test_a_second_backward or same_bits or is_loaded"
     " or (test_shapes and not (conv2d and (no_bias or float16))"
     " and not (batch_norm and (float16 or pieces))) or test_layouts"
