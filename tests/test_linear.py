@@ -794,11 +794,14 @@ def test_choice():
 
 
 def test_explain(own):
-    model = dlkernels.swap(torch.nn.Sequential(torch.nn.Linear(50, 30), torch.nn.ReLU()))
-    (layer, relu) = dlkernels.explain(model, torch.randn(8, 50))
+    model = dlkernels.swap(torch.nn.Sequential(torch.nn.Linear(50, 30), torch.nn.GELU()))
+    layer, gelu = dlkernels.explain(model, torch.randn(8, 50))
     ours = dlkernels.config.owner("cpu")
     assert layer == ("0", "dlkernels.nn.Linear", ours, "covered")
-    assert relu.kernel == "stock"
+    assert gelu.kernel == "stock"
+    model = dlkernels.swap(torch.nn.Sequential(torch.nn.Linear(50, 30), torch.nn.ReLU()))
+    kernels = [row.kernel for row in dlkernels.explain(model, torch.randn(8, 50))]
+    assert kernels == [ours, "fused", "fused"]
 
 
 # ------------------------------------------------------------------------------------- on a GPU
