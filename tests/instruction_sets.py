@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILT = json.loads((Path(dlkernels.__file__).parent / "lib" / "build.json").read_text())["cpu"]
 EMULATION = Path(__file__).with_name("avx512_on_avx2.h")
 EMULATED = ("avx512_emulated", "avx512bf16_emulated")
+OPS = sorted(path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))  # each has its tests
 NAMES = ["plain", "avx2", "avx512", "avx512bf16", *EMULATED]
 
 

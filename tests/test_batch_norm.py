@@ -2,10 +2,8 @@
 
 import copy
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 
+import processes
 import pytest
 import torch
 from compare import assert_no_worse
@@ -31,7 +29,6 @@ from dlkernels.ops.batch_norm import (
     statistics_reference,
 )
 
-ROOT = Path(__file__).parent.parent
 ops = torch.ops.dlkernels
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ACTIVATIONS = [None, "relu", "leaky_relu", "tanh", "sigmoid"]
@@ -916,10 +913,7 @@ def test_the_steps_between_processes(dtype, activation, own, poisoned):
 
 
 SYNC = """
-import copy, sys, torch, dlkernels, torch.distributed as dist
-rank, file = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+import copy
 
 def total(x):
     x = x.clone()
@@ -964,32 +958,14 @@ dlkernels.nn.convert_sync_batchnorm(model, alone)
 assert all(type(m) is dlkernels.nn.BatchNorm1d and m.process_group is alone for m in model[:2])
 x = torch.randn(5 + rank, 4)
 torch.testing.assert_close(model(x), twin(x))
-dist.destroy_process_group()
 print("alone")
 """
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_processes_equal_one_on_the_whole_batch(tmp_path):
-    command = [sys.executable, "-c", SYNC]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "rendezvous")],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            output, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-            assert output.split() == ["equal"] * 12 + ["alone"]
-    finally:
-        for process in processes:
-            process.kill()
+    for printed in processes.run(SYNC, tmp_path):
+        assert printed == ["equal"] * 12 + ["alone"]
 
 
 def test_a_module_with_a_group_and_no_processes(own):

@@ -3,15 +3,9 @@
 As test_triton.py does with cross_entropy's.
 """
 
-import inspect
-import os
-import subprocess
-import sys
-
+import interpreter
 import pytest
 import torch
-from instruction_sets import compile_library
-from test_instruction_sets import copy_package
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(
@@ -22,12 +16,6 @@ from test_triton import DTYPES, VECTOR, compile_kernel, local_memory  # noqa: E4
 
 from dlkernels.kernels import batch_norm as kernels  # noqa: E402
 
-PLUGIN = """\
-import tests.patched_once
-from dlkernels.kernels import batch_norm
-
-batch_norm.register("CPU")
-"""
 # An op of the interpreter takes 40 µs whatever its size: each path in each width of float, each
 # part and option once. The emulator has every combination.
 TESTS = (
@@ -41,43 +29,16 @@ SLOW = "one_column or several_blocks"  # many draws, many programs
 
 
 def test_interpreted(tmp_path):
-    library = copy_package(tmp_path, "plain")
-    source = tmp_path / "empty.cpp"
-    source.write_text("")
-    compile_library("plain", [source], library)
-    (tmp_path / "triton_on_cpu.py").write_text(PLUGIN)
-    options = ["-n0", "-q", "-p", "no:cacheprovider", "-p", "triton_on_cpu", "-W", "ignore"]
-    options += ["-k", f"({TESTS}) and not ({SLOW})"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options]
-        + ["tests/test_is_loaded.py", "tests/test_batch_norm_paths.py"],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "TRITON_INTERPRET": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout, done.stdout[-2000:]
-    assert " failed" not in done.stdout and " skipped" not in done.stdout, done.stdout[-2000:]
+    interpreter.copy_with_twins(tmp_path, "batch_norm")
+    part = f"({TESTS}) and not ({SLOW})"
+    files = ["tests/test_is_loaded.py", "tests/test_batch_norm_paths.py"]
+    interpreter.run(tmp_path, "-p", "triton_on_cpu", "-k", part, *files)
 
 
 def test_kernels_take_what_the_schemas_say(monkeypatch):
-    registered = {}
-    monkeypatch.setattr(kernels, "register_kernels", lambda named, key: registered.update(named))
-    kernels.register("CUDA")
-    import dlkernels.ops.batch_norm  # noqa: F401
-
-    for name, kernel in registered.items():
-        schema = getattr(torch.ops.dlkernels, name).default._schema
-        names = [argument.name for argument in schema.arguments]
-        assert names == list(inspect.signature(kernel).parameters), name
     names = [n.removeprefix("dlkernels::") for n in torch._C._dispatch_get_all_op_names()]
-    assert set(registered) == {n for n in names if n.startswith("batch_norm")}
+    ours = {n for n in names if n.startswith("batch_norm")}
+    assert interpreter.registered(kernels, monkeypatch) == ours
 
 
 # --------------------------------------------------------------------------------------- compiled

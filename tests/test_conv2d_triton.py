@@ -5,12 +5,9 @@ taken down on tensors without memory, for each tile of each table: tensor cores,
 memory within the architecture's limit.
 """
 
-import inspect
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 
@@ -29,33 +26,14 @@ TILES = [(*key, i) for key, tiles in kernels._TILES.items() for i in range(len(t
 
 
 def test_interpreted():
-    options = ["-n0", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "tests/conv2d_interpreted.py"],
-        cwd=TESTS.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout, done.stdout[-2000:]
-    assert " failed" not in done.stdout and " skipped" not in done.stdout, done.stdout[-2000:]
+    interpreter.run(TESTS.parent, "tests/conv2d_interpreted.py")
 
 
 def test_kernels_take_what_the_schemas_say(monkeypatch):
-    registered = {}
-    monkeypatch.setattr(kernels, "register_kernels", lambda named, key: registered.update(named))
-    kernels.register("CUDA")
-    import dlkernels.ops.conv2d  # noqa: F401
-
-    for name, kernel in registered.items():
-        schema = getattr(torch.ops.dlkernels, name).default._schema
-        names = [argument.name for argument in schema.arguments]
-        assert names == list(inspect.signature(kernel).parameters), name
     ops = {"conv2d", "conv2d_forward", "conv2d_backward", "conv2d_algorithm"}
     ops |= {"conv2d_prepare", "conv2d_prepared"}
     ops |= {"conv_transpose2d", "conv_transpose2d_forward", "conv_transpose2d_backward"}
-    assert set(registered) == ops
+    assert interpreter.registered(kernels, monkeypatch) == ops
 
 
 # --------------------------------------------------------------------------------------- compiled

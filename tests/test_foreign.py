@@ -3,12 +3,11 @@ forward, and on transformers' own where it is installed."""
 
 import copy
 import pickle
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import foreign
+import processes
 import pytest
 import torch
 from foreign import BLOCKS, Net, block
@@ -19,7 +18,6 @@ from torch.nn.utils import parametrizations, parametrize
 import dlkernels
 from dlkernels import explain, report, swap, swapped, unswap, verify
 
-HERE = Path(__file__).parent
 # The identity, a projection, and a projection with a stride.
 SHAPES = {
     "identity": {},
@@ -353,15 +351,9 @@ def test_channels_last_auto_leaves_a_network_that_may_view_its_images():
 
 
 DDP = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[4])
-import dlkernels
 from foreign import Net
 from torch import nn
-rank, size, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-torch.set_num_threads(1)
 dlkernels.config.kernels = "own"
-dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
 for when in ("before", "after"):
     torch.manual_seed(0)
     model = Net().double().eval()  # of the whole batch, statistics would be others
@@ -395,31 +387,13 @@ assert [choice.op for choice in choices].count("residual_block") == 2
 for parameter, wanted in zip(model.parameters(), whole):
     torch.testing.assert_close(parameter.grad.full_tensor(), wanted)
 print("equal", "sharded")
-dist.destroy_process_group()
 """
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_blocks_before_and_after_ddp_and_before_fsdp_with_two_processes(tmp_path):
-    file = str(tmp_path / "rendezvous")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", DDP, str(rank), "2", file, str(HERE)],
-            cwd=HERE.parent,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            output, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-            assert output.split()[1::2] == ["before", "after", "sharded"]
-    finally:
-        for process in processes:
-            process.kill()
+    for printed in processes.run(DDP, tmp_path):
+        assert printed[1::2] == ["before", "after", "sharded"]
 
 
 # --- subclasses, chains, wrappers -------------------------------------------------------------

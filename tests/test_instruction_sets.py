@@ -15,6 +15,7 @@ import pytest
 from instruction_sets import (
     EMULATED,
     NAMES,
+    OPS,
     ROOT,
     compile_library,
     skip_if_unable,
@@ -105,17 +106,7 @@ def test_ops(name, tmp_path):
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     if name in CAPABILITY:
         environment["ATEN_CPU_CAPABILITY"] = CAPABILITY[name]
-    ops = (
-        "batch_norm",
-        "conv2d",
-        "conv2d_max_pool2d",
-        "cross_entropy",
-        "linear",
-        "linear_cross_entropy",
-        "lstm",
-        "residual_block",
-    )
-    files = ["tests/test_is_loaded.py", *(f"tests/test_{op}.py" for op in ops)]
+    files = ["tests/test_is_loaded.py", *(f"tests/test_{op}.py" for op in OPS)]
     command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, "-k", TESTS, *files],

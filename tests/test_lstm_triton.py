@@ -3,15 +3,9 @@
 As test_triton.py does with cross_entropy's.
 """
 
-import inspect
-import os
-import subprocess
-import sys
-
+import interpreter
 import pytest
 import torch
-from instruction_sets import compile_library
-from test_instruction_sets import copy_package
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(
@@ -22,12 +16,6 @@ from test_triton import DTYPES, compile_kernel, local_memory  # noqa: E402
 
 from dlkernels.kernels import lstm as kernels  # noqa: E402
 
-PLUGIN = """\
-import tests.patched_once
-from dlkernels.kernels import lstm
-
-lstm.register("CPU")
-"""
 # A launch of the interpreter takes milliseconds: each mode, what is packed or projected, few draws.
 TESTS = (
     "is_loaded or refusals or nothing_to_do or empty_cell or (test_wanted and gru) or one_gradient"
@@ -39,43 +27,14 @@ TESTS = (
 
 
 def test_interpreted(tmp_path):
-    library = copy_package(tmp_path, "plain")
-    source = tmp_path / "empty.cpp"
-    source.write_text("")
-    compile_library("plain", [source], library)
-    (tmp_path / "triton_on_cpu.py").write_text(PLUGIN)
-    options = ["-n0", "-q", "-p", "no:cacheprovider", "-p", "triton_on_cpu", "-W", "ignore"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "-k", TESTS]
-        + ["tests/test_is_loaded.py", "tests/test_lstm_paths.py"],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "TRITON_INTERPRET": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout, done.stdout[-2000:]
-    assert " failed" not in done.stdout and " skipped" not in done.stdout, done.stdout[-2000:]
+    interpreter.copy_with_twins(tmp_path, "lstm")
+    files = ["tests/test_is_loaded.py", "tests/test_lstm_paths.py"]
+    interpreter.run(tmp_path, "-p", "triton_on_cpu", "-k", TESTS, *files)
 
 
 def test_kernels_take_what_the_schemas_say(monkeypatch):
-    registered = {}
-    monkeypatch.setattr(kernels, "register_kernels", lambda named, key: registered.update(named))
-    kernels.register("CUDA")
-    import dlkernels.ops.lstm  # noqa: F401
-
-    for name, kernel in registered.items():
-        schema = getattr(torch.ops.dlkernels, name).default._schema
-        names = [argument.name for argument in schema.arguments]
-        assert names == list(inspect.signature(kernel).parameters), name
-    assert set(registered) == {
-        f"lstm{part}{way}" for part in ("", "_cell") for way in ("_forward", "_backward")
-    }
+    parts = [f"lstm{part}{way}" for part in ("", "_cell") for way in ("_forward", "_backward")]
+    assert interpreter.registered(kernels, monkeypatch) == set(parts)
 
 
 # --------------------------------------------------------------------------------------- compiled

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from compare import assert_no_worse
@@ -900,11 +901,8 @@ def test_swap_explain_and_verify_know_residual_blocks(own):
 
 
 SYNC = """
-import copy, sys, torch, dlkernels, torch.distributed as dist
+import copy
 from dlkernels import nn
-rank, file = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
 
 def total(x):
     x = x.clone()
@@ -949,28 +947,10 @@ for kernels, cut, channels in (("own", 4, 8), ("own", 0, 8), ("stock", 4, 8), ("
 world = dist.group.WORLD
 block = nn.ResidualBlock(8, 12, 2, process_group=world)
 assert all(norm.process_group is world for norm in (block.bn1, block.bn2, block.shortcut[1]))
-dist.destroy_process_group()
 """
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_residual_blocks_of_two_processes_equal_one_on_the_whole_batch(tmp_path):
-    command = [sys.executable, "-c", SYNC]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "rendezvous")],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            output, errors = process.communicate(timeout=600)
-            assert process.returncode == 0, errors
-            assert output.split() == ["equal"] * 12
-    finally:
-        for process in processes:
-            process.kill()
+    for printed in processes.run(SYNC, tmp_path):
+        assert printed == ["equal"] * 12

@@ -7,11 +7,9 @@ parameters, which are sums over what the algorithm has rounded.
 """
 
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
+import processes
 import pytest
 import torch
 from compare import assert_no_worse
@@ -33,7 +31,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dlkernels
 from dlkernels.functional import ResidualLayer, residual_block
 
-ROOT = Path(__file__).parent.parent
 ops = torch.ops.dlkernels
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAST = torch.channels_last
@@ -1401,12 +1398,7 @@ def test_in_a_forked_child(own):
 
 
 SYNC = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, "tests")
-import dlkernels, test_residual_block as of
-rank, file = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+import test_residual_block as of
 
 def synchronised(*case, training):
     return of.residual_block(*case, training=training, process_group=dist.group.WORLD)
@@ -1439,28 +1431,10 @@ try:
 except NotImplementedError as error:
     assert "double backward" in str(error)
     print("refused")
-dist.destroy_process_group()
 """
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_processes_equal_one_on_the_whole_batch(tmp_path):
-    command = [sys.executable, "-c", SYNC]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "rendezvous")],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            output, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-            assert output.split() == ["equal"] * 8 + ["refused"]
-    finally:
-        for process in processes:
-            process.kill()
+    for printed in processes.run(SYNC, tmp_path):
+        assert printed == ["equal"] * 8 + ["refused"]

@@ -5,11 +5,7 @@ launch, taken down on tensors without memory: tensor cores, no spills, shared me
 architecture's limit, whole vectors in the passes.
 """
 
-import inspect
-import os
-import subprocess
-import sys
-
+import interpreter
 import pytest
 import torch
 
@@ -30,31 +26,13 @@ POINTWISE = ((1, 1), (0, 0), (1, 1), 1)
 
 
 def test_interpreted():
-    options = ["-n0", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "tests/residual_block_interpreted.py"],
-        cwd=TESTS.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout, done.stdout[-2000:]
-    assert " failed" not in done.stdout and " skipped" not in done.stdout, done.stdout[-2000:]
+    interpreter.run(TESTS.parent, "tests/residual_block_interpreted.py")
 
 
 def test_kernels_take_what_the_schemas_say(monkeypatch):
-    registered = {}
-    monkeypatch.setattr(kernels, "register_kernels", lambda named, key: registered.update(named))
-    kernels.register("CUDA")
-    import dlkernels.ops.residual_block  # noqa: F401
-
-    for name, kernel in registered.items():
-        schema = getattr(torch.ops.dlkernels, name).default._schema
-        names = [argument.name for argument in schema.arguments]
-        assert names == list(inspect.signature(kernel).parameters), name
     stages = ("convolution", "finalize", "output", "folded", "reduce", "coefficients", "gradient")
-    assert set(registered) == {f"residual_block_{stage}" for stage in stages}
+    ours = {f"residual_block_{stage}" for stage in stages}
+    assert interpreter.registered(kernels, monkeypatch) == ours
 
 
 # --------------------------------------------------------------------------------------- compiled

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from instruction_sets import OPS
 from test_instruction_sets import draw_few
 from torch.utils.cpp_extension import include_paths
 
@@ -181,18 +182,6 @@ def builds(tmp_path_factory):
             for name, job in jobs.items()
         }
         return {name: future.result() for name, future in futures.items()}
-
-
-OPS = (
-    "batch_norm",
-    "conv2d",
-    "conv2d_max_pool2d",
-    "cross_entropy",
-    "linear",
-    "linear_cross_entropy",
-    "lstm",
-    "residual_block",
-)
 
 
 def run_suite(folder: Path, selection: str, ops=OPS) -> subprocess.CompletedProcess:

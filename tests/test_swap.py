@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from torch import nn
@@ -610,11 +611,7 @@ def test_compiler_is_reset_only_by_a_change(monkeypatch):
 
 
 DDP = """
-import sys, torch, dlkernels, torch.distributed as dist
 from torch import nn
-rank, size, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
 
 class Net(nn.Module):
     def __init__(self):
@@ -640,28 +637,10 @@ for when in ("before", "after"):
         ddp(x[rank::size], target[rank::size]).backward()
     torch.testing.assert_close(model.fc.weight.grad, whole)
     print("equal", when)
-dist.destroy_process_group()
 """
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_swap_before_and_after_ddp_with_two_processes(tmp_path):
-    command = [sys.executable, "-c", DDP]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(tmp_path / "rendezvous")],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            output, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-            assert output.split() == ["equal", "before", "equal", "after"]
-    finally:
-        for process in processes:
-            process.kill()
+    for printed in processes.run(DDP, tmp_path):
+        assert printed == ["equal", "before", "equal", "after"]

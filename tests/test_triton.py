@@ -5,16 +5,15 @@ dispatch key, in a process of its own. Compiled: what the host entries launch, t
 without memory, for each architecture: no spills, shared memory within limits, whole vectors.
 """
 
-import os
 import re
 import subprocess
 import sys
 
+import interpreter
 import pytest
 import torch
 from compare import assert_no_worse
-from instruction_sets import compile_library
-from test_instruction_sets import copy_package, draw_few
+from test_instruction_sets import draw_few
 from torch.nn import functional as F
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -24,11 +23,6 @@ pytestmark = pytest.mark.skipif(
 
 PLUGIN = r"""
 import re
-
-import tests.patched_once
-from dlkernels.kernels import cross_entropy
-
-cross_entropy.register("CPU")
 
 # An op of the interpreter takes 40 µs whatever its size, on one thread. What is left holds every
 # layout with every dtype, every reduction and every option, forward, with the gradient ahead and
@@ -82,25 +76,11 @@ def test_classes(own):
 
 
 def test_cross_entropy_interpreted(tmp_path):
-    library = copy_package(tmp_path, "plain")
-    source = tmp_path / "empty.cpp"
-    source.write_text("")
-    compile_library("plain", [source], library)
-    (tmp_path / "triton_on_cpu.py").write_text(PLUGIN)
+    interpreter.copy_with_twins(tmp_path, "cross_entropy", PLUGIN)
     (tmp_path / "tests" / "test_offsets.py").write_text(OFFSETS)
     draw_few(tmp_path)
     names = ("is_loaded", "offsets", "cross_entropy")
-    files = [f"tests/test_{name}.py" for name in names]
-    options = ["-n0", "-q", "-p", "no:cacheprovider", "-p", "triton_on_cpu", "-W", "ignore"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " failed" not in done.stdout and " skipped" not in done.stdout, done.stdout[-2000:]
+    interpreter.run(tmp_path, "-p", "triton_on_cpu", *(f"tests/test_{n}.py" for n in names))
 
 
 # --------------------------------------------------------------------------------------- compiled
