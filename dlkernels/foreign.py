@@ -1,21 +1,26 @@
 """Modules of other packages as ours: residual blocks of torchvision, timm and transformers, the
-layers of transformers' ResNet, its ``Conv1D``, and its losses.
+layers of transformers' ResNet, its ``Conv1D``, and its losses; residual blocks of anybody's.
 
 None of those packages is imported: a class is known by its path, and its instances by their
 modules. A version whose forward is another than the one that is known here is expected to have
-other modules too; what is not recognised is left, and ``swap``'s report says why.
+other modules too; what is not recognised is left, and ``swap``'s report says why. A block of a
+class that is known by its name alone is recognised by what torch.fx sees in its forward.
 
 ``derived`` makes a class of ours out of one of theirs, by inheritance, so that ``isinstance``,
 ``repr`` and attributes stay. It is made again wherever it is unpickled.
 """
 
+import copy
 import functools
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor
+from torch.nn import functional as F
 
 from dlkernels import functional, nn
 from dlkernels.nn import Parts
@@ -102,14 +107,16 @@ def _numbered(block: torch.nn.Module) -> list[tuple[torch.nn.Module, torch.nn.Mo
     ]
 
 
-def _around(block: torch.nn.Module) -> tuple | str | None:
-    downsample = getattr(block, "downsample", None)
-    if downsample is None:
+def _around(block: torch.nn.Module, name: str = "downsample") -> tuple | str | None:
+    shortcut = getattr(block, name, None)
+    if shortcut is None or type(shortcut) is torch.nn.Identity:
         return None
-    if type(downsample) not in (nn.Sequential, torch.nn.Sequential):
-        return f"downsample is a {type(downsample).__name__}"
-    modules = tuple(module for module in downsample if type(module) is not torch.nn.Identity)
-    return modules if len(modules) == 2 else "downsample is no convolution with a batch norm"
+    if type(shortcut) not in (nn.Sequential, torch.nn.Sequential):
+        return f"{name} is a {type(shortcut).__name__}"
+    modules = tuple(module for module in shortcut if type(module) is not torch.nn.Identity)
+    if not modules:
+        return None
+    return modules if len(modules) == 2 else f"{name} is no convolution with a batch norm"
 
 
 class TorchvisionBlock(nn.Fused):
@@ -178,6 +185,86 @@ class ResNetLayer(nn.Fused):
         return Parts(pairs, shortcut)
 
 
+class NamedBlock(nn.Fused):
+    """A block of somebody's own, of modules named conv1, bn1, conv2, bn2 (, conv3, bn3), and a
+    shortcut, extra or downsample, whose forward does with them what a residual block does."""
+
+    _around = ("shortcut", "extra", "downsample")
+
+    def parts(self) -> Parts | str:
+        """Of the module as it is; it may be stock."""
+        layers = _numbered(self)
+        known = [f"{kind}{at}" for at in range(1, len(layers) + 1) for kind in ("conv", "bn")]
+        idle = [n for n, m in self.named_children() if type(m) in (torch.nn.ReLU, *_IDLE)]
+        if reason := _strangers(self, (*known, *NamedBlock._around, *idle)):
+            return reason
+        around = [name for name in NamedBlock._around if getattr(self, name, None) is not None]
+        if len(around) > 1:
+            return f"both {around[0]} and {around[1]}"
+        shortcut = _around(self, *around) if around else None
+        return shortcut if isinstance(shortcut, str) else Parts(layers, shortcut)
+
+
+_RELUS = {"relu", "relu_", F.relu, torch.relu, torch.relu_}
+_SUMS = {"add", "add_", operator.add, operator.iadd, torch.add}
+
+
+class _Children(torch.fx.Tracer):
+    """Sees the calls of a module's children, and not into them."""
+
+    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _another(block: torch.nn.Module, parts: Parts) -> str | None:
+    """Why the forward of a block is none of a residual block of these parts; None if it is that."""
+    names = {module: name for name, module in block.named_modules()}
+    wanted, around = "input", "input"
+    for at, (conv, norm) in enumerate(parts.layers):
+        wanted = names[norm], (names[conv], ("relu", wanted) if at else wanted)
+    for name in NamedBlock._around:
+        if type(getattr(block, name, None)) not in _IDLE:
+            around = name, "input"
+    for training in (True, False):
+        one = copy.copy(block)  # of the same children
+        one.training = training
+        try:
+            graph = _Children().trace(one)
+        except Exception as error:  # whatever its code does with what is no tensor
+            return f"torch.fx cannot trace its forward ({type(error).__name__})"
+        if _result(graph, one) != ("relu", {wanted, around}):
+            return "its forward is none of a residual block"
+    return None
+
+
+def _result(graph: torch.fx.Graph, block: torch.nn.Module) -> Any:
+    """What a graph returns, as an expression over its children; None where it does more."""
+    values: dict[torch.fx.Node, Any] = {}
+    for node in graph.nodes:
+        module = block.get_submodule(node.target) if node.op == "call_module" else None
+        is_relu = type(module) is torch.nn.ReLU or node.target in _RELUS
+        arguments = [
+            values.get(argument) if isinstance(argument, torch.fx.Node) else None
+            for argument in (node.args[:1] if is_relu else node.args)  # the second: in place
+        ]
+        others = set(node.kwargs) - {"inplace"}
+        if None in arguments or others or not (node.users or node.op == "output"):
+            return None
+        if node.op == "output":
+            return arguments[0]
+        if node.op == "placeholder":
+            values[node] = "input"
+        elif type(module) is torch.nn.Identity:
+            values[node] = arguments[0]
+        elif is_relu:
+            values[node] = ("relu", *arguments)
+        elif module is not None:
+            values[node] = (node.target, *arguments)
+        elif node.target in _SUMS and len(arguments) == 2:
+            values[node] = frozenset(arguments)
+    return None
+
+
 class ConvLayer(nn.Composite):
     """``ResNetConvLayer`` of transformers, whose batch norm and ReLU, if it has one, are one."""
 
@@ -236,6 +323,12 @@ def _block(ours: type[nn.Fused]) -> Known:
     return Known("residual_block", ours, misfit, (5.0, 5.0))
 
 
+def _named(block: torch.nn.Module) -> str | None:
+    parts = NamedBlock.parts(block)
+    return nn.misfit(parts) or _another(block, parts)
+
+
+# Of anybody's: by path, and by name alone.
 KNOWN = {
     "torchvision.models.resnet.BasicBlock": _block(TorchvisionBlock),
     "torchvision.models.resnet.Bottleneck": _block(TorchvisionBlock),
@@ -247,6 +340,18 @@ KNOWN = {
     "transformers.pytorch_utils.Conv1D": Known("linear", Conv1D, Conv1D.misfit),
 }
 
+NAMES = ("BasicBlock", "Bottleneck", "BottleneckBlock", "ResBlk", "ResBlock", "ResidualBlock")
+
+
+def known(cls: type) -> Known | None:
+    """What is known of a class."""
+    if (found := KNOWN.get(path_of(cls))) is not None:
+        return found
+    theirs = issubclass(cls, torch.nn.Module) and not issubclass(cls, nn.Composite)
+    if cls.__name__ in NAMES and theirs and "forward" in vars(cls):
+        return Known("residual_block", NamedBlock, _named, (5.0, 5.0))
+    return None
+
 
 def misfit(cls: type, module: torch.nn.Module) -> str | None:
     """Why a module of a known class, or of a subclass of it, stays as it is; None where it can be
@@ -254,7 +359,7 @@ def misfit(cls: type, module: torch.nn.Module) -> str | None:
     of = cls.forward
     if (of.__module__, of.__qualname__) != (cls.__module__, f"{cls.__qualname__}.forward"):
         return f"the forward of {cls.__name__} is another than its own"
-    return KNOWN[path_of(cls)].misfit(module)
+    return known(cls).misfit(module)
 
 
 # --- transformers' losses ---------------------------------------------------------------------

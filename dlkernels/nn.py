@@ -755,17 +755,13 @@ class Fused(Composite, Freezable):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, out_channels, ...) of (N, in_channels, H, W)."""
-        parts = self.parts()
-        fits = isinstance(input, Tensor) and input.dim() == 4
-        if (
-            not fits
-            or uncovered(parts)
-            or any(is_observed(m) for m in self.modules() if m is not self)
-        ):
+        if not isinstance(input, Tensor) or input.dim() != 4 or self.one_by_one():
             return super().forward(input)
+        parts = self.parts()
         norm, pairs = parts.layers[0][1], parts.pairs
+        affine = None if norm.training else self._prepared()  # _weights would count a batch
         layers = [_layer(*pair) for pair in pairs]
-        if (affine := self._prepared()) is not None:
+        if affine is not None:
             weights = [c._prepared() if isinstance(c, Freezable) else None for c, _ in pairs]
             layers = [
                 layer._replace(kept=Kept(*scale_shift, weight))
@@ -781,9 +777,10 @@ class Fused(Composite, Freezable):
         )
 
     def keep_prepared(self) -> None:
-        """Keeps them where the block is one op."""
+        """Keeps them where the block is one op, of running statistics."""
         self.drop_prepared()
-        if uncovered(self.parts()) is None:
+        parts = self.parts()
+        if uncovered(parts) is None and not parts.layers[0][1].training:
             super().keep_prepared()
 
     def _prepare(self, *weights: Tensor) -> list[tuple[Tensor, Tensor]] | None:

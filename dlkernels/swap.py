@@ -167,7 +167,7 @@ def _modules(model: torch.nn.Module, caller: str) -> list[tuple[str, torch.nn.Mo
 @functools.cache
 def _known(cls: type) -> Twin | None:
     """The line of a class of another package."""
-    if (known := foreign.KNOWN.get(foreign.path_of(cls))) is None or foreign.is_derived(cls):
+    if foreign.is_derived(cls) or (known := foreign.known(cls)) is None:
         return None
     ours = foreign.derived(cls, known.ours, cls)
 
@@ -186,8 +186,9 @@ def _relative(cls: type) -> Twin | None:
 
 
 def _opted(cls: type) -> Twin | None:
-    """The line of a subclass that the caller names: what it has of its own comes first."""
-    if (base := _relative(cls)) is None:
+    """The line of a subclass that the caller names: what it has of its own comes first. None where
+    ours, which is no subclass of stock, would come behind stock's forward."""
+    if (base := _relative(cls)) is None or not issubclass(base.ours, base.stock):
         return None
     return base._replace(stock=cls, ours=foreign.extended(cls, base.ours))
 
@@ -321,6 +322,11 @@ def _swap(model, ops, filter_fn, strict, subclasses, channels_last) -> _Changed:
     for cls in subclasses:
         if not isinstance(cls, type) or _relative(cls) is None:
             raise ValueError(f"swap: {cls!r} is no subclass of a class that has one of ours")
+        if _opted(cls) is None:
+            stock, ours = (_name(c) for c in (_relative(cls).stock, _relative(cls).ours))
+            raise ValueError(
+                f"swap: {cls!r} would run the forward of {stock}, of which {ours} is no subclass"
+            )
     if _disabled():
         logger.warning("swap: DLKERNELS_DISABLE is set, the model stays as it is")
         return _Changed([], [], [])
@@ -471,9 +477,9 @@ def report(model: torch.nn.Module) -> Records:
         if twin := _ours(module):
             records.append(Swapped(name, _name(twin.stock), _name(cls), _one_by_one(module)))
         elif _is_ours(module):
-            stock = _name(_relative(cls).stock)
+            of = next((twin for twin in TWINS if isinstance(module, twin.ours)), None)
             reason = "a subclass of ours, as its author made it"
-            records.append(Swapped(name, stock, _name(cls), reason))
+            records.append(Swapped(name, _name((of or _relative(cls)).stock), _name(cls), reason))
         elif _listed(module):
             records.append(Swapped(name, _name(cls), "", _left(module)))
         if foreign.has_ours(module):

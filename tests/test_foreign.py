@@ -250,6 +250,123 @@ def test_batch_norms_in_two_modes_run_in_parts_for_as_long(own):
     assert line_of(ours).reason == ""
 
 
+# --- blocks of anybody's ----------------------------------------------------------------------
+
+
+def _fill(module, inputs, channels, stride, around):
+    for at, planes in enumerate((inputs, channels), 1):
+        conv = nn.Conv2d(planes, channels, 3, stride if at == 1 else 1, 1, bias=False)
+        setattr(module, f"conv{at}", conv)
+        setattr(module, f"bn{at}", nn.BatchNorm2d(channels))
+    projects = stride != 1 or inputs != channels
+    projection = [nn.Conv2d(inputs, channels, 1, stride), nn.BatchNorm2d(channels)]
+    setattr(module, around, nn.Sequential(*projection if projects else ()))
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, inputs, channels, stride=1):
+        super().__init__()
+        _fill(self, inputs, channels, stride, "shortcut")
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += self.shortcut(x)
+        return F.relu(out, True)
+
+
+class ResBlk(nn.Module):
+    def __init__(self, inputs, channels, stride=1):
+        super().__init__()
+        _fill(self, inputs, channels, stride, "extra")
+        self.act, self.drop = nn.ReLU(inplace=True), nn.Identity()
+
+    def forward(self, x):
+        out = self.drop(self.bn1(self.conv1(x))).relu_()
+        return self.act(torch.add(self.extra(x), self.bn2(self.conv2(out))))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("channels, stride", [(16, 1), (24, 2)])
+@pytest.mark.parametrize("cls", [ResidualBlock, ResBlk])
+def test_a_block_is_known_by_its_name_and_what_its_forward_does(
+    own, cls, channels, stride, training
+):
+    stock = cls(16, channels, stride).double().train(training)
+    x = torch.randn(2, 16, 9, 10, dtype=torch.float64, requires_grad=True)
+    ours = swap(copy.deepcopy(stock))
+    assert isinstance(ours, cls) and kernel_of(ours, x).startswith("cpu/")
+    assert line_of(ours).new == f"dlkernels.foreign.NamedBlock[{cls.__name__}]"
+    assert_alike(evaluate(ours, x), evaluate(stock, x))
+    again = pickle.loads(pickle.dumps(ours))
+    assert type(again) is type(ours) and type(unswap(again)) is cls
+
+
+def before(self, x):
+    return self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x)))))) + self.shortcut(x)
+
+
+def twice(self, x):
+    out = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
+    return F.relu(out + x)
+
+
+def scaled(self, x):
+    out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+    return F.relu(torch.add(out, self.shortcut(x), alpha=2))
+
+
+def first_changed(self, x):
+    x.mul_(2)
+    return ResidualBlock.forward(self, x)
+
+
+def trained_otherwise(self, x):
+    out = F.relu(self.bn1(self.conv1(x)))
+    out = self.bn2(self.conv2(-out if self.training else out))
+    return F.relu(out + self.shortcut(x))
+
+
+def crossed(self, x):
+    out = F.relu(self.bn2(self.conv1(x)))
+    return F.relu(self.bn1(self.conv2(out)) + self.shortcut(x))
+
+
+def depends(self, x):
+    return ResidualBlock.forward(self, x) if x.sum() > 0 else x
+
+
+def of_two(self, x, y=None):
+    return ResidualBlock.forward(self, x)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [before, twice, scaled, first_changed, trained_otherwise, crossed, depends, of_two],
+    ids=lambda forward: forward.__name__,
+)
+def test_a_forward_that_does_otherwise_is_left(own, forward):
+    theirs = type("ResidualBlock", (nn.Module,), {"forward": forward, "__module__": __name__})
+    forward.__qualname__ = "ResidualBlock.forward"
+    stock = theirs()
+    _fill(stock, 8, 8, 1, "shortcut")
+    ours = swap(copy.deepcopy(stock))
+    reason = line_of(ours).reason
+    assert type(ours) is theirs and "one by one" in reason
+    assert ("cannot trace" if forward is depends else "none of a residual block") in reason
+    x = torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(ours(x.clone()), stock(x.clone()))
+
+
+def test_a_block_with_a_module_more_is_left():
+    module = ResidualBlock(8, 8)
+    module.dropout = nn.Dropout()
+    assert "an unknown module dropout" in line_of(swap(module)).reason
+    module = ResBlk(8, 8)
+    module.shortcut = nn.Sequential()
+    assert "both shortcut and extra" in line_of(swap(module)).reason
+
+
 def test_transformers_convolution_layer_normalises_and_activates_at_once(own):
     stock, x = drawn("transformers-ResNetBasicLayer")
     stock = stock.layer[0]
@@ -439,6 +556,22 @@ def test_a_named_sequential_runs_its_chains(own):
 def test_a_class_without_a_relative_cannot_be_named(cls):
     with pytest.raises(ValueError, match="is no subclass of a class that has one of ours"):
         swap(nn.Linear(2, 2), subclasses=[cls])
+
+
+def test_a_subclass_of_what_ours_is_no_subclass_of_cannot_be_named():
+    class Mine(nn.LSTM):
+        pass
+
+    with pytest.raises(ValueError, match="would run the forward of torch.nn.LSTM"):
+        swap(Mine(2, 2), subclasses=[Mine])
+
+
+def test_report_knows_a_subclass_of_a_recurrent_layer_of_ours():
+    class Mine(dlkernels.nn.LSTM):
+        pass
+
+    line = line_of(Mine(2, 2))
+    assert (line.old, line.reason) == ("torch.nn.LSTM", "a subclass of ours, as its author made it")
 
 
 ACTIVATIONS = [nn.ReLU(), nn.LeakyReLU(), nn.Tanh(), nn.Sigmoid()]

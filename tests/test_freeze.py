@@ -344,6 +344,24 @@ def test_a_frozen_block_whose_parts_are_called():
     assert module._kept is None
 
 
+@pytest.mark.parametrize("first", ["frozen", "training"])
+def test_batch_norms_that_train_in_a_block_in_eval_mode(first):
+    """They keep nothing, read nothing that was kept, and count each batch once."""
+    module, x = block()
+    wanted = copy.deepcopy(module)
+    if first == "frozen":
+        dlkernels.freeze(module)
+        spoil_affine(module)
+    for each in (module, wanted):
+        each.bn1.train(), each.bn2.train()
+    if first == "training":
+        dlkernels.freeze(module)
+        assert module._kept is None
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), wanted(x))
+    torch.testing.assert_close(module.state_dict(), wanted.state_dict())
+
+
 def test_refusals_of_raw_ops():
     module, x = convolution()
     weight, settings = module.weight.detach(), ([1, 1], [1, 1], [1, 1], 1, "none", False, True)
