@@ -398,10 +398,12 @@ def swap(
     Args:
         model: a network, or a loss module itself.
         ops: names of the ops to swap, such as ``["cross_entropy"]``; all by default.
-        filter_fn: ``filter_fn(module, name) -> bool``, asked for each module that has a twin; for
-            the loss of a transformers model, with its name and ``.loss_function``.
-        strict: raise, with nothing changed, where a module that was asked for has a stock twin in
-            the table and cannot be swapped: a subclass, parametrized, quantised or scripted.
+        filter_fn: ``filter_fn(module, name) -> bool``, asked for each module that has a twin, a
+            composite and its parts one by one; for the loss of a transformers model, with its name
+            and ``.loss_function``.
+        strict: raise, with nothing changed, where a module that was asked for is a relative of one
+            of torch's classes in the table and cannot be swapped: a subclass, parametrized,
+            quantised or scripted. Blocks that are swapped part by part are no such case.
         subclasses: subclasses of classes with a twin, to be swapped too. What such a class defines
             itself stays, a ``forward`` too: ours is what it inherits, or calls by ``super()``.
         channels_last: whether the weights of convolutions, and so all images behind the first one,
@@ -409,7 +411,8 @@ def swap(
             under DDP yet. A network that calls ``view`` on an image needs ``reshape`` for it.
 
     Residual blocks of torchvision, timm and transformers become one op, with the modules in them as
-    they are; where that cannot be, for what they hold, the modules are swapped alone.
+    they are, and so do those of ``foreign.NAMES`` of which ``torch.fx`` sees that they are such;
+    where that cannot be, for what they hold, the modules are swapped alone.
 
     With ``DLKERNELS_DISABLE=1`` in the environment it changes nothing, and logs that.
 
