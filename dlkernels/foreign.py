@@ -266,10 +266,11 @@ def _result(graph: torch.fx.Graph, block: torch.nn.Module) -> Any:
 
 
 class ConvLayer(nn.Composite):
-    """``ResNetConvLayer`` of transformers, whose batch norm and ReLU, if it has one, are one."""
+    """``ResNetConvLayer`` of transformers, whose batch norm and ReLU, if it has one, are one; and
+    the convolution with them, where ``nn.folds``."""
 
     def misfit(self) -> str | None:
-        """Why they are two, of the module as it is; it may be stock."""
+        """Why they are not, of the module as it is; it may be stock."""
         return (
             _strangers(self, ("convolution", "normalization", "activation"))
             or _wrong(self, ("normalization",), (torch.nn.BatchNorm2d, nn.BatchNorm2d))
@@ -277,21 +278,31 @@ class ConvLayer(nn.Composite):
         )
 
     def chains(self) -> list[list[torch.nn.Module]]:
-        """The batch norm and the ReLU."""
-        return [] if self.misfit() else [[self.normalization, self.activation]]
+        """The modules that are one."""
+        if self.misfit():
+            return []
+        chain = [self.normalization, self.activation]
+        conv = [self.convolution] if nn.folds(self.convolution, self.normalization) else []
+        return [[*conv, *chain]]
 
     def one_by_one(self) -> str | None:
         """Why it calls them; None where they are one."""
-        observed = (n for n in ("normalization", "activation") if nn.is_observed(getattr(self, n)))
-        return self.misfit() or next((f"{name} has a hook" for name in observed), None)
+        if reason := self.misfit():
+            return reason
+        (chain,) = self.chains()
+        observed = (n for n, module in self.named_children() if module in chain)
+        observed = (n for n in observed if nn.is_observed(getattr(self, n)))
+        return next((f"{name} has a hook" for name in observed), None)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The activation of the normalised convolution."""
         if self.one_by_one():
             return super().forward(hidden_states)
+        conv, norm = self.convolution, self.normalization
         activation = "relu" if type(self.activation) is torch.nn.ReLU else None
-        hidden_states = self.convolution(hidden_states)
-        return nn.normalise(self.normalization, hidden_states, activation=activation)
+        if nn.folds(conv, norm):
+            return nn.convolve_and_normalise(conv, norm, hidden_states, activation)
+        return nn.normalise(norm, conv(hidden_states), activation=activation)
 
 
 class Conv1D:

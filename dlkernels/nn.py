@@ -22,7 +22,7 @@ from dlkernels import functional
 from dlkernels.ops.batch_norm import sync_batch_norm
 from dlkernels.ops.common import activation_named
 from dlkernels.ops.conv2d import prepare as prepare_conv2d
-from dlkernels.ops.residual_block import Kept, ResidualLayer, keep
+from dlkernels.ops.residual_block import Kept, ResidualLayer, folded, keep
 
 if TYPE_CHECKING:  # what __getattr__ gives, for type checkers and editors
     from torch.nn import *  # noqa: F403
@@ -528,8 +528,8 @@ def convert_sync_batchnorm(
 class Sequential(torch.nn.Sequential):
     """``torch.nn.Sequential`` that runs as one, on a function of ``dlkernels.functional``: a
     convolution, a ``MaxPool2d(2)`` and a ReLU before or behind the pool, or none
-    (``conv2d_max_pool2d``); a batch norm and a ReLU (``batch_norm``); a linear layer and an
-    activation that ``linear`` has.
+    (``conv2d_max_pool2d``); a batch norm and a ReLU (``batch_norm``); in eval mode a convolution, a
+    batch norm and a ReLU or none; a linear layer and an activation that ``linear`` has.
 
     A chain in which a module has a hook, is parametrized or is of a subclass runs module by module.
     """
@@ -541,7 +541,12 @@ class Sequential(torch.nn.Sequential):
             length = _fused(modules, at)
             if length and any(map(is_observed, modules[at : at + length])):
                 length = 0
-            if length and type(modules[at]) in (Conv2d, torch.nn.Conv2d):
+            if length and type(modules[at + 1]) in _NORMS_2D:
+                input = convolve_and_normalise(
+                    *modules[at : at + 2], input, "relu" if length == 3 else None
+                )
+                at += length
+            elif length and type(modules[at]) in (Conv2d, torch.nn.Conv2d):
                 conv = modules[at]
                 input = functional.conv2d_max_pool2d(
                     input,
@@ -570,25 +575,51 @@ class Sequential(torch.nn.Sequential):
         return input
 
 
-def fused_chains(module: torch.nn.Module) -> list[list[torch.nn.Module]]:
+def convolve_and_normalise(
+    conv: torch.nn.Conv2d,
+    norm: torch.nn.BatchNorm2d,
+    input: Tensor,
+    activation: str | None = None,
+) -> Tensor:
+    """A batch norm's output of a convolution's, with a ReLU or without; of a pair that folds."""
+    return folded(input, _layer(conv, norm), activation == "relu", conv._prepared())
+
+
+def folds(conv: torch.nn.Module, norm: torch.nn.Module, ever: bool = False) -> bool:
+    """Whether the two are a pair for ``convolve_and_normalise``; or would be in eval mode, if the
+    convolution were ours."""
+    return (
+        (type(conv) is Conv2d or (ever and type(conv) is torch.nn.Conv2d))
+        and type(norm) in _NORMS_2D
+        and (ever or not norm.training)
+        and conv.padding_mode == "zeros"
+        and conv.out_channels == norm.num_features
+        and norm.running_mean is not None
+        and norm.running_var is not None
+    )
+
+
+def fused_chains(module: torch.nn.Module, ever: bool = False) -> list[list[torch.nn.Module]]:
     """The chains of a ``torch.nn.Sequential``, or of ours, that ``Sequential`` runs as one; those
-    of a ``Composite``."""
+    of a ``Composite``. ``ever``: in eval mode too, and with convolutions of ours."""
     if isinstance(module, Composite):
         return module.chains()
     # Or of a subclass that keeps their forward.
     if type(module).forward not in (torch.nn.Sequential.forward, Sequential.forward):
         return []
     modules = list(module)
-    lengths = (_fused(modules, at) for at in range(len(modules)))
+    lengths = (_fused(modules, at, ever) for at in range(len(modules)))
     return [modules[at : at + length] for at, length in enumerate(lengths) if length]
 
 
-def _fused(modules: list[torch.nn.Module], at: int) -> int:
+def _fused(modules: list[torch.nn.Module], at: int, ever: bool = False) -> int:
     """How many modules from ``at`` on are one call; 0 if only the first is."""
     if type(modules[at]) in (*BATCH_NORMS, *BATCH_NORMS.values()):
         return 2 if [type(module) for module in modules[at + 1 : at + 2]] == [torch.nn.ReLU] else 0
     if type(modules[at]) in (Linear, torch.nn.Linear):
         return 2 if any(map(_activation, modules[at + 1 : at + 2])) else 0
+    if at + 1 < len(modules) and folds(*modules[at : at + 2], ever):
+        return 3 if [type(module) for module in modules[at + 2 : at + 3]] == [torch.nn.ReLU] else 2
     return _pooled(modules, at)
 
 
@@ -600,6 +631,7 @@ def _activation(module: torch.nn.Module) -> str | None:
     return name
 
 
+_NORMS_2D = BatchNorm2d, torch.nn.BatchNorm2d
 _ACTIVATIONS = {
     torch.nn.ReLU: "relu",
     torch.nn.LeakyReLU: "leaky_relu",

@@ -56,7 +56,7 @@ TWINS: list[Twin] = [
         "conv2d_max_pool2d",
         torch.nn.Sequential,
         nn.Sequential,
-        fits=lambda module: bool(nn.fused_chains(module)),
+        fits=lambda module: bool(nn.fused_chains(module, ever=True)),
         allowed=(4.0, 5.0),
     ),
     Twin(
@@ -220,8 +220,10 @@ def _ops(module: torch.nn.Module, twin: Twin) -> set[str]:
     """What a module will run; of a Sequential what its chains are."""
     if not issubclass(twin.ours, nn.Sequential):
         return {twin.op}
-    heads = (_twin(chain[0]) or _ours(chain[0]) for chain in nn.fused_chains(module))
-    return {"conv2d_max_pool2d" if head.op == "conv2d" else head.op for head in heads}
+    if chains := nn.fused_chains(module):
+        heads = ((_twin(chain[0]) or _ours(chain[0])).op for chain in chains)
+        return {"conv2d_max_pool2d" if head == "conv2d" else head for head in heads}
+    return {"conv2d", "batch_norm"}  # in eval mode alone
 
 
 def _in_use(module: torch.nn.Module, twin: Twin) -> list[str]:

@@ -374,6 +374,12 @@ def test_transformers_convolution_layer_normalises_and_activates_at_once(own):
     lines = {line.name: line.kernel for line in explain(copy.deepcopy(ours), x)}
     assert lines["normalization"] == lines["activation"] == "fused"
     assert_alike(evaluate(ours, x), evaluate(stock, x))
+    ours.eval(), stock.eval()
+    x = x.detach().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        lines = {line.name: line for line in explain(ours, x)}
+        assert "folded" in lines[""].reason and lines["convolution"].kernel == "fused"
+        torch.testing.assert_close(ours(x), stock(x))
     calls = []
     ours.activation.register_forward_hook(lambda *_: calls.append(1))
     ours(x)

@@ -6,6 +6,7 @@ tests/compare.py is 4 × stock's error, 5 × in the gradients of weights, and 6 
 parameters, which are sums over what the algorithm has rounded.
 """
 
+import copy
 import itertools
 from typing import NamedTuple
 
@@ -1438,3 +1439,106 @@ except NotImplementedError as error:
 def test_two_processes_equal_one_on_the_whole_batch(tmp_path):
     for printed in processes.run(SYNC, tmp_path):
         assert printed == ["equal"] * 8 + ["refused"]
+
+
+# ----------------------------------------------------------- a convolution and its batch norm alone
+
+
+def chain(relu=True, dtype=torch.float32, channels=(16, 24), **settings):
+    """A Sequential of torch's with statistics of its own, in eval mode and channels_last."""
+    settings = {"kernel_size": 3, "padding": 1, **settings}
+    norm = torch.nn.BatchNorm2d(channels[1])
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    torch.nn.init.normal_(norm.bias)
+    torch.nn.init.normal_(norm.running_mean)
+    torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+    modules = [torch.nn.Conv2d(*channels, **settings), norm, *[torch.nn.ReLU()] * relu]
+    model = torch.nn.Sequential(*modules, torch.nn.Flatten()).eval()
+    if dtype in (torch.bfloat16, torch.float16):
+        model[0].to(dtype)
+    return model.double() if dtype is torch.float64 else model
+
+
+def kernels_of(model, x):
+    with dlkernels.config.recording() as choices:
+        model(x)
+    return [(choice.op, choice.reason) for choice in choices]
+
+
+FOLDED = [("residual_block", "folded into the convolution")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"relu": False, "bias": False},
+        {"stride": 2, "groups": 4},
+        {"kernel_size": 1, "padding": 0},
+        {"kernel_size": (3, 5), "padding": (2, 1), "dilation": (1, 2)},
+        {"channels": (64, 80)},
+    ],
+    ids=str,
+)
+def test_a_convolution_and_its_batch_norm_are_one_in_inference(own, poisoned, settings, dtype):
+    stock = chain(dtype=dtype, **settings)
+    ours = dlkernels.swap(copy.deepcopy(stock))
+    x = torch.randn(3, stock[0].in_channels, 11, 12).to(dtype).contiguous(memory_format=LAST)
+    with torch.no_grad():
+        assert kernels_of(ours, x) == FOLDED
+        exact = copy.deepcopy(stock).double()(x.double())
+        assert_no_worse("output", ours(x), stock(x), exact, factor=4.0)
+        assert [line.kernel for line in dlkernels.explain(ours, x)][1:3] == ["fused", "fused"]
+        torch.testing.assert_close(ours[:-1](x).stride(), stock[:-1](x).stride())
+        dlkernels.freeze(ours)
+        torch.testing.assert_close(ours(x), stock(x), atol=0.05, rtol=0.05)
+    assert type(dlkernels.unswap(ours)) is torch.nn.Sequential
+
+
+def test_elsewhere_they_are_two(own):
+    """Where a gradient is needed, in training, compiled, of contiguous images, with a hook."""
+    stock = chain()
+    ours = dlkernels.swap(copy.deepcopy(stock))
+    x = torch.randn(3, 16, 11, 12)
+    ops_of = {"conv2d", "batch_norm"}
+    with torch.no_grad():
+        assert {op for op, _ in kernels_of(ours, x)} == ops_of
+        torch.testing.assert_close(ours(x), stock(x))
+    x = x.contiguous(memory_format=LAST)
+    assert {op for op, _ in kernels_of(ours, x)} == ops_of
+    results = [
+        (y := model(x), *torch.autograd.grad(y.square().sum(), [*model.parameters()]))
+        for model in (ours, stock)
+    ]
+    torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
+    with torch.no_grad():
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), stock(x))
+        assert kernels_of(ours, x) == FOLDED
+        with torch.autocast("cpu", torch.bfloat16):
+            assert kernels_of(ours, x) == FOLDED
+            assert ours(x).dtype is torch.bfloat16
+            torch.testing.assert_close(ours(x), stock(x).to(torch.bfloat16), atol=0.1, rtol=0.1)
+        seen = []
+        hook = ours[0].register_forward_hook(lambda m, args, y: seen.append(y))
+        torch.testing.assert_close(ours(x), stock(x))
+        torch.testing.assert_close(seen, [stock[0](x)])
+        hook.remove()
+        ours.train(), stock.train()
+        torch.testing.assert_close(ours(x), stock(x))
+        torch.testing.assert_close(ours.state_dict(), stock.state_dict())
+
+
+def test_what_does_not_fold_is_no_chain():
+    for change in (
+        lambda m: setattr(m[0], "padding_mode", "circular"),
+        lambda m: setattr(m, "1", torch.nn.BatchNorm2d(24, track_running_stats=False).eval()),
+        lambda m: setattr(m, "1", torch.nn.GroupNorm(2, 24)),
+        lambda m: setattr(m, "1", torch.nn.Identity()),
+    ):
+        model = chain(relu=False)
+        change(model)
+        assert type(dlkernels.swap(model)) is torch.nn.Sequential
+    assert type(dlkernels.swap(chain(relu=False), ops=["batch_norm"])) is torch.nn.Sequential
+    assert type(dlkernels.swap(chain(relu=False).train())) is dlkernels.nn.Sequential

@@ -602,28 +602,35 @@ def _refusal_of_layer(shape, layer, dtype, training):
     return None, (shape[0], channels, *size)
 
 
-def _refusal(input, layers, shortcut, training):
-    """Why our kernels do not take these arguments: torch refuses them, or only torch can."""
-    every = [*layers, *([] if shortcut is None else [shortcut])]
-    tensors = [x for layer in every for x in (*layer.parameters, *layer[4:6])]
+def _refusal_of_layers(input, layers, training):
+    """(why our kernels do not take layers behind one another, their output's shape)."""
+    tensors = [x for layer in layers for x in (*layer.parameters, *layer[4:6])]
     if reason := unfit((input, *tensors)):
-        return reason
+        return reason, None
     device = input.device.type
     if not has_kernel("residual_block_convolution", device):
-        return f"no kernel for device {device}"
+        return f"no kernel for device {device}", None
     dtype = autocast_dtype(input, device)
     if dtype not in DTYPES:
-        return f"no kernel for {dtype}"
+        return f"no kernel for {dtype}", None
     if input.dim() != 4 or 0 in input.shape:
-        return f"input of shape {tuple(input.shape)}"
+        return f"input of shape {tuple(input.shape)}", None
     shape = input.shape
     for layer in layers:
         reason, shape = _refusal_of_layer(shape, layer, dtype, training)
         if reason is not None:
-            return reason
+            return reason, None
+    return None, shape
+
+
+def _refusal(input, layers, shortcut, training):
+    """Why our kernels do not take these arguments: torch refuses them, or only torch can."""
+    reason, shape = _refusal_of_layers(input, layers, training)
+    if reason is not None:
+        return reason
     past = input.shape
     if shortcut is not None:
-        reason, past = _refusal_of_layer(past, shortcut, dtype, training)
+        reason, past = _refusal_of_layers(input, [shortcut], training)
         if reason is not None:
             return reason
     if tuple(shape) != tuple(past):
@@ -785,3 +792,44 @@ def residual_block(
     output = output.contiguous()
     # Sizes of 1 leave strides open, and torch's parts would have those of a contiguous tensor.
     return output.flatten().view_as(output) if suggests_channels_last(output) else output
+
+
+def folded(
+    input: Tensor, layer: ResidualLayer, relu: bool, prepared: Tensor | None = None
+) -> Tensor:
+    """relu(layer(input)), or without a relu, of given statistics; ``prepared`` is what ``conv2d``
+    takes. Where no gradient is needed and an image is channels_last, the normalised output is
+    written where the convolution's would be; else a convolution and a batch norm."""
+    reason = None
+    if is_small(input, layer.weight, layer.stride):
+        reason = "too small for our call overhead"
+    elif torch.compiler.is_compiling():
+        reason = "compiled"
+    elif not any(map(suggests_channels_last, (input, layer.weight))):
+        reason = "a contiguous image"
+    elif needs_gradient(input, *layer.parameters):
+        reason = "a gradient is needed"
+    elif not input.is_cpu and config.forced() != "own":
+        reason = "not measured on a GPU"
+    else:
+        reason = torchs_reason() or _refusal_of_layers(input, [layer], False)[0]
+    if reason is not None:
+        y = conv2d(
+            input, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation,
+            layer.groups, prepared=prepared,
+        )  # fmt: skip
+        norm = layer.running_mean, layer.running_var, layer.norm_weight, layer.norm_bias
+        activation = "relu" if relu else None
+        return batch_norm(y, *norm, False, layer.momentum, layer.eps, activation=activation)
+    device = input.device.type
+    owner = config.owner("cpu") if device == "cpu" else "triton"
+    config.record(_OP, owner, "folded into the convolution")
+    image, (layer,) = _cast(input, [layer])
+    convolution = layer.stride, layer.padding, layer.dilation, layer.groups
+    with torch._C._AutoDispatchBelowAutograd():
+        affine = _affine(*layer.parameters, layer.running_mean, layer.running_var, layer.eps)
+        return _ops.residual_block_folded(
+            image.contiguous(memory_format=_LAST), layer.weight,
+            prepared if layer.weight.dtype is input.dtype else None, *affine, None, *convolution,
+            relu, is_exact(device), config.forced() == "own",
+        )  # fmt: skip
