@@ -34,13 +34,13 @@ sys.modules[f"{__name__}.functional"] = functional
 class _Kept:
     """What a frozen module keeps. In a copy of the module, by deepcopy or pickle, it is None."""
 
-    def __init__(self, value: Any, weights: list[Tensor]) -> None:
-        self.value = value
+    def __init__(self, value: Any, weights: list[Tensor], settings: tuple) -> None:
+        self.value, self.settings = value, settings
         self.weights = [(weight, *_state(weight)) for weight in weights]
 
-    def is_of(self, weights: list[Tensor]) -> bool:
-        """Whether these are the weights that it was made of, and nobody was seen to write."""
-        return len(weights) == len(self.weights) and all(
+    def is_of(self, weights: list[Tensor], settings: tuple) -> bool:
+        """Whether it was made of these weights, which nobody was seen to write, and settings."""
+        return (len(weights), settings) == (len(self.weights), self.settings) and all(
             weight is kept and _state(weight) == tuple(state)
             for weight, (kept, *state) in zip(weights, self.weights, strict=True)
         )
@@ -58,9 +58,9 @@ class Freezable:
     """A module that ``dlkernels.freeze`` lets keep what it derives from its weights: a class before
     torch's among the bases.
 
-    A class says which parameters those are, and makes the value of them in ``_prepare``; its
-    forward gives ``_prepared()`` to its function, None wherever it does not hold. The function
-    reads it only where no gradient is needed and the kernel is the one that it is for.
+    A class says which parameters those are, and makes the value of them and of its ``_settings`` in
+    ``_prepare``; its forward gives ``_prepared()`` to its function, None wherever it does not hold.
+    The function reads it only where no gradient is needed and the kernel is the one that it is for.
     """
 
     derived_from: tuple[str, ...] = ("weight",)
@@ -72,9 +72,13 @@ class Freezable:
 
     def _prepared(self) -> Any:
         kept = self._kept
-        if kept is None or torch.compiler.is_compiling() or not kept.is_of(self._weights()):
+        if kept is None or torch.compiler.is_compiling():
             return None
-        return kept.value
+        return kept.value if kept.is_of(self._weights(), self._settings()) else None
+
+    def _settings(self) -> tuple:
+        """What else the value depends on."""
+        raise NotImplementedError
 
     def _weights(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.derived_from]
@@ -86,7 +90,7 @@ class Freezable:
         with torch.no_grad():
             value = self._prepare(*weights)
         if value is not None:
-            self._kept = _Kept(value, weights)
+            self._kept = _Kept(value, weights, self._settings())
 
     def drop_prepared(self) -> None:
         """Drops what is kept."""
@@ -308,7 +312,10 @@ class Conv2d(Freezable, torch.nn.Conv2d):
     """
 
     def _prepare(self, weight: Tensor) -> Tensor | None:
-        return prepare_conv2d(weight, self.stride, self.dilation, self.groups)
+        return prepare_conv2d(weight, *self._settings())
+
+    def _settings(self) -> tuple:
+        return self.stride, self.dilation, self.groups
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
@@ -582,6 +589,8 @@ def convolve_and_normalise(
     activation: str | None = None,
 ) -> Tensor:
     """A batch norm's output of a convolution's, with a ReLU or without; of a pair that folds."""
+    if not isinstance(input, Tensor) or input.dim() != 4:
+        return normalise(norm, conv(input), activation=activation)
     return folded(input, _layer(conv, norm), activation == "relu", conv._prepared())
 
 
@@ -818,6 +827,9 @@ class Fused(Composite, Freezable):
     def _prepare(self, *weights: Tensor) -> list[tuple[Tensor, Tensor]] | None:
         made = [keep(_layer(*pair)) for pair in self.parts().pairs]
         return None if any(affine is None for affine in made) else made
+
+    def _settings(self) -> tuple:
+        return tuple(norm.eps for _, norm in self.parts().pairs)
 
     def _weights(self) -> list[Tensor]:
         layers = [_layer(*pair) for pair in self.parts().pairs]

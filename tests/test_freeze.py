@@ -185,6 +185,19 @@ def test_a_changed_weight_is_not_what_was_kept(change):
         assert reads_what_it_keeps(module, x)
 
 
+@pytest.mark.parametrize("change", [{"stride": (2, 2)}, {"dilation": (2, 2)}], ids=str)
+def test_a_changed_setting_is_not_what_was_kept_for(change):
+    module, x = convolution()
+    dlkernels.freeze(module)
+    for name, value in change.items():
+        setattr(module, name, value)
+    with torch.no_grad():
+        wanted = F.conv2d(
+            x, module.weight, module.bias, module.stride, module.padding, module.dilation
+        )
+        torch.testing.assert_close(module(x), wanted, **CLOSE)
+
+
 def test_inference_tensors_can_be_frozen():
     with torch.inference_mode():
         module, x = convolution()
@@ -314,8 +327,9 @@ def test_a_frozen_residual_block(name, poisoned):
         lambda m: m.load_state_dict(m.state_dict()),
         lambda m: m.train().eval(),
         lambda m: m.double().float(),
+        lambda m: setattr(m.bn2, "eps", 0.5),
     ],
-    ids=["running", "weight", "a_bias_more", "bias", "load_state_dict", "train", "to"],
+    ids=["running", "weight", "a_bias_more", "bias", "load_state_dict", "train", "to", "eps"],
 )
 def test_a_changed_residual_block_is_computed_anew(change):
     module, x = block()

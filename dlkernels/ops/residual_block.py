@@ -107,12 +107,7 @@ def _sums(image: Tensor, count: int) -> Tensor:
 
 
 def _convolved(input, weight, stride, padding, dilation):
-    size = [
-        (input.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1)
-        // stride[d]
-        + 1
-        for d in range(2)
-    ]
+    size = output_size(input.shape, weight.shape, stride, padding, dilation)
     shape = (input.shape[0], weight.shape[0], *size)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_LAST)
 
@@ -586,11 +581,13 @@ def _refusal_of_layer(shape, layer, dtype, training):
     if min(size) < 1:
         return f"an image of {tuple(shape)} below the kernel's size", None
     norm = (layer.norm_weight, layer.norm_bias, layer.running_mean, layer.running_var)
+    norm = [tensor for tensor in norm if tensor is not None]
     for tensor in norm:
-        if tensor is None:
-            continue
-        if tensor.shape != (channels,) or tensor.dtype not in (torch.float32, dtype):
-            return f"a batch norm of {tensor.dtype} and shape {tuple(tensor.shape)}", None
+        if tensor.shape != (channels,):
+            return f"a batch norm of shape {tuple(tensor.shape)}", None
+    mixed = {torch.float32} if dtype in (torch.bfloat16, torch.float16) else set()
+    if (of := {tensor.dtype for tensor in norm}) and of not in ({dtype}, mixed):
+        return f"a batch norm of {', '.join(map(str, of))} beside {dtype}", None
     if (layer.running_mean is None) != (layer.running_var is None):
         return "one running statistic without the other", None
     if layer.running_mean is None and not training:
@@ -691,6 +688,26 @@ def _cast(input, layers):
     ]
 
 
+def _note(input, layers, s, reason="covered"):
+    """Records the choice, and on a CPU who does the convolutions: theirs are not all ours."""
+    device = input.device.type
+    owner = config.owner("cpu") if device == "cpu" else "triton"
+    if device != "cpu" or torch.compiler.is_compiling() or not config.is_recording():
+        config.record(_OP, owner, reason)
+        return
+    names, x = [], input
+    for at, (layer, convolution) in enumerate(zip(layers, s.convolutions, strict=True), 1):
+        is_shortcut = s.projects and at == len(layers)
+        x = input if is_shortcut else x
+        chosen = _ops.conv2d_algorithm(
+            x, layer.weight, None, *convolution, "none", s.exact, s.own
+        ).split(", ")
+        used = dict.fromkeys(chosen if s.training else chosen[:1])  # forward, input, weight
+        names.append(f"{'shortcut' if is_shortcut else f'conv{at}'} {'/'.join(used)}")
+        x = _convolved(x, layer.weight, *convolution[:3])
+    config.record(_OP, owner, f"{reason}: {', '.join(names)}")
+
+
 def _run(input, layers, s):
     """The kernels, with a derivative where one is needed."""
     flat = [x for layer in layers for x in layer.parameters]
@@ -749,9 +766,11 @@ def residual_block(
 
     Raises:
         What torch raises of the parts, with its words: ValueError for one value per channel in
-        training, RuntimeError for shapes and dtypes.
+        training, RuntimeError for shapes and dtypes. ValueError for no layers.
     """
     layers = list(layers)
+    if not layers:
+        raise ValueError("residual_block: expected one layer or more, got none")
     every = layers if shortcut is None else [*layers, shortcut]
 
     def parts():
@@ -773,7 +792,6 @@ def residual_block(
         config.record(_OP, "parts", reason)
         return parts()
     device = input.device.type
-    config.record(_OP, config.owner("cpu") if device == "cpu" else "triton", "covered")
     image, every = _cast(input, every)
     s = _Settings(
         tuple((layer.stride, layer.padding, layer.dilation, layer.groups) for layer in every),
@@ -785,6 +803,7 @@ def residual_block(
         is_exact(device),
         config.forced() == "own",
     )
+    _note(image, every, s)
     last = any(suggests_channels_last(x) for x in (image, *(layer.weight for layer in layers)))
     output = _run(image.contiguous(memory_format=_LAST), every, s)
     if last:
@@ -797,22 +816,20 @@ def residual_block(
 def folded(
     input: Tensor, layer: ResidualLayer, relu: bool, prepared: Tensor | None = None
 ) -> Tensor:
-    """relu(layer(input)), or without a relu, of given statistics; ``prepared`` is what ``conv2d``
-    takes. Where no gradient is needed and an image is channels_last, the normalised output is
-    written where the convolution's would be; else a convolution and a batch norm."""
-    reason = None
+    """relu(layer(input)), or without a relu, of given statistics and (N, C, H, W); ``prepared`` is
+    what ``conv2d`` takes. Where no gradient is needed and an image is channels_last, the normalised
+    output is written where the convolution's would be; else a convolution and a batch norm."""
     if is_small(input, layer.weight, layer.stride):
         reason = "too small for our call overhead"
     elif torch.compiler.is_compiling():
         reason = "compiled"
-    elif not any(map(suggests_channels_last, (input, layer.weight))):
-        reason = "a contiguous image"
-    elif needs_gradient(input, *layer.parameters):
-        reason = "a gradient is needed"
-    elif not input.is_cpu and config.forced() != "own":
-        reason = "not measured on a GPU"
-    else:
-        reason = torchs_reason() or _refusal_of_layers(input, [layer], False)[0]
+    elif (reason := torchs_reason() or _refusal_of_layers(input, [layer], False)[0]) is None:
+        if not any(map(suggests_channels_last, (input, layer.weight))):
+            reason = "a contiguous image"
+        elif needs_gradient(input, *layer.parameters):
+            reason = "a gradient is needed"
+        elif not input.is_cpu and config.forced() != "own":
+            reason = "not measured on a GPU"
     if reason is not None:
         y = conv2d(
             input, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation,
@@ -821,15 +838,15 @@ def folded(
         norm = layer.running_mean, layer.running_var, layer.norm_weight, layer.norm_bias
         activation = "relu" if relu else None
         return batch_norm(y, *norm, False, layer.momentum, layer.eps, activation=activation)
-    device = input.device.type
-    owner = config.owner("cpu") if device == "cpu" else "triton"
-    config.record(_OP, owner, "folded into the convolution")
-    image, (layer,) = _cast(input, [layer])
-    convolution = layer.stride, layer.padding, layer.dilation, layer.groups
+    image, (cast,) = _cast(input, [layer])
+    image = image.contiguous(memory_format=_LAST)
+    convolution = cast.stride, cast.padding, cast.dilation, cast.groups
+    exact, own = is_exact(input.device.type), config.forced() == "own"
+    s = _Settings((convolution,), (0.0,), (cast.eps,), False, False, None, exact, own)
+    _note(image, [cast], s, "folded into the convolution")
     with torch._C._AutoDispatchBelowAutograd():
-        affine = _affine(*layer.parameters, layer.running_mean, layer.running_var, layer.eps)
+        affine = _affine(*cast.parameters, cast.running_mean, cast.running_var, cast.eps)
         return _ops.residual_block_folded(
-            image.contiguous(memory_format=_LAST), layer.weight,
-            prepared if layer.weight.dtype is input.dtype else None, *affine, None, *convolution,
-            relu, is_exact(device), config.forced() == "own",
+            image, cast.weight, prepared if cast.weight is layer.weight else None, *affine, None,
+            *convolution, relu, exact, own,
         )  # fmt: skip
