@@ -67,6 +67,15 @@ SHOWN = {
         "64x128x128 LSTMCell forward",
         "100x32x100x256 LSTMCell loop",
     ),
+    "models": (
+        "lenet",
+        "mnist_mlp",
+        "resnet18_cifar",
+        "resnet18_cifar forward",
+        "gan",
+        "sentiment_lstm",
+        "two_cell_lstm",
+    ),
     "residual_block": (
         "64x64x32x32 64-64",
         "64x64x32x32 64-64 forward",

@@ -32,6 +32,7 @@ OPS = (
     "linear",
     "linear_cross_entropy",
     "lstm",
+    "models",
     "residual_block",
 )
 COLUMNS = {  # heading: field, format, factor
