@@ -1446,6 +1446,29 @@ def test_two_processes_equal_one_on_the_whole_batch(tmp_path):
         assert printed == ["equal"] * 8 + ["refused"]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5, 7), (3, 64, 9, 33), (1, 70, 1, 2), (2, 9, 3, 1)], ids=str
+)
+def test_layout_copies(shape, dtype, poisoned):
+    x = torch.randn(shape).to(dtype)
+    for image, is_last in (
+        (x.contiguous(memory_format=LAST), False),
+        (x, True),
+        (sliced_rows(x), True),
+        (x[:1].expand_as(x), True),
+        (every_second(x), False),
+    ):
+        copy_of = ops.residual_block_layout(image, is_last)
+        assert torch.equal(copy_of, image)
+        memory_format = LAST if is_last else torch.contiguous_format
+        assert copy_of.is_contiguous(memory_format=memory_format)
+        checks = ("test_schema", "test_faketensor")  # the others clone the image, to be contiguous
+        torch.library.opcheck(ops.residual_block_layout, (image, is_last), test_utils=checks)
+    with pytest.raises(RuntimeError, match="in another memory format"):
+        ops.residual_block_layout(x, False)
+
+
 # ----------------------------------------------------------- a convolution and its batch norm alone
 
 

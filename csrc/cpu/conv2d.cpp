@@ -138,32 +138,10 @@ Sizes output_sizes(const Shape& shape) { return {shape.n, shape.k, shape.p, shap
 
 // ----------------------------------------------------------------------------------------- layouts
 
-// Whether x lies without gaps in the order of dimensions `order`, the last the fastest.
-bool is_dense(const Tensor& x, const std::array<int, 4>& order) {
-  int64_t wanted = 1;
-  for (int at = 4; at-- > 0;) {
-    const int d = order[at];
-    if (x.size(d) != 1 && x.stride(d) != wanted) return false;
-    wanted *= x.size(d);
-  }
-  return true;
-}
-bool is_nchw(const Tensor& x) { return is_dense(x, {0, 1, 2, 3}); }
-bool is_nhwc(const Tensor& x) { return is_dense(x, {0, 2, 3, 1}); }
-
 // x in NHWC, itself or a copy, which `keep` holds.
 template <typename S>
 const S* channels_last(const Tensor& x, Tensor& keep) {
-  if (is_nhwc(x)) {
-    keep = x;
-  } else if (is_nchw(x)) {
-    keep = empty(x, sizes_of(x), MemoryFormat::ChannelsLast);
-    layout::transpose(static_cast<const S*>(x.const_data_ptr()),
-                      static_cast<S*>(keep.mutable_data_ptr()), x.size(0), x.size(1),
-                      x.size(2) * x.size(3));
-  } else {
-    keep = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
-  }
+  keep = layout::is_nhwc(x) ? x : layout::copied<S>(x, MemoryFormat::ChannelsLast);
   return static_cast<const S*>(keep.const_data_ptr());
 }
 
@@ -179,12 +157,12 @@ class Result {
  public:
   Result(const Tensor& like, const Sizes& sizes, MemoryFormat format)
       : tensor_(empty(like, sizes, format)), written_(tensor_) {
-    if (!is_nhwc(tensor_)) written_ = empty(like, sizes, MemoryFormat::ChannelsLast);
+    if (!layout::is_nhwc(tensor_)) written_ = empty(like, sizes, MemoryFormat::ChannelsLast);
     huge_pages<S>(tensor_), huge_pages<S>(written_);
   }
   S* data() const { return static_cast<S*>(written_.mutable_data_ptr()); }
   Tensor finish() const {
-    if (!is_nhwc(tensor_))
+    if (!layout::is_nhwc(tensor_))
       layout::transpose(static_cast<const S*>(written_.const_data_ptr()),
                         static_cast<S*>(tensor_.mutable_data_ptr()), tensor_.size(0),
                         tensor_.size(2) * tensor_.size(3), tensor_.size(1));
@@ -412,7 +390,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Settings& set, const Tensor& g
       few_channels::weight_gradient<S>(few, x, dy, images<S>(grad_weight));
     }
     Tensor keep_grad, keep_input;
-    const bool by_planes = want.bias && !own_input && !own_weight && is_nchw(grad);
+    const bool by_planes = want.bias && !own_input && !own_weight && layout::is_nchw(grad);
     const S* d = static_cast<const S*>(grad.const_data_ptr());
     if (!by_planes && (own_input || own_weight || want.bias)) d = channels_last<S>(grad, keep_grad);
     if (own_input) {

@@ -12,6 +12,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "memory.h"
 #include "simd.h"
 
 namespace dlkernels::layout {
@@ -59,6 +60,19 @@ inline Tensor empty(const Tensor& like, const Sizes& sizes, MemoryFormat format)
 }
 // For the gradient of x.
 inline Tensor empty_gradient(const Tensor& x) { return empty(x, sizes_of(x), format_of(x)); }
+
+// Whether x lies without gaps in the order of dimensions `order`, the last the fastest.
+inline bool is_dense(const Tensor& x, const std::array<int, 4>& order) {
+  int64_t wanted = 1;
+  for (int at = 4; at-- > 0;) {
+    const int d = order[at];
+    if (x.size(d) != 1 && x.stride(d) != wanted) return false;
+    wanted *= x.size(d);
+  }
+  return true;
+}
+inline bool is_nchw(const Tensor& x) { return is_dense(x, {0, 1, 2, 3}); }
+inline bool is_nhwc(const Tensor& x) { return is_dense(x, {0, 2, 3, 1}); }
 
 // rows × columns, at most a vector of each, from rows `pitch` apart to their transpose, through a
 // square in L1.
@@ -137,12 +151,30 @@ void transpose(const S* from, S* to, int64_t count, int64_t rows, int64_t column
           else if (few_columns)
             transpose_few(false, source + r0 * columns, result + r0, rows, columns, r1 - r0);
           else
-            for (int64_t r = r0; r < r1; r += kSize)
-              for (int64_t c = c0; c < c1; c += kSize)
+            for (int64_t c = c0; c < c1; c += kSize)
+              for (int64_t r = r0; r < r1; r += kSize) {
+                // Rows a page apart are no stream to the hardware.
+                for (int64_t k = r; k < std::min(kSize + r, r1); ++k)
+                  __builtin_prefetch(source + k * columns + c + width, 0, 2);
                 transpose_square(source + r * columns + c, columns, result + c * rows + r, rows,
                                  std::min(kSize, r1 - r), std::min(kSize, c1 - c));
+              }
         }
       });
+}
+
+// x in `format`: a copy, in large pages, since the faults of small ones take longer than the copy;
+// itself, or torch's copy, where it is no dense image in the other format.
+template <typename S>
+Tensor copied(const Tensor& x, MemoryFormat format) {
+  const bool last = format == MemoryFormat::ChannelsLast;
+  if (!(last ? is_nchw(x) : is_nhwc(x))) return torch::stable::contiguous(x, format);
+  const Tensor made = empty(x, sizes_of(x), format);
+  advise_huge_pages(made.mutable_data_ptr(), size_t(made.numel()) * sizeof(S));
+  const int64_t pixels = x.size(2) * x.size(3), channels = x.size(1);
+  transpose(static_cast<const S*>(x.const_data_ptr()), static_cast<S*>(made.mutable_data_ptr()),
+            x.size(0), last ? channels : pixels, last ? pixels : channels);
+  return made;
 }
 
 }  // namespace dlkernels::layout

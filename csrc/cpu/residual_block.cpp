@@ -18,6 +18,7 @@
 #include "../check.h"
 #include "activation.h"
 #include "conv2d.h"
+#include "layout.h"
 #include "memory.h"
 
 namespace dlkernels {
@@ -70,7 +71,12 @@ void check_signs(const char* argument, const Tensor& x, const Tensor& image) {
 }
 
 Tensor channels_last(const Tensor& x) {
-  return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  if (layout::is_nhwc(x)) return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  Tensor made;
+  for_dtype<bf16, f16>(x.scalar_type(), [&](auto tag) {
+    made = layout::copied<decltype(tag)>(x, MemoryFormat::ChannelsLast);
+  });
+  return made;
 }
 
 Tensor empty_image(const Tensor& like, const Ints& sizes) {
@@ -360,6 +366,19 @@ std::tuple<Tensor, Tensor> output(Tensor input, Tensor scale, Tensor shift, Tens
         });
   });
   return {result, signs};
+}
+
+Tensor layout_of(Tensor input, bool last) {
+  check_image("input", input);
+  check_floating(kOp, "input", input);
+  const bool is = last ? layout::is_nhwc(input) : layout::is_nchw(input);
+  DLK_CHECK(!is, kOp, ": expected an input in another memory format");
+  Tensor made;
+  for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
+    made = layout::copied<decltype(tag)>(
+        input, last ? layout::MemoryFormat::ChannelsLast : layout::MemoryFormat::Contiguous);
+  });
+  return made;
 }
 
 Tensor folded(Tensor input, Tensor weight, Optional prepared, Tensor scale, Tensor shift,
@@ -666,6 +685,7 @@ STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("residual_block_finalize", TORCH_BOX(&dlkernels::finalize));
   m.impl("residual_block_output", TORCH_BOX(&dlkernels::output));
   m.impl("residual_block_folded", TORCH_BOX(&dlkernels::folded));
+  m.impl("residual_block_layout", TORCH_BOX(&dlkernels::layout_of));
   m.impl("residual_block_reduce", TORCH_BOX(&dlkernels::reduce));
   m.impl("residual_block_coefficients", TORCH_BOX(&dlkernels::coefficients));
   m.impl("residual_block_gradient", TORCH_BOX(&dlkernels::gradient));

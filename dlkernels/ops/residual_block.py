@@ -25,6 +25,7 @@ channels_last.
                                  8i + j's, set but where out ≤ 0
 ``residual_block_folded``        f(s·(x * w) + t + residual): a layer whose statistics are given, by
                                  Winograd of ``prepared`` in place of w: see ``conv2d_prepare``
+``residual_block_layout``        a copy of an image that is not so yet, channels_last or contiguous
 ``residual_block_reduce``        Σ g and Σ g·ŷ of the last layer, and of the shortcut's
 ``residual_block_coefficients``  a, b, c of dy = a·g + b·(y − μ) + c
 ``residual_block_gradient``      g and the sums of the layer before, and dw, from g of a layer
@@ -78,6 +79,7 @@ for _schema in (
     " -> (Tensor output, Tensor signs)",
     "residual_block_folded(Tensor input, Tensor weight, Tensor? prepared, Tensor scale,"
     f" Tensor shift, Tensor? residual, {_CONVOLUTION}, bool relu, {_CHOICE}) -> Tensor",
+    "residual_block_layout(Tensor input, bool last) -> Tensor",
     "residual_block_reduce(Tensor grad_output, Tensor signs, Tensor input, Tensor mean,"
     " Tensor rstd, Tensor? residual, Tensor? residual_mean, Tensor? residual_rstd)"
     " -> (Tensor sum, Tensor product, Tensor residual_product)",
@@ -140,6 +142,11 @@ def _(
     own,
 ):  # fmt: skip
     return _convolved(input, weight, stride, padding, dilation)
+
+
+@torch.library.register_fake("dlkernels::residual_block_layout")
+def _(input, last):
+    return torch.empty_like(input, memory_format=_LAST if last else torch.contiguous_format)
 
 
 @torch.library.register_fake("dlkernels::residual_block_reduce")
@@ -440,7 +447,7 @@ def _gradients(ctx, grad, wanted):
     counts = getattr(ctx, "counts", None) or [y.numel() // y.shape[1] for y in outputs]
     with torch._C._AutoDispatchBelowAutograd():
         of_input, of_layers = _backward(
-            grad.contiguous(memory_format=_LAST), input, signs, outputs, norms, counts,
+            _laid(grad, True), input, signs, outputs, norms, counts,
             _layers_of(flat), s, wanted[0], wanted[1::_PARAMETERS],
         )  # fmt: skip
     gradients = [of_input, *(x for layer in of_layers for x in layer)]
@@ -545,6 +552,7 @@ not_differentiable(
     "residual_block_finalize",
     "residual_block_output",
     "residual_block_folded",
+    "residual_block_layout",
     "residual_block_reduce",
     "residual_block_coefficients",
     "residual_block_gradient",
@@ -688,6 +696,31 @@ def _cast(input, layers):
     ]
 
 
+class _Layout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, image, last):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _ops.residual_block_layout(image, last)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def _laid(image, last):
+    """The image channels_last, or contiguous: by a copy of ours where a CPU would copy. The
+    compiler has its own."""
+    format = _LAST if last else torch.contiguous_format
+    if (
+        image.is_contiguous(memory_format=format)
+        or not image.is_cpu
+        or torch.compiler.is_compiling()
+        or not has_kernel("residual_block_layout", "cpu")
+    ):
+        return image.contiguous(memory_format=format)
+    return _Layout.apply(image, last)
+
+
 def _note(input, layers, s, reason="covered"):
     """Records the choice, and on a CPU who does the convolutions: theirs are not all ours."""
     device = input.device.type
@@ -805,10 +838,10 @@ def residual_block(
     )
     _note(image, every, s)
     last = any(suggests_channels_last(x) for x in (image, *(layer.weight for layer in layers)))
-    output = _run(image.contiguous(memory_format=_LAST), every, s)
+    output = _run(_laid(image, True), every, s)
     if last:
         return output
-    output = output.contiguous()
+    output = _laid(output, False)
     # Sizes of 1 leave strides open, and torch's parts would have those of a contiguous tensor.
     return output.flatten().view_as(output) if suggests_channels_last(output) else output
 
@@ -839,7 +872,7 @@ def folded(
         activation = "relu" if relu else None
         return batch_norm(y, *norm, False, layer.momentum, layer.eps, activation=activation)
     image, (cast,) = _cast(input, [layer])
-    image = image.contiguous(memory_format=_LAST)
+    image = _laid(image, True)
     convolution = cast.stride, cast.padding, cast.dilation, cast.groups
     exact, own = is_exact(input.device.type), config.forced() == "own"
     s = _Settings((convolution,), (0.0,), (cast.eps,), False, False, None, exact, own)
