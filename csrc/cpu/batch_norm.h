@@ -26,6 +26,7 @@ namespace dlkernels::batch_norm {
 
 constexpr int64_t kBlock = 2048;     // values of a channel whose sums are in float
 constexpr int64_t kPiece = 1 << 16;  // elements of which a thread is given no part
+constexpr int64_t kAhead = 1024;     // values that come before those which are prefetched
 constexpr int64_t kUnroll = 4;
 
 struct Shape {
@@ -172,8 +173,9 @@ struct Planes {
       return;
     }
     const int64_t end = std::min(shape.outer, (block + 1) * planes());
+    const int64_t ahead = std::max<int64_t>(2, kAhead / shape.inner);
     for (int64_t n = block * planes(); n < end; ++n)
-      run(at(n, c), shape.inner, at(std::min(n + 2, shape.outer - 1), c));
+      run(at(n, c), shape.inner, at(std::min(n + ahead, shape.outer - 1), c));
   }
 
   // The blocks of a piece, and the pieces of a channel.
@@ -302,6 +304,14 @@ struct Planes {
            shape.size() <= kPiece;
   }
 
+  // Channels of one thread whose planes are short, so that what it writes is not a few lines of
+  // each page; all of them stay in its cache.
+  int64_t channels_at_once() const {
+    constexpr int64_t kRun = 1024;
+    const int64_t most = shape.channels / (4 * int64_t(torch::stable::get_num_threads()));
+    return std::max<int64_t>(1, std::min({kRun / shape.inner, kPiece / shape.values(), most}));
+  }
+
   // total[c] of all pieces, by of(c, piece).
   template <typename Total, typename Of>
   void totals(Total* total, const Of& of) const {
@@ -327,14 +337,19 @@ struct Planes {
       for (int64_t c = 0; c < shape.channels; ++c) then(c);
       return for_all<count>(parameters, body);
     }
-    const int64_t grain = std::max<int64_t>(1, kPiece / 2 / shape.values());
-    torch::stable::parallel_for(0, shape.channels, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        total[c] = of(c, 0);
-        for (int64_t piece = 1; piece < pieces(); ++piece) total[c].add(of(c, piece));
-        then(c);
+    const int64_t side = channels_at_once(), groups = (shape.channels + side - 1) / side;
+    const int64_t grain = std::max<int64_t>(1, kPiece / 2 / side / shape.values());
+    torch::stable::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t first = group * side, last = std::min(shape.channels, first + side);
+        for (int64_t c = first; c < last; ++c) {
+          total[c] = of(c, 0);
+          for (int64_t piece = 1; piece < pieces(); ++piece) total[c].add(of(c, piece));
+          then(c);
+        }
         for (int64_t n = shape.outer; n-- > 0;)
-          for_plane<count>(n, c, 0, shape.inner, at(n > 0 ? n - 1 : 0, c), parameters, body);
+          for (int64_t c = first; c < last; ++c)
+            for_plane<count>(n, c, 0, shape.inner, at(n > 0 ? n - 1 : 0, c), parameters, body);
       }
     });
   }
