@@ -76,9 +76,6 @@ void check_computed(const char* name, const Tensor& input, const Tensor& x) {
   check_dtype(kOp, name, x, computed(input.scalar_type()));
 }
 
-// Whether f' follows from the sign of y, which x tells.
-bool is_signed(Activation act) { return act == Activation::kRelu || act == Activation::kLeakyRelu; }
-
 // ----------------------------------------------------------------------------------------- layouts
 
 // The input's memory format, and what it is to the loops.
@@ -386,7 +383,7 @@ struct Gradients {
     check_of_channels("bias", input, bias);
     check_of_channels("mean", input, mean);
     check_of_channels("var", input, var);
-    DLK_CHECK(output ? act != Activation::kNone : act == Activation::kNone || is_signed(act), kOp,
+    DLK_CHECK(output ? act != Activation::kNone : act == Activation::kNone || is_of_sign(act), kOp,
               ": expected the output where the activation needs it, and not where there is none");
     check_like("output", input, output);
   }

@@ -857,11 +857,6 @@ void check_parameter(const char* argument, const Tensor& x, const Tensor& input)
   check_shape(kOp, argument, x, Sizes{input.size(1)});
 }
 
-// Whether f' follows from the sign of y, which x tells.
-bool is_signed(Activation activation) {
-  return activation == Activation::kRelu || activation == Activation::kLeakyRelu;
-}
-
 void check_statistic(const char* argument, const Tensor& x, const Tensor& input) {
   check_on_gpu(kOp, argument, x, input);
   check_dtype(kOp, argument, x, wide_of(input));
@@ -1074,7 +1069,7 @@ struct Gradients {
     check_parameter("mean", mean, input);
     check_parameter("var", var, input);
     const bool none = activation == Activation::kNone;
-    DLK_CHECK(output ? !none : none || is_signed(activation), kOp,
+    DLK_CHECK(output ? !none : none || is_of_sign(activation), kOp,
               ": expected the output where the activation needs it, and not where there is none");
     if (output) check_like("output", *output, input);
   }
