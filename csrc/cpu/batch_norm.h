@@ -99,7 +99,8 @@ void for_activation(Activation activation, const Function& f) {
   }
 }
 
-// Σ g is of g = dy·f'. f' follows from y, which is null where dy is g already;
+// g = dy·f' of a vector, with d = x − mean and its channels' scale and shift. f' follows from y;
+// without one dy is g already.
 template <typename S, typename Act>
 struct FromOutput {
   using V = Vec<accumulate_t<S>>;
@@ -117,7 +118,7 @@ struct FromOutput {
   }
 };
 
-// The largest number that is 0 in memory: half of the least one there is, ties to even.
+// The largest number that is 0 in memory: half of the least that is not, ties to even.
 template <typename S>
 constexpr accumulate_t<S> kRoundedToZero = 0;
 template <>
@@ -125,7 +126,7 @@ inline constexpr float kRoundedToZero<bf16> = 0x1p-134f;
 template <>
 inline constexpr float kRoundedToZero<f16> = 0x1p-25f;
 
-// or, where its sign is enough, from what f was applied to, d·scale + shift with d = x − mean.
+// f' follows from the sign of y, which is that of d·scale + shift once it is rounded.
 template <typename S, typename Act>
 struct FromInput {
   using T = accumulate_t<S>;
