@@ -35,7 +35,8 @@ from dlkernels.ops.common import (
     active_transform,
     before_activation,
     has_kernel,
-    is_batched,
+    is_torchs,
+    needs_gradient,
     not_differentiable,
     suggests_channels_last,
     unfit,
@@ -212,7 +213,7 @@ def _backward(ctx, grad_output):
     if input is None:
         shape, stride, dtype = ctx.of_input
         input = grad_output.new_empty_strided(shape, stride, dtype=dtype)
-    if torch.is_grad_enabled() or is_batched(grad_output):
+    if is_torchs(grad_output):
         if output is None and activation != "none":
             with torch._C._AutoDispatchBelowAutograd():
                 output = _ops.batch_norm_apply(input, weight, bias, None, mean, var, *settings)
@@ -415,15 +416,6 @@ def _choose(torchs, stocks, arguments):
 # ------------------------------------------------------------------------------------------- public
 
 
-def _needs_grad(*tensors):
-    if not torch.is_grad_enabled():
-        return False
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
-
-
 def written(*tensors):
     """Tells autograd of what a kernel wrote."""
     for tensor in tensors:
@@ -446,7 +438,7 @@ def _train(input, running_mean, running_var, weight, bias, momentum, eps, residu
             update_running(running_var, var * (values / (values - 1)), momentum)
         return output
     arguments = (input, weight, bias, residual, running_mean, running_var, momentum, eps)
-    if _needs_grad(input, weight, bias, residual):
+    if needs_gradient(input, weight, bias, residual):
         output = _BatchNorm.apply(*arguments, *settings)
     else:
         with torch._C._AutoDispatchBelowAutograd():
@@ -459,7 +451,7 @@ def _evaluate(input, mean, var, weight, bias, eps, residual, *settings):
     arguments = (input, weight, bias, residual, mean, var, eps, *settings)
     if torch.compiler.is_compiling():
         return _ops.batch_norm_eval(*arguments)
-    if _needs_grad(input, weight, bias, residual):
+    if needs_gradient(input, weight, bias, residual):
         return _BatchNormEval.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _ops.batch_norm_apply(*arguments)
@@ -603,9 +595,13 @@ class _SyncBatchNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.settings = eps, activation, own, group
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
-        of_torch = own is None and activation != "none"
-        y = output if of_torch or _keeps_output(activation, residual, input) else None
-        ctx.save_for_backward(input, weight, bias, y, mean, var, count)
+        keeps_output = activation != "none" and own is None
+        keeps_output = keeps_output or _keeps_output(activation, residual, input)
+        finds_sign = activation != "none" and not keeps_output
+        ctx.save_for_backward(
+            input, weight, bias if finds_sign else None, output if keeps_output else None, mean,
+            var, count,
+        )  # fmt: skip
         return output
 
     @staticmethod
