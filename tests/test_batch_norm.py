@@ -290,7 +290,7 @@ def test_statistics_of_a_large_mean(shape, format, own, poisoned):
     exact = statistics_reference(x.double())
     for mean, var in (ops.batch_norm_statistics(x, True), ops.batch_norm(
         x, None, None, None, EPS, "none", True
-    )[1:]):  # fmt: skip
+    )[1:3]):  # fmt: skip
         torch.testing.assert_close(mean.double(), exact[0], rtol=1e-7, atol=0)
         torch.testing.assert_close(var.double(), exact[1], rtol=1e-6, atol=0)
     wide = torch.randn(SHAPES[shape], dtype=torch.float64) * 1e-3 + 1e6
@@ -459,7 +459,7 @@ def test_a_second_backward(dtype, activation, own):
 @pytest.mark.parametrize("activation", [None, "relu", "tanh"])
 def test_changes_in_place_are_refused(changed, activation, training, own):
     """Of what the backward reads; of a running statistic in eval alone. Not of the output of a
-    ReLU, whose sign the input, weight and bias tell."""
+    ReLU, whose sign input, weight and bias tell; in training a copy of the bias."""
     x, mean, var, weight, bias, _ = problem((5, 20, 6, 7), torch.float32)
     x, weight, bias = (t.requires_grad_() * 1 for t in (x, weight, bias))
     output = batch_norm(x, mean, var, weight, bias, training, activation=activation)
@@ -467,11 +467,8 @@ def test_changes_in_place_are_refused(changed, activation, training, own):
     with torch.no_grad():
         tensors[changed].mul_(2)
     read = changed in ("input", "weight") or (changed == "running" and not training)
-    if (
-        read
-        or (changed == "bias" and activation == "relu")
-        or (changed == "output" and activation == "tanh")
-    ):
+    read = read or (changed == "bias" and activation == "relu" and not training)
+    if read or (changed == "output" and activation == "tanh"):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             output.sum().backward()
     else:
@@ -812,7 +809,7 @@ def test_refusals_of_raw_ops():
         (0, x[:3], "grad_output of shape"),
         (0, x.double(), "grad_output of dtype"),
         (2, weight[:5], "weight of shape"),
-        (3, bias.double(), "bias of dtype"),
+        (3, bias.double(), "shift of dtype"),
         (4, None, "the output"),
         (4, x[:3], "output of shape"),
         (5, mean.double(), "mean of dtype"),

@@ -141,7 +141,9 @@ def training_results(x, residual, activation):
     running = [(running_mean.clone(), running_var.clone()) for _ in range(2)]
     running.append(doubled(running_mean, running_var))
     settings = (EPS, activation, True)
-    y, mean, var = ops.batch_norm_forward(x, weight, bias, residual, *running[0], 0.1, *settings)
+    y, mean, var, shift = ops.batch_norm_forward(
+        x, weight, bias, residual, *running[0], 0.1, *settings
+    )
     assert y.dtype == x.dtype and format_of(y) == format_of(x)
     assert mean.dtype == var.dtype == wide(x.dtype)
     rstd = rstd_of(var)
@@ -152,7 +154,7 @@ def training_results(x, residual, activation):
     forward = [(y, torch.cat([mean, 1 / rstd]), rstd) for y, mean, rstd in forward]
 
     grad = like(x)
-    saved = (x, weight, bias, kept(y, activation, residual), mean, var)
+    saved = (x, weight, shift, kept(y, activation, residual), mean, var)
     ours = ops.batch_norm_backward(grad, *saved, True, *settings, True, True, True, True)
     for t in (ours[0], ours[3]):
         assert t.dtype == x.dtype and format_of(t) == format_of(x)
@@ -236,13 +238,13 @@ def test_parts(path, dtype, poisoned):
     activation = activation_of(path)
     weight, bias, *_ = parameters(x)
     settings = (EPS, activation, True)
-    y, mean, var = ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, *settings)
+    y, mean, var, shift = ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, *settings)
     for a, b in zip(ops.batch_norm_statistics(x, True), (mean, var), strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(ops.batch_norm_apply(x, weight, bias, None, mean, var, *settings), y)
+    assert torch.equal(ops.batch_norm_apply(x, weight, shift, None, mean, var, *settings), y)
 
     grad = like(x)
-    saved = (x, weight, bias, kept(y, activation), mean, var)
+    saved = (x, weight, shift, kept(y, activation), mean, var)
     whole = ops.batch_norm_backward(grad, *saved, True, *settings, True, True, True, True)
     sums = ops.batch_norm_reduce(grad, *saved, *settings)
     assert torch.equal(sums[0], whole[2]) and torch.equal(sums[1], whole[1])
@@ -320,9 +322,9 @@ def test_the_sign_of_every_output(path, dtype, poisoned):
     mean, var = ops.batch_norm_statistics(x, True)
     first = x[(slice(0, 1), slice(None), *[0] * (x.dim() - 2))][0]
     bias = -(first - mean) * (weight * rstd_of(var))
-    y, *saved = ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, *settings)
+    y, *saved, shift = ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, *settings)
     *_, g = ops.batch_norm_backward(
-        torch.ones_like(x), x, weight, bias, None, *saved, True, *settings, True, True, True, True
+        torch.ones_like(x), x, weight, shift, None, *saved, True, *settings, True, True, True, True
     )
     assert torch.equal(g != 0, y > 0)
 
@@ -350,7 +352,7 @@ def test_parameters_of_the_inputs_dtype(path, dtype, poisoned):
 def test_without_parameters(path, poisoned):
     x = drawn(path, torch.float32)
     settings = (EPS, "none", True)
-    y, *saved = ops.batch_norm_forward(x, None, None, None, None, None, 0.1, *settings)
+    y, *saved, _ = ops.batch_norm_forward(x, None, None, None, None, None, 0.1, *settings)
     none = (None, None, None, None, None, True, "none")
     stocks, exact = stock(x, *none), stock(x.double(), *none)
     assert_no_worse("output", y, stocks[0], exact[0])
@@ -371,10 +373,10 @@ def test_wanted_gradients(path, wanted, poisoned):
     wants = [bool(wanted >> i & 1) for i in range(4)]
     weight, bias, *_ = parameters(x)
     settings = (EPS, "relu", True)
-    y, *saved = ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, *settings)
+    y, *saved, shift = ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, *settings)
     grad = like(x)
     for training, output in itertools.product((True, False), (y, None)):
-        arguments = (grad, x, weight, bias, output, *saved, training, *settings)
+        arguments = (grad, x, weight, shift, output, *saved, training, *settings)
         all_four = ops.batch_norm_backward(*arguments, True, True, True, True)
         some = ops.batch_norm_backward(*arguments, *wants)
         for a, b, want in zip(some, all_four, wants, strict=True):
@@ -388,13 +390,23 @@ def test_a_large_mean(path, poisoned):
 
 
 @pytest.mark.parametrize("path", ["channels_in_pieces", "odd_channels", "planes", "cut_planes"])
+def test_what_a_rounded_mean_loses(path, poisoned):
+    """Half a unit of a mean of 3000 is 1e-4 of the output."""
+    x = drawn(path, torch.float32, mean=3000.0)
+    weight, bias, *_ = parameters(x)
+    y, *_ = ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, EPS, "none", True)
+    exact, *_ = stock(*doubled(x, weight, bias, None, None, None), True, "none")
+    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("path", ["channels_in_pieces", "odd_channels", "planes", "cut_planes"])
 def test_constants_and_outliers(path, poisoned):
     """A channel of one value has variance 0 exactly; a first value far from all others is not what
     the sums are shifted by."""
     x = drawn(path, torch.float32)
     x[:, 0] = 7.25
     x[0, 1].view(-1)[0] = 1e6
-    *_, var = ops.batch_norm_forward(x, None, None, None, None, None, 0.1, EPS, "none", True)
+    _, var = ops.batch_norm_statistics(x, True)
     wanted = x.transpose(0, 1).flatten(1).double().var(1, unbiased=False)
     assert var[0] == 0
     torch.testing.assert_close(var, wanted.to(var.dtype), rtol=2e-6, atol=0)
@@ -408,7 +420,7 @@ def test_memory_off_16_bytes(path, dtype, poisoned):
     memory = torch.empty(x.numel() + 3, dtype=dtype)[3:]
     off = memory.as_strided(x.shape, x.stride(), memory.storage_offset()).copy_(x)
     arguments = (None, None, None, None, None, 0.1, EPS, "tanh", True)
-    y, *saved = ops.batch_norm_forward(x, *arguments)
+    y, *saved, _ = ops.batch_norm_forward(x, *arguments)
     results = ops.batch_norm_forward(off, *arguments)
     close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
     torch.testing.assert_close(results[0], y, **close)
@@ -431,16 +443,16 @@ def test_other_strides(path, poisoned):
     other = [laid(t, not PATHS[path][1]) for t in (x, residual)]
     gaps = torch.stack([x, x], -1)[..., 0]
     arguments = (None, None, 0.1, EPS, "relu", True)
-    y, *saved = ops.batch_norm_forward(x, weight, bias, residual, *arguments)
+    y, *saved, shift = ops.batch_norm_forward(x, weight, bias, residual, *arguments)
     for input, added in ((x, other[1]), (gaps, residual)):
         results = ops.batch_norm_forward(input, weight, bias, added, *arguments)
-        for a, b in zip(results, (y, *saved), strict=True):
+        for a, b in zip(results, (y, *saved, shift), strict=True):
             torch.testing.assert_close(a, b)
     grad = like(x)
     wants = (True, EPS, "relu", True, True, True, True, True)
-    wanted = ops.batch_norm_backward(grad, x, weight, bias, y, *saved, *wants)
+    wanted = ops.batch_norm_backward(grad, x, weight, shift, y, *saved, *wants)
     moved = [laid(t, not PATHS[path][1]) for t in (grad, y)]
-    got = ops.batch_norm_backward(moved[0], x, weight, bias, moved[1], *saved, *wants)
+    got = ops.batch_norm_backward(moved[0], x, weight, shift, moved[1], *saved, *wants)
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
 
@@ -453,11 +465,11 @@ def test_the_same_bits(path):
     settings = (EPS, "leaky_relu", True)
     runs = []
     for _ in range(2):
-        y, *saved = ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, *settings)
+        y, *saved, shift = ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, *settings)
         back = ops.batch_norm_backward(
-            grad, x, weight, bias, None, *saved, True, *settings, True, True, True, True
+            grad, x, weight, shift, None, *saved, True, *settings, True, True, True, True
         )
-        runs.append((y, *saved, *back))
+        runs.append((y, *saved, shift, *back))
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
 
@@ -467,12 +479,13 @@ def test_no_values(shape):
     x = torch.randn(shape)
     weight, bias, *running = parameters(x)
     kept = [t.clone() for t in running]
-    y, mean, var = ops.batch_norm_forward(x, weight, bias, None, *running, 0.1, EPS, "relu", True)
+    arguments = (x, weight, bias, None, *running, 0.1, EPS, "relu", True)
+    y, mean, var, shift = ops.batch_norm_forward(*arguments)
     assert y.shape == x.shape and not mean.any() and not var.any()
     assert all(torch.equal(a, b) for a, b in zip(running, kept, strict=True))
     assert ops.batch_norm_apply(x, weight, bias, x, *running, EPS, "relu", True).shape == x.shape
     results = ops.batch_norm_backward(
-        y, x, weight, bias, None, mean, var, True, EPS, "relu", True, True, True, True, True
+        y, x, weight, shift, None, mean, var, True, EPS, "relu", True, True, True, True, True
     )
     assert results[0].shape == results[3].shape == x.shape
     assert not results[1].any() and not results[2].any()
@@ -520,7 +533,7 @@ def test_refusals_of_the_backward():
         ((x, x, None, None, None, mean, var), "tanh", "expected the output"),
         ((x, x, None, None, x, mean, var), "none", "expected the output"),
         ((x, x, None, None, x[:1], mean, var), "relu", "output of shape"),
-        ((x, x, None, mean[:3], None, mean, var), "relu", "bias of shape"),
+        ((x, x, None, mean[:3], None, mean, var), "relu", "shift of shape"),
         ((x, x, None, None, x, mean.double(), var), "relu", "mean of dtype"),
         ((x, x, None, None, x, mean, var[:3]), "relu", "var of shape"),
     ):

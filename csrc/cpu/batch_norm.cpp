@@ -4,9 +4,9 @@
 //
 // With g = upstream gradient · f'(y), n values a channel, d = x − mean and r = 1/√(variance + eps),
 // of the variance as it is kept, so that both directions have the same:
-//   y = f(d·a + bias + residual)      a = r·weight
-//   db = Σ g      dw = r·Σ g·d
-//   dx = a·g + b·d + c      b = −a·r²·(Σ g·d)/n, c = −a·(Σ g)/n; in eval b = c = 0
+//   y = f(d·a + shift + residual)      a = r·weight, shift = bias + what the mean lost, rounded, ·
+//   a db = Σ g      dw = r·Σ g·d dx = a·g + b·d + c      b = −a·r²·(Σ g·d)/n, c = −a·(Σ g)/n; in
+//   eval b = c = 0
 #include "batch_norm.h"
 
 #include <torch/csrc/stable/library.h>
@@ -217,7 +217,7 @@ struct Normalise {
   }
 };
 
-// dx = a·g + b·(x − mean) + c, without statistics of the batch a·g, of constants mean, a, bias, b
+// dx = a·g + b·(x − mean) + c, without statistics of the batch a·g, of constants mean, a, shift, b
 // and c; and g itself.
 template <typename S, typename From>
 struct Differentiate {
@@ -251,8 +251,9 @@ bool keeps_bits(Activation act) {
 }
 
 struct Training {
-  Tensor output, mean, var;
+  Tensor output, mean, var, shift;
 };
+using Made = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // With the statistics of this batch.
 Training train(const Tensor& input, const Optional& weight, const Optional& bias,
@@ -273,10 +274,11 @@ Training train(const Tensor& input, const Optional& weight, const Optional& bias
   DLK_CHECK(n != 1 || channels == 0, kOp,
             ": expected more than 1 value per channel when training, got input size ",
             shape_string(input.sizes()));
-  const Training made{empty_like(input, layout.format), of_channels(input), of_channels(input)};
+  const Training made{empty_like(input, layout.format), of_channels(input), of_channels(input),
+                      of_channels(input)};
   if (input.numel() == 0) {
-    torch::stable::zero_(const_cast<Tensor&>(made.mean));
-    torch::stable::zero_(const_cast<Tensor&>(made.var));
+    for (const Tensor* x : {&made.mean, &made.var, &made.shift})
+      torch::stable::zero_(const_cast<Tensor&>(*x));
     return made;
   }
   const Tensor laid = as(input, layout.format);
@@ -288,15 +290,19 @@ Training train(const Tensor& input, const Optional& weight, const Optional& bias
     const S* const x = data<S>(laid);
     T* const mean = written<T>(made.mean);
     T* const var = written<T>(made.var);
+    T* const shift = written<T>(made.shift);
     const Constants<T, 3> constants(channels);
     std::vector<T> weights(channels);
     read(weight, channels, T(1), weights.data());
-    read(bias, channels, T(0), constants[2]);
+    read(bias, channels, T(0), shift);
     const auto then = [&](int64_t c) {
       const Moments& m = moments[c];
       constants[0][c] = mean[c] = T(m.mean);
       var[c] = T(m.squares / double(n));
-      constants[1][c] = rstd_of(var[c], eps) * weights[c];
+      const T scale = constants[1][c] = rstd_of(var[c], eps) * weights[c];
+      // What the mean loses when it is rounded.
+      const double lost = (double(mean[c]) - m.mean) * double(scale);
+      constants[2][c] = shift[c] = T(double(shift[c]) + lost);
     };
     batch_norm::for_activation(act, [&](auto act) {
       walk.template run_moments<3>(
@@ -316,21 +322,19 @@ Training train(const Tensor& input, const Optional& weight, const Optional& bias
 
 // ------------------------------------------------------------------------------------ host entries
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_public(Tensor input, Optional weight, Optional bias,
-                                                     Optional residual, double eps, Text activation,
-                                                     bool) {
+Made batch_norm_public(Tensor input, Optional weight, Optional bias, Optional residual, double eps,
+                       Text activation, bool) {
   const Training made =
       train(input, weight, bias, residual, std::nullopt, std::nullopt, 0, eps, activation);
-  return {made.output, made.mean, made.var};
+  return {made.output, made.mean, made.var, made.shift};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, Optional weight, Optional bias,
-                                                      Optional residual, Optional running_mean,
-                                                      Optional running_var, double momentum,
-                                                      double eps, Text activation, bool) {
+Made batch_norm_forward(Tensor input, Optional weight, Optional bias, Optional residual,
+                        Optional running_mean, Optional running_var, double momentum, double eps,
+                        Text activation, bool) {
   const Training made =
       train(input, weight, bias, residual, running_mean, running_var, momentum, eps, activation);
-  return {made.output, made.mean, made.var};
+  return {made.output, made.mean, made.var, made.shift};
 }
 
 Tensor batch_norm_apply(Tensor input, Optional weight, Optional bias, Optional residual,
@@ -371,7 +375,7 @@ Tensor batch_norm_apply(Tensor input, Optional weight, Optional bias, Optional r
 // What the gradients are made from.
 struct Gradients {
   const Tensor &grad_output, &input;
-  const Optional &weight, &bias, &output;
+  const Optional &weight, &shift, &output;
   const Tensor &mean, &var;
   double eps;
   Activation act;
@@ -380,7 +384,7 @@ struct Gradients {
     check_input(input);
     check_like("grad_output", input, grad_output);
     check_of_channels("weight", input, weight);
-    check_of_channels("bias", input, bias);
+    check_of_channels("shift", input, shift);
     check_of_channels("mean", input, mean);
     check_of_channels("var", input, var);
     DLK_CHECK(output ? act != Activation::kNone : act == Activation::kNone || is_of_sign(act), kOp,
@@ -390,13 +394,13 @@ struct Gradients {
   // Where the sign of y is found.
   bool is_from_input() const { return !output && act != Activation::kNone; }
 
-  // mean, a and bias; and r, of each channel.
+  // mean, a and shift; and r, of each channel.
   template <typename T>
   void read_constants(const Constants<T, 5>& constants, T* rstds) const {
     const int64_t channels = input.size(1);
     read(Optional(mean), channels, T(0), constants[0]);
     read(weight, channels, T(1), constants[1]);
-    read(bias, channels, T(0), constants[2]);
+    read(shift, channels, T(0), constants[2]);
     read(Optional(var), channels, T(0), rstds);
     for (int64_t c = 0; c < channels; ++c) {
       rstds[c] = rstd_of(rstds[c], eps);
@@ -417,11 +421,11 @@ struct Gradients {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
-    Tensor grad_output, Tensor input, Optional weight, Optional bias, Optional output, Tensor mean,
+    Tensor grad_output, Tensor input, Optional weight, Optional shift, Optional output, Tensor mean,
     Tensor var, bool training, double eps, Text activation, bool, bool want_input, bool want_weight,
     bool want_bias, bool want_residual) {
   const Gradients of{
-      grad_output, input, weight, bias, output, mean, var, eps, parse_activation(kOp, activation)};
+      grad_output, input, weight, shift, output, mean, var, eps, parse_activation(kOp, activation)};
   of.check();
   const Layout layout(input);
   const Tensor none = empty({0}, input.scalar_type());
@@ -501,21 +505,21 @@ std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor input, bool) {
 }
 
 std::tuple<Tensor, Tensor> batch_norm_reduce(Tensor grad_output, Tensor input, Optional weight,
-                                             Optional bias, Optional output, Tensor mean,
+                                             Optional shift, Optional output, Tensor mean,
                                              Tensor var, double eps, Text activation, bool own) {
   auto [grad_input, dot, sum, grad_residual] =
-      batch_norm_backward(grad_output, input, weight, bias, output, mean, var, true, eps,
+      batch_norm_backward(grad_output, input, weight, shift, output, mean, var, true, eps,
                           activation, own, false, true, true, false);
   return {sum, dot};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_gradient(Tensor grad_output, Tensor input, Optional weight,
-                                               Optional bias, Optional output, Tensor mean,
+                                               Optional shift, Optional output, Tensor mean,
                                                Tensor var, Tensor mean_g, Tensor mean_g_xhat,
                                                double eps, Text activation, bool,
                                                bool want_residual) {
   const Gradients of{
-      grad_output, input, weight, bias, output, mean, var, eps, parse_activation(kOp, activation)};
+      grad_output, input, weight, shift, output, mean, var, eps, parse_activation(kOp, activation)};
   of.check();
   check_computed("mean_g", input, mean_g);
   check_computed("mean_g_xhat", input, mean_g_xhat);

@@ -126,9 +126,10 @@ struct Forward {
   const S* residual = nullptr;
   S* output = nullptr;
   Parameter weight, bias;
-  Parameter mean, var;  // to apply
+  Parameter mean, var, shift;  // to apply
   T* made_mean = nullptr;
   T* made_var = nullptr;
+  T* made_shift = nullptr;
   Running running_mean, running_var;
 };
 
@@ -152,7 +153,7 @@ struct Backward {
   const S* output = nullptr;  // of an activation whose sign is not found
   S* grad_input = nullptr;
   S* grad_residual = nullptr;
-  Parameter weight, bias, mean, var;
+  Parameter weight, shift, mean, var;
   // Σg/M and Σg·x̂/M, to apply; null of frozen statistics.
   const T* mean_g = nullptr;
   const T* mean_g_xhat = nullptr;
@@ -373,7 +374,7 @@ DLK_DEVICE void affine(const Problem& p, int64_t channel, T rstd, T (&k)[kCount]
   using S = typename Problem::Element;
   k[0] = p.mean.template get<S>(channel, T(0));
   k[1] = rstd * p.weight.template get<S>(channel, T(1));
-  k[2] = p.bias.template get<S>(channel, T(0));
+  k[2] = p.shift.template get<S>(channel, T(0));
 }
 
 template <typename S>
@@ -391,6 +392,11 @@ DLK_DEVICE void finish(const Forward<S>& p, int64_t channel, double sum, double 
   if (var < 0) var = 0;
   p.made_mean[channel] = T(mean);
   p.made_var[channel] = T(var);
+  if (p.made_shift) {
+    const double scale = rstd_of(p, channel) * p.weight.template get<S>(channel, T(1));
+    const double bias = p.bias.template get<S>(channel, T(0));
+    p.made_shift[channel] = T(bias + (double(T(mean)) - mean) * scale);
+  }
   if (p.running_mean.data) p.running_mean.template update<S>(channel, p.momentum, mean);
   if (p.running_var.data)
     p.running_var.template update<S>(channel, p.momentum, var * count / (count - 1));
@@ -960,18 +966,21 @@ Forward<S> forward_problem(Call& call, const Arguments& a, const Tensor& output)
 
 // Statistics of the batch, and with an output the rest.
 template <typename S>
-void normalize(Call& call, Forward<S>& p, const Tensor& mean, const Tensor& var) {
+void normalize(Call& call, Forward<S>& p, const Tensor& mean, const Tensor& var,
+               const Optional& shift) {
   using T = accumulate_t<S>;
   p.made_mean = output_pointer<T>("mean", mean);
   p.made_var = output_pointer<T>("var", var);
   p.mean = {p.made_mean, false};
   p.var = {p.made_var, false};
+  if (shift) p.made_shift = output_pointer<T>("shift", *shift);
+  p.shift = {p.made_shift, false};
   const Walk walk = call.place(p);
   const auto workspace = workspace_for(p, mean, 0);
   run(p, walk, true, p.output != nullptr);
 }
 
-using Made = std::tuple<Tensor, Tensor, Tensor>;  // output, mean, var
+using Made = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // output, mean, var, shift
 
 Made forward(const Arguments& a, const Optional& running_mean, const Optional& running_var,
              double momentum) {
@@ -985,11 +994,10 @@ Made forward(const Arguments& a, const Optional& running_mean, const Optional& r
   const DeviceScope scope(input);
   Call call(input);
   const Tensor output = call.made();
-  Tensor mean = new_statistic(input), var = new_statistic(input);
+  Tensor mean = new_statistic(input), var = new_statistic(input), shift = new_statistic(input);
   if (input.numel() == 0) {
-    torch::stable::zero_(mean);
-    torch::stable::zero_(var);
-    return {output, mean, var};
+    for (Tensor* made : {&mean, &var, &shift}) torch::stable::zero_(*made);
+    return {output, mean, var, shift};
   }
   for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
@@ -997,9 +1005,9 @@ Made forward(const Arguments& a, const Optional& running_mean, const Optional& r
     p.momentum = momentum;
     p.running_mean = call.running("running_mean", running_mean);
     p.running_var = call.running("running_var", running_var);
-    normalize(call, p, mean, var);
+    normalize(call, p, mean, var, shift);
   });
-  return {output, mean, var};
+  return {output, mean, var, shift};
 }
 
 Made batch_norm(Tensor input, Optional weight, Optional bias, Optional residual, double eps,
@@ -1028,7 +1036,7 @@ std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor input, bool) {
     using S = decltype(tag);
     Forward<S> p{};
     p.input = call.read<S>("input", input);
-    normalize(call, p, mean, var);
+    normalize(call, p, mean, var, std::nullopt);
   });
   return {mean, var};
 }
@@ -1048,6 +1056,7 @@ Tensor batch_norm_apply(Tensor input, Optional weight, Optional bias, Optional r
     Forward<S> p = forward_problem<S>(call, a, output);
     p.mean = call.parameter("mean", mean);
     p.var = call.parameter("var", var);
+    p.shift = p.bias;
     const Walk walk = call.place(p);
     run(p, walk, false, true);
   });
@@ -1056,7 +1065,7 @@ Tensor batch_norm_apply(Tensor input, Optional weight, Optional bias, Optional r
 
 struct Gradients {
   const Tensor &grad_output, &input;
-  const Optional &weight, &bias, &output;
+  const Optional &weight, &shift, &output;
   const Tensor &mean, &var;
   double eps;
   Activation activation;
@@ -1065,7 +1074,7 @@ struct Gradients {
     check_input(input);
     check_like("grad_output", grad_output, input);
     if (weight) check_parameter("weight", *weight, input);
-    if (bias) check_parameter("bias", *bias, input);
+    if (shift) check_parameter("shift", *shift, input);
     check_parameter("mean", mean, input);
     check_parameter("var", var, input);
     const bool none = activation == Activation::kNone;
@@ -1086,18 +1095,18 @@ Backward<S> backward_problem(Call& call, const Gradients& a, bool reads) {
   if (reads || p.finds_sign) p.input = call.read<S>("input", a.input);
   if (a.output) p.output = call.read<S>("output", *a.output);
   p.weight = call.parameter("weight", a.weight);
-  p.bias = call.parameter("bias", a.bias);
+  p.shift = call.parameter("shift", a.shift);
   p.mean = call.parameter("mean", a.mean);
   p.var = call.parameter("var", a.var);
   return p;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
-    Tensor grad_output, Tensor input, Optional weight, Optional bias, Optional output, Tensor mean,
+    Tensor grad_output, Tensor input, Optional weight, Optional shift, Optional output, Tensor mean,
     Tensor var, bool training, double eps, Text activation, bool, bool want_input, bool want_weight,
     bool want_bias, bool want_residual) {
   const Gradients a{
-      grad_output, input, weight, bias, output, mean, var, eps, parse_activation(kOp, activation)};
+      grad_output, input, weight, shift, output, mean, var, eps, parse_activation(kOp, activation)};
   a.check();
   const DeviceScope scope(input);
   Call call(input);
@@ -1136,10 +1145,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
 }
 
 std::tuple<Tensor, Tensor> batch_norm_reduce(Tensor grad_output, Tensor input, Optional weight,
-                                             Optional bias, Optional output, Tensor mean,
+                                             Optional shift, Optional output, Tensor mean,
                                              Tensor var, double eps, Text activation, bool) {
   const Gradients a{
-      grad_output, input, weight, bias, output, mean, var, eps, parse_activation(kOp, activation)};
+      grad_output, input, weight, shift, output, mean, var, eps, parse_activation(kOp, activation)};
   a.check();
   const DeviceScope scope(input);
   Call call(input);
@@ -1163,12 +1172,12 @@ std::tuple<Tensor, Tensor> batch_norm_reduce(Tensor grad_output, Tensor input, O
 }
 
 std::tuple<Tensor, Tensor> batch_norm_gradient(Tensor grad_output, Tensor input, Optional weight,
-                                               Optional bias, Optional output, Tensor mean,
+                                               Optional shift, Optional output, Tensor mean,
                                                Tensor var, Tensor mean_g, Tensor mean_g_xhat,
                                                double eps, Text activation, bool,
                                                bool want_residual) {
   const Gradients a{
-      grad_output, input, weight, bias, output, mean, var, eps, parse_activation(kOp, activation)};
+      grad_output, input, weight, shift, output, mean, var, eps, parse_activation(kOp, activation)};
   a.check();
   check_statistic("mean_g", mean_g, input);
   check_statistic("mean_g_xhat", mean_g_xhat, input);

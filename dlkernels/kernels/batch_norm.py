@@ -115,8 +115,9 @@ def _center(x, c, mask, probe_1, probe_2, probe_step):
 
 
 @triton.jit
-def _rstd(var, c, mask, eps, T: tl.constexpr):
-    return (1.0 / tl.sqrt(_per_channel(var, c, mask, T, 1.0).to(tl.float64) + _double(eps))).to(T)
+def _rstd(var, eps, T: tl.constexpr):
+    """Of the variance as it is kept."""
+    return (1.0 / tl.sqrt(var.to(tl.float64) + _double(eps))).to(T)
 
 
 @triton.jit
@@ -140,7 +141,7 @@ def _derivative(g, output, at, mask, value, scale, offset, S: tl.constexpr, ACT:
 
 @_jit
 def _sums(
-    x, grad, output, weight, bias, mean, var, sums,
+    x, grad, output, weight, shift, mean, var, sums,
     rows, columns, row_step, channel_step, channels, groups, tiles, steps,
     probe_1, probe_2, probe_step, eps,
     GRADIENT: tl.constexpr, ACTIVATION: tl.constexpr, T: tl.constexpr,
@@ -151,8 +152,10 @@ def _sums(
     c, exists = _channels(group, channels, LAST, BLOCK)
     if GRADIENT:
         center = _per_channel(mean, c, exists, T, 0.0)
-        scale = _rstd(var, c, exists, eps, T) * _per_channel(weight, c, exists, T, 1.0)
-        offset = _per_channel(bias, c, exists, T, 0.0)
+        scale = _rstd(_per_channel(var, c, exists, T, 1.0), eps, T) * _per_channel(
+            weight, c, exists, T, 1.0
+        )
+        offset = _per_channel(shift, c, exists, T, 0.0)
     else:
         center = _center(x, c, exists, probe_1, probe_2, probe_step)
     a = tl.zeros([ROWS, BLOCK], T)
@@ -211,19 +214,24 @@ def _update(running, c, mask, value, momentum, T: tl.constexpr):
 
 @_jit
 def _statistics(
-    sums, x, mean, var, running_mean, running_var,
-    channels, chunks, trips_, count, momentum, probe_1, probe_2, probe_step,
+    sums, x, mean, var, shift, weight, bias, running_mean, running_var,
+    channels, chunks, trips_, count, eps, momentum, probe_1, probe_2, probe_step,
     T: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """mean, var and the running statistics of a batch."""
+    """mean, var, shift and the running statistics of a batch."""
     c, mask, a, b = _add_up(sums, channels, chunks, trips_, LANES, WIDTH)
     n = count.to(tl.float64)
-    shift = a / n
-    value = _center(x, c, mask, probe_1, probe_2, probe_step).to(tl.float64) + shift
-    spread = (b - a * shift) / n
+    offset = a / n
+    value = _center(x, c, mask, probe_1, probe_2, probe_step).to(tl.float64) + offset
+    spread = (b - a * offset) / n
     spread = tl.where(spread < 0.0, 0.0, spread)
     tl.store(mean + c, value.to(T), mask=mask)
     tl.store(var + c, spread.to(T), mask=mask)
+    if shift is not None:
+        scale = _rstd(spread.to(T), eps, T) * _per_channel(weight, c, mask, T, 1.0)
+        lost = (value.to(T).to(tl.float64) - value) * scale.to(tl.float64)
+        lost += _per_channel(bias, c, mask, T, 0.0).to(tl.float64)
+        tl.store(shift + c, lost.to(T), mask=mask)
     _update(running_mean, c, mask, value, _double(momentum), T)
     _update(running_var, c, mask, spread * n / (n - 1.0), _double(momentum), T)
 
@@ -235,7 +243,7 @@ def _gradients(
 ):  # fmt: skip
     """Σg and Σg·x̂, and their means, of those that are wanted."""
     c, mask, a, b = _add_up(sums, channels, chunks, trips_, LANES, WIDTH)
-    b *= _rstd(var, c, mask, eps, T).to(tl.float64)
+    b *= _rstd(_per_channel(var, c, mask, T, 1.0), eps, T).to(tl.float64)
     n = count.to(tl.float64)
     if sum_g is not None:
         tl.store(sum_g + c, a.to(T), mask=mask)
@@ -257,7 +265,9 @@ def _apply(
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     group, t = pid % groups, pid // groups
     c, exists = _channels(group, channels, LAST, BLOCK)
-    scale = _rstd(var, c, exists, eps, T) * _per_channel(weight, c, exists, T, 1.0)
+    scale = _rstd(_per_channel(var, c, exists, T, 1.0), eps, T) * _per_channel(
+        weight, c, exists, T, 1.0
+    )
     center = _per_channel(mean, c, exists, T, 0.0)
     offset = _per_channel(bias, c, exists, T, 0.0)
     at, mask = _tile(t, group, rows, columns, row_step, channel_step, LAST, ALIGN, ROWS, BLOCK)
@@ -270,7 +280,7 @@ def _apply(
 
 @_jit
 def _gradient(
-    grad, x, output, dx, dresidual, weight, bias, mean, var, mean_g, mean_g_xhat,
+    grad, x, output, dx, dresidual, weight, shift, mean, var, mean_g, mean_g_xhat,
     rows, columns, row_step, channel_step, channels, groups, tiles, eps,
     ACTIVATION: tl.constexpr, T: tl.constexpr,
     LAST: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -280,7 +290,7 @@ def _gradient(
     group, t = pid % groups, pid // groups
     at, mask = _tile(t, group, rows, columns, row_step, channel_step, LAST, ALIGN, ROWS, BLOCK)
     c, exists = _channels(group, channels, LAST, BLOCK)
-    spread = _rstd(var, c, exists, eps, T)
+    spread = _rstd(_per_channel(var, c, exists, T, 1.0), eps, T)
     scale = spread * _per_channel(weight, c, exists, T, 1.0)
     g = widen(tl.load(grad + at, mask=mask, other=0.0))
     if x is None:
@@ -288,7 +298,7 @@ def _gradient(
     else:
         center = _per_channel(mean, c, exists, T, 0.0)
         value = widen(tl.load(x + at, mask=mask, other=0.0)) - center[None, :]
-    offset = _per_channel(bias, c, exists, T, 0.0)
+    offset = _per_channel(shift, c, exists, T, 0.0)
     g = _derivative(g, output, at, mask, value, scale, offset, grad.dtype.element_ty, ACTIVATION)
     if dresidual is not None:
         tl.store(dresidual + at, narrow(g, dresidual.dtype.element_ty), mask=mask)
@@ -296,8 +306,8 @@ def _gradient(
         g *= scale[None, :]
         if mean_g is not None:
             slope = -scale * spread * _per_channel(mean_g_xhat, c, exists, T, 0.0)
-            shift = -scale * _per_channel(mean_g, c, exists, T, 0.0)
-            g += value * slope[None, :] + shift[None, :]
+            constant = -scale * _per_channel(mean_g, c, exists, T, 0.0)
+            g += value * slope[None, :] + constant[None, :]
         tl.store(dx + at, narrow(g, dx.dtype.element_ty), mask=mask)
 
 
@@ -370,13 +380,13 @@ class _Problem:
         return self.input.new_empty(self.channels if wanted else 0, dtype=self.wide)
 
     def sum_up(
-        self, x, grad=None, output=None, weight=None, bias=None, mean=None, var=None, eps=0.0,
+        self, x, grad=None, output=None, weight=None, shift=None, mean=None, var=None, eps=0.0,
         activation="none",
     ) -> Tensor:  # fmt: skip
         """The programs' sums."""
         sums = self.input.new_empty((self.chunks, 2, self.channels), dtype=torch.float64)
         launch(
-            _sums, self.groups * self.chunks, x, grad, output, weight, bias, mean, var, sums,
+            _sums, self.groups * self.chunks, x, grad, output, weight, shift, mean, var, sums,
             *self.geometry, self.steps, *self.probes, _bits(eps), GRADIENT=grad is not None,
             ACTIVATION=activation, warps=self.warps, **self.constants,
         )  # fmt: skip
@@ -391,12 +401,14 @@ class _Problem:
             T=self.T, LANES=_LANES, WIDTH=_WIDTH, warps=2,
         )  # fmt: skip
 
-    def statistics(self, x, running=(None, None), momentum=0.0) -> tuple[Tensor, Tensor]:
-        """mean and var of the batch."""
+    def statistics(self, x, shift=None, affine=(None, None), running=(None, None), eps=0.0,
+                   momentum=0.0):  # fmt: skip
+        """mean and var of the batch; writes shift, of weight and bias."""
         mean, var = self.of_channels(), self.of_channels()
         self.add_up(
-            _statistics, self.sum_up(x), (x, mean, var, *running), (_bits(momentum), *self.probes)
-        )
+            _statistics, self.sum_up(x), (x, mean, var, shift, *affine, *running),
+            (_bits(eps), _bits(momentum), *self.probes),
+        )  # fmt: skip
         return mean, var
 
     def apply(self, x, weight, bias, residual, mean, var, eps, activation) -> Tensor:
@@ -409,7 +421,7 @@ class _Problem:
         return y
 
     def differentiate(
-        self, grad, x, output, weight, bias, mean, var, means, eps, activation, want_input,
+        self, grad, x, output, weight, shift, mean, var, means, eps, activation, want_input,
         want_residual,
     ):  # fmt: skip
         """dx and the residual's gradient; ``means`` of g and g·x̂, or None of frozen statistics."""
@@ -419,7 +431,7 @@ class _Problem:
         reads = corrected or _finds_sign(output, activation)
         launch(
             _gradient, self.groups * self.tiles, grad, x if reads else None, output, dx, dresidual,
-            weight, bias, mean, var, *(means if corrected else (None, None)), *self.geometry,
+            weight, shift, mean, var, *(means if corrected else (None, None)), *self.geometry,
             _bits(eps), ACTIVATION=activation, warps=self.warps, **self.constants,
         )  # fmt: skip
         none = self.input.new_empty(0)
@@ -460,10 +472,10 @@ def _finds_sign(output, activation):
     return output is None and activation in ("relu", "leaky_relu")
 
 
-def _check_gradients(grad_output, input, weight, bias, output, mean, var, activation):
+def _check_gradients(grad_output, input, weight, shift, output, mean, var, activation):
     _check_input(input)
     _check_like(input, grad_output=grad_output)
-    _check_of_channels(input, weight=weight, bias=bias, mean=mean, var=var)
+    _check_of_channels(input, weight=weight, shift=shift, mean=mean, var=var)
     check_activation(_OP, activation)
     fits = (activation != "none") == (output is not None) or _finds_sign(output, activation)
     wanted = "the output where the activation needs it, and not where there is none"
@@ -490,14 +502,15 @@ def _batch_norm_forward(
             check(running.is_contiguous(), strides)
     channels = input.shape[1]
     if input.numel() == 0:
-        return torch.empty_like(input), *input.new_zeros((2, channels), dtype=_wide(input)).unbind()
+        return torch.empty_like(input), *input.new_zeros((3, channels), dtype=_wide(input)).unbind()
     wanted = "expected more than 1 value per channel when training, got input size"
     check(input.numel() > channels, f"{_OP}: {wanted} {list(input.shape)}")
     with torch.cuda.device_of(input):
         p = _Problem(input)
-        x, weight, bias = p.laid(input), *_dense(weight, bias)
-        mean, var = p.statistics(x, (running_mean, running_var), momentum)
-        return p.apply(x, weight, bias, residual, mean, var, eps, activation), mean, var
+        x, shift, affine = p.laid(input), p.of_channels(), _dense(weight, bias)
+        mean, var = p.statistics(x, shift, affine, (running_mean, running_var), eps, momentum)
+        y = p.apply(x, affine[0], shift, residual, mean, var, eps, activation)
+        return y, mean, var, shift
 
 
 def _batch_norm(input, weight, bias, residual, eps, activation, own):
@@ -527,10 +540,10 @@ def _batch_norm_apply(input, weight, bias, residual, mean, var, eps, activation,
 
 
 def _batch_norm_backward(
-    grad_output, input, weight, bias, output, mean, var, training, eps, activation, own,
+    grad_output, input, weight, shift, output, mean, var, training, eps, activation, own,
     want_input, want_weight, want_bias, want_residual,
 ):  # fmt: skip
-    _check_gradients(grad_output, input, weight, bias, output, mean, var, activation)
+    _check_gradients(grad_output, input, weight, shift, output, mean, var, activation)
     if input.numel() == 0:
         sums = [input.new_zeros(input.shape[1] if w else 0, dtype=_wide(input))
                 for w in (want_weight, want_bias)]  # fmt: skip
@@ -543,7 +556,7 @@ def _batch_norm_backward(
         reads = corrected or want_weight or _finds_sign(output, activation)
         tensors = p.laid(grad_output), p.laid(input) if reads else None, p.laid(output)
         grad, x, output = tensors
-        of_channels = _dense(weight, bias, mean, var)
+        of_channels = _dense(weight, shift, mean, var)
         grad_weight, grad_bias = p.of_channels(want_weight), p.of_channels(want_bias)
         means = (p.of_channels(), p.of_channels()) if corrected else None
         if corrected or want_weight or want_bias:
@@ -559,19 +572,19 @@ def _batch_norm_backward(
         return grad_input, grad_weight, grad_bias, grad_residual
 
 
-def _batch_norm_reduce(grad_output, input, weight, bias, output, mean, var, eps, activation, own):
+def _batch_norm_reduce(grad_output, input, weight, shift, output, mean, var, eps, activation, own):
     _, dot, total, _ = _batch_norm_backward(
-        grad_output, input, weight, bias, output, mean, var, True, eps, activation, own,
+        grad_output, input, weight, shift, output, mean, var, True, eps, activation, own,
         False, True, True, False,
     )  # fmt: skip
     return total, dot
 
 
 def _batch_norm_gradient(
-    grad_output, input, weight, bias, output, mean, var, mean_g, mean_g_xhat, eps, activation, own,
+    grad_output, input, weight, shift, output, mean, var, mean_g, mean_g_xhat, eps, activation, own,
     want_residual,
 ):  # fmt: skip
-    _check_gradients(grad_output, input, weight, bias, output, mean, var, activation)
+    _check_gradients(grad_output, input, weight, shift, output, mean, var, activation)
     _check_of_channels(input, True, mean_g=mean_g, mean_g_xhat=mean_g_xhat)
     if input.numel() == 0:
         none = torch.empty_like(input)
@@ -579,7 +592,7 @@ def _batch_norm_gradient(
     with torch.cuda.device_of(input):
         p = _Problem(input)
         return p.differentiate(
-            p.laid(grad_output), p.laid(input), p.laid(output), *_dense(weight, bias, mean, var),
+            p.laid(grad_output), p.laid(input), p.laid(output), *_dense(weight, shift, mean, var),
             _dense(mean_g, mean_g_xhat), eps, activation, True, want_residual,
         )  # fmt: skip
 

@@ -16,7 +16,8 @@ Raw ops: ``batch_norm_forward``, which also updates the running statistics; ``ba
 with given ones; ``batch_norm_backward`` for those of the four gradients that are wanted. Where the
 statistics are those of several processes, an all-reduce stands between ``batch_norm_statistics``
 and ``batch_norm_apply``, and between ``batch_norm_reduce`` and ``batch_norm_gradient``. All of them
-make r·w of the variance as it is kept, so that the sign that a backward finds is y's to the bit.
+make r·w of the variance as it is kept, and what a rounded mean has lost is in ``shift``, which
+stands for b: so the sign that a backward finds is y's to the bit.
 
 Statistics and sums are float32, float64 for float64. Output and gradients have the input's memory
 format. Of no values the statistics are 0, and no running one moves. ``own`` asks for a kernel of
@@ -55,16 +56,17 @@ _SMALL = 2**15
 _INPUTS = "Tensor input, Tensor? weight, Tensor? bias, Tensor? residual"
 _SETTINGS = "float eps, str activation, bool own"
 _GRADIENT_INPUTS = (
-    "Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? output,"
+    "Tensor grad_output, Tensor input, Tensor? weight, Tensor? shift, Tensor? output,"
     " Tensor mean, Tensor var"
 )
+_NORMALISED = "(Tensor output, Tensor mean, Tensor var, Tensor shift)"
 
 for _schema in (
     # The public ones. The variance is the biased one, and no running statistic moves.
-    f"batch_norm({_INPUTS}, {_SETTINGS}) -> (Tensor output, Tensor mean, Tensor var)",
+    f"batch_norm({_INPUTS}, {_SETTINGS}) -> {_NORMALISED}",
     f"batch_norm_eval({_INPUTS}, Tensor mean, Tensor var, {_SETTINGS}) -> Tensor",
     f"batch_norm_forward({_INPUTS}, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
-    f" float momentum, {_SETTINGS}) -> (Tensor output, Tensor mean, Tensor var)",
+    f" float momentum, {_SETTINGS}) -> {_NORMALISED}",
     f"batch_norm_apply({_INPUTS}, Tensor mean, Tensor var, {_SETTINGS}) -> Tensor",
     # An unwanted gradient comes back as an empty tensor of shape (0). ``output`` is y, None where
     # the activation is "none", or one of _SIGNED without a residual.
@@ -99,14 +101,14 @@ def _of_channels(input, wanted=True):
 
 @torch.library.register_fake("dlkernels::batch_norm")
 def _(input, weight, bias, residual, eps, activation, own):
-    return _like(input), _of_channels(input), _of_channels(input)
+    return _like(input), *(_of_channels(input) for _ in range(3))
 
 
 @torch.library.register_fake("dlkernels::batch_norm_forward")
 def _(
     input, weight, bias, residual, running_mean, running_var, momentum, eps, activation, own
 ):  # fmt: skip
-    return _like(input), _of_channels(input), _of_channels(input)
+    return _like(input), *(_of_channels(input) for _ in range(3))
 
 
 @torch.library.register_fake("dlkernels::batch_norm_eval")
@@ -117,7 +119,7 @@ def _(input, weight, bias, residual, mean, var, eps, activation, own):
 
 @torch.library.register_fake("dlkernels::batch_norm_backward")
 def _(
-    grad_output, input, weight, bias, output, mean, var, training, eps, activation, own,
+    grad_output, input, weight, shift, output, mean, var, training, eps, activation, own,
     want_input, want_weight, want_bias, want_residual,
 ):  # fmt: skip
     return (
@@ -134,13 +136,13 @@ def _(input, own):
 
 
 @torch.library.register_fake("dlkernels::batch_norm_reduce")
-def _(grad_output, input, weight, bias, output, mean, var, eps, activation, own):
+def _(grad_output, input, weight, shift, output, mean, var, eps, activation, own):
     return _of_channels(input), _of_channels(input)
 
 
 @torch.library.register_fake("dlkernels::batch_norm_gradient")
 def _(
-    grad_output, input, weight, bias, output, mean, var, mean_g, mean_g_xhat, eps, activation, own,
+    grad_output, input, weight, shift, output, mean, var, mean_g, mean_g_xhat, eps, activation, own,
     want_residual,
 ):  # fmt: skip
     return _like(input), _like(input) if want_residual else input.new_empty(0)
@@ -177,7 +179,7 @@ def _keeps_output(activation, residual, input):
     return input is None or residual is not None or activation not in _SIGNED
 
 
-def _save(ctx, input, weight, bias, residual, output, mean, var, *settings):
+def _save(ctx, input, weight, bias, residual, output, mean, var, shift, *settings):
     """Keeps what the wanted gradients read. ``settings`` are training, eps, activation, own."""
     training, _, activation, _ = ctx.settings = settings
     of_input, of_weight, *_ = ctx.needs_input_grad
@@ -191,7 +193,7 @@ def _save(ctx, input, weight, bias, residual, output, mean, var, *settings):
     ctx.save_for_backward(
         kept,
         weight if of_input or finds_sign else None,
-        bias if finds_sign else None,
+        shift if finds_sign else None,
         output if keeps_output else None,
         mean,
         var,
@@ -202,7 +204,7 @@ def _backward(ctx, grad_output):
     """The four gradients by the kernel; in torch ops where they are differentiated again."""
     if grad_output is None:
         return None, None, None, None
-    input, weight, bias, output, mean, var = ctx.saved_tensors
+    input, weight, shift, output, mean, var = ctx.saved_tensors
     training, *settings = ctx.settings
     eps, activation, _ = settings
     *wanted, of_residual = ctx.needs_input_grad[:4]
@@ -216,13 +218,13 @@ def _backward(ctx, grad_output):
     if is_torchs(grad_output):
         if output is None and activation != "none":
             with torch._C._AutoDispatchBelowAutograd():
-                output = _ops.batch_norm_apply(input, weight, bias, None, mean, var, *settings)
+                output = _ops.batch_norm_apply(input, weight, shift, None, mean, var, *settings)
         g = before_activation(grad_output, output, activation)
         gradients = _gradients(g, input, weight, mean, var, training, eps, wanted)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             gradients = _ops.batch_norm_backward(
-                grad_output, input, weight, bias, output, mean, var, training, *settings, *wanted
+                grad_output, input, weight, shift, output, mean, var, training, *settings, *wanted
             )
     *gradients, of_r = (
         g.to(dtype) if want else None
@@ -265,11 +267,11 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, residual, running_mean, running_var, *settings):
         with torch._C._AutoDispatchBelowAutograd():
-            output, mean, var = _ops.batch_norm_forward(
+            made = _ops.batch_norm_forward(
                 input, weight, bias, residual, running_mean, running_var, *settings
             )
-        _save(ctx, input, weight, bias, residual, output, mean, var, True, *settings[1:])
-        return output
+        _save(ctx, input, weight, bias, residual, *made, True, *settings[1:])
+        return made[0]
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -296,18 +298,17 @@ class _BatchNormEval(torch.autograd.Function):
 
 def _setup_context(ctx, inputs, output):
     *inputs, eps, activation, own = inputs
-    y, mean, var = output
-    ctx.mark_non_differentiable(mean, var)
-    _save(ctx, *inputs, y, mean, var, True, eps, activation, own)
+    ctx.mark_non_differentiable(*output[1:])
+    _save(ctx, *inputs, *output, True, eps, activation, own)
 
 
-def _backward_of_op(ctx, grad_output, grad_mean, grad_var):
+def _backward_of_op(ctx, grad_output, *_):
     return *_backward(ctx, grad_output), None, None, None
 
 
 def _setup_context_of_eval(ctx, inputs, output):
     *inputs, mean, var, eps, activation, own = inputs
-    _save(ctx, *inputs, output, mean, var, False, eps, activation, own)
+    _save(ctx, *inputs, output, mean, var, inputs[2], False, eps, activation, own)
 
 
 def _backward_of_eval(ctx, grad_output):
@@ -431,7 +432,7 @@ def update_running(running, value, momentum):
 
 def _train(input, running_mean, running_var, weight, bias, momentum, eps, residual, *settings):
     if torch.compiler.is_compiling():
-        output, mean, var = _ops.batch_norm(input, weight, bias, residual, eps, *settings)
+        output, mean, var, _ = _ops.batch_norm(input, weight, bias, residual, eps, *settings)
         if running_mean is not None:
             values = input.numel() // input.shape[1]
             update_running(running_mean, mean, momentum)
