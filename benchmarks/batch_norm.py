@@ -10,10 +10,10 @@ convolution has just written them.
 **Stock** is timed in the row's layout and in the other one; ``channels_last`` is every image in
 that format.
 
-**The bytes.** Training: input (and residual) read once and the output written; upstream gradient,
-output and input read once, the gradients written. What a kernel reads twice is not counted, so
-that no kernel is at the copy bandwidth whose image no cache holds. **The flops**: 2 for each number
-of the output, 6 with gradients.
+**The bytes.** Training: input (and residual) read once and the output written; upstream gradient
+and input read once, and the output where a residual hides its sign, the gradients written. What a
+kernel reads twice is not counted, so that no kernel is at the copy bandwidth whose image no cache
+holds. **The flops**: 2 for each number of the output, 6 with gradients.
 
 Names are N x C x H x W.
 """
@@ -216,9 +216,10 @@ def _counted(case: Case) -> tuple[int, int]:
     numbers = math.prod(case.shape)
     images = 2 + case.residual  # forward: input, residual and output
     if case.work == GRADIENT:
-        kept = case.activation is not None
-        of_residual = case.residual and case.activation is not None  # else it is the upstream's
-        images += 3 + kept + of_residual  # upstream, input, output; gradients
+        of_sum = (
+            case.residual and case.activation is not None
+        )  # else its gradient is the upstream's
+        images += 3 + 2 * of_sum  # upstream, input and its gradient; output, residual's gradient
     return images * numbers * case.dtype.itemsize, numbers * (6 if case.work == GRADIENT else 2)
 
 

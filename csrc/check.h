@@ -92,6 +92,11 @@ void for_dtype(torch::headeronly::ScalarType dtype, const Body& body) {
 enum class Activation { kNone, kRelu, kLeakyRelu, kTanh, kSigmoid };
 constexpr double kSlope = 0.01;  // of leaky_relu
 
+// Whether the derivative follows from the sign of the output, which is that of the argument.
+inline bool is_of_sign(Activation activation) {
+  return activation == Activation::kRelu || activation == Activation::kLeakyRelu;
+}
+
 inline Activation parse_activation(const char* op, const std::string& name) {
   constexpr std::array<const char*, 5> kNames{"none", "relu", "leaky_relu", "tanh", "sigmoid"};
   const auto* found = std::find(kNames.begin(), kNames.end(), name);

@@ -4,6 +4,8 @@ tests/test_emulated.py runs this file on the kernels of csrc/cuda, test_batch_no
 their Triton twins; here the same shapes hold the library that is loaded.
 """
 
+import itertools
+
 import pytest
 import torch
 from compare import assert_no_worse
@@ -87,6 +89,10 @@ def parameters(x, dtype=None):
     return [t.to(dtype) for t in (weight, bias, mean, torch.rand(channels) + 0.5)]
 
 
+def rstd_of(var):
+    return (var.double() + EPS).rsqrt().to(var.dtype)
+
+
 def stock(x, weight, bias, residual, running_mean, running_var, training, activation, momentum=0.1):
     """Output, mean and rstd."""
     y, mean, rstd = aten.native_batch_norm(
@@ -95,11 +101,17 @@ def stock(x, weight, bias, residual, running_mean, running_var, training, activa
     return ACTIVATIONS[activation](y if residual is None else y + residual), mean, rstd
 
 
-def stocks_gradients(grad, x, weight, y, mean, rstd, training, activation):
-    """Of input, weight, bias and residual; statistics of the batch, or running ones."""
+def kept(y, activation, residual=None):
+    """The output as the backward takes it: None where x tells its sign."""
+    signed = activation in ("relu", "leaky_relu") and residual is None
+    return None if signed or activation == "none" else y
+
+
+def stocks_gradients(grad, x, weight, y, mean, rstd, training, activation, var=None):
+    """Of input, weight, bias and residual; statistics of the batch with their rstd, or running
+    ones."""
     g = BEFORE[activation](grad, y.to(grad.dtype))
-    running = [None, None] if training else [mean, rstd.double().square().reciprocal() - EPS]
-    running = [t if t is None else t.to(mean.dtype) for t in running]
+    running = [None, None] if training else [mean, var]
     saved = [mean, rstd] if training else [None, None]
     weight = torch.ones_like(mean) if weight is None else weight
     mask = [True, True, True]
@@ -128,11 +140,13 @@ def training_results(x, residual, activation):
     weight, bias, running_mean, running_var = parameters(x)
     running = [(running_mean.clone(), running_var.clone()) for _ in range(2)]
     running.append(doubled(running_mean, running_var))
-    y, mean, rstd = ops.batch_norm_forward(
-        x, weight, bias, residual, *running[0], 0.1, EPS, activation, True
+    settings = (EPS, activation, True)
+    y, mean, var, shift = ops.batch_norm_forward(
+        x, weight, bias, residual, *running[0], 0.1, *settings
     )
     assert y.dtype == x.dtype and format_of(y) == format_of(x)
-    assert mean.dtype == rstd.dtype == wide(x.dtype)
+    assert mean.dtype == var.dtype == wide(x.dtype)
+    rstd = rstd_of(var)
     stocks = stock(x, weight, bias, residual, *running[1], True, activation)
     exact = stock(*doubled(x, weight, bias, residual), *running[2], True, activation)
     forward = [(y, mean, rstd), stocks, exact]
@@ -140,10 +154,8 @@ def training_results(x, residual, activation):
     forward = [(y, torch.cat([mean, 1 / rstd]), rstd) for y, mean, rstd in forward]
 
     grad = like(x)
-    kept = None if activation == "none" else y
-    ours = ops.batch_norm_backward(
-        grad, x, weight, kept, mean, rstd, True, activation, True, True, True, True, True
-    )
+    saved = (x, weight, shift, kept(y, activation, residual), mean, var)
+    ours = ops.batch_norm_backward(grad, *saved, True, *settings, True, True, True, True)
     for t in (ours[0], ours[3]):
         assert t.dtype == x.dtype and format_of(t) == format_of(x)
     assert ours[1].dtype == ours[2].dtype == wide(x.dtype)
@@ -192,9 +204,8 @@ def given_results(x, activation):
     exact = stock(*doubled(x, weight, bias, residual, mean, var), False, activation)[0]
     assert format_of(y) == format_of(x)
 
-    rstd = (var.double() + EPS).rsqrt().to(var.dtype)
     grad = like(x)
-    saved = (x, weight, None if activation == "none" else y, mean, rstd, False, activation, True)
+    saved = (x, weight, bias, kept(y, activation, residual), mean, var, False, *settings)
     ours = ops.batch_norm_backward(grad, *saved, True, True, True, True)
     alone = ops.batch_norm_backward(grad, *saved, True, False, False, False)
     assert torch.equal(alone[0], ours[0])
@@ -202,8 +213,10 @@ def given_results(x, activation):
         (y, stocks, exact),
         *zip(
             ours,
-            stocks_gradients(grad, x, weight, y, mean, rstd, False, activation),
-            stocks_gradients(*doubled(grad, x, weight, y, mean, rstd), False, activation),
+            stocks_gradients(grad, x, weight, y, mean, None, False, activation, var),
+            stocks_gradients(
+                *doubled(grad, x, weight, y, mean, None), False, activation, var.double()
+            ),
             strict=True,
         ),
     ]
@@ -224,29 +237,96 @@ def test_parts(path, dtype, poisoned):
     x = drawn(path, dtype)
     activation = activation_of(path)
     weight, bias, *_ = parameters(x)
-    y, mean, rstd = ops.batch_norm_forward(
-        x, weight, bias, None, None, None, 0.1, EPS, activation, True
-    )
-    again, var = ops.batch_norm_statistics(x, True)
-    assert torch.equal(mean, again)
-    torch.testing.assert_close((var.double() + EPS).rsqrt().to(var.dtype), rstd)
-    applied = ops.batch_norm_apply(x, weight, bias, None, mean, var, EPS, activation, True)
-    torch.testing.assert_close(applied, y)
+    settings = (EPS, activation, True)
+    y, mean, var, shift = ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, *settings)
+    for a, b in zip(ops.batch_norm_statistics(x, True), (mean, var), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(ops.batch_norm_apply(x, weight, shift, None, mean, var, *settings), y)
 
     grad = like(x)
-    kept = None if activation == "none" else y
-    saved = (x, weight, kept, mean, rstd)
-    whole = ops.batch_norm_backward(grad, *saved, True, activation, True, True, True, True, True)
-    sums = ops.batch_norm_reduce(grad, x, kept, mean, rstd, activation, True)
+    saved = (x, weight, shift, kept(y, activation), mean, var)
+    whole = ops.batch_norm_backward(grad, *saved, True, *settings, True, True, True, True)
+    sums = ops.batch_norm_reduce(grad, *saved, *settings)
     assert torch.equal(sums[0], whole[2]) and torch.equal(sums[1], whole[1])
     count = x.numel() // x.shape[1]
     means = [t / count for t in sums]
-    grad_input, grad_residual = ops.batch_norm_gradient(
-        grad, *saved, *means, activation, True, True
-    )
+    grad_input, grad_residual = ops.batch_norm_gradient(grad, *saved, *means, *settings, True)
     torch.testing.assert_close(grad_input, whole[0], rtol=1e-2, atol=1e-5)
     assert torch.equal(grad_residual, whole[3])
-    assert ops.batch_norm_gradient(grad, *saved, *means, activation, True, False)[1].shape == (0,)
+    assert ops.batch_norm_gradient(grad, *saved, *means, *settings, False)[1].shape == (0,)
+
+
+# id: mean and variance of a channel, its weight and bias, and values of x.
+TINY, INF, NAN = 2.0**-149, float("inf"), float("nan")
+SIGNS = {
+    "about_the_root": (0.3, 1.7, 0.9, -0.4, [0.3 + 0.4 / 0.9 * (1.7 + EPS) ** 0.5]),
+    "weight_of_0": (0.5, 1.0, 0.0, -0.0, [-1.0, 0.5, 2.0, INF, NAN]),
+    "bias_of_0": (0.5, 1.0, 1.5, 0.0, [0.5, -0.5, 0.5 + 2.0**-24, NAN, -INF, INF]),
+    "negative_weight": (0.5, 1.0, -1.5, -0.0, [0.5, 0.5 - 2.0**-24, 1.0]),
+    "0_in_float16": (
+        0.0,
+        1.0 - EPS,
+        2.0**-20,
+        0.0,
+        [2.0**-e * m for e in (4, 5, 6) for m in (1, -1, 1.25)],
+    ),
+    "0_in_bfloat16": (
+        0.0,
+        1.0 - EPS,
+        2.0**-120,
+        0.0,
+        [2.0**-e * m for e in (13, 14, 15) for m in (1, -1, 1.25)],
+    ),
+    "subnormal": (0.0, 1.0 - EPS, 1.0, 0.0, [TINY, -TINY, 2.0**-133, 2.0**-126, 0.0, -0.0]),
+    "0_in_float32": (
+        0.0,
+        1.0 - EPS,
+        2.0**-100,
+        0.0,
+        [2.0**-e * m for e in (48, 49, 50, 51) for m in (1, -1, 1.5)],
+    ),
+}
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@dtypes
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels", "planes"])
+@pytest.mark.parametrize("width", [8, 7])
+def test_the_sign_of_the_output_is_found_to_the_bit(
+    width, channels_last, dtype, activation, poisoned
+):
+    """Where rounding, underflow and what is no number decide it; of whole vectors and others."""
+    x = laid(torch.randn(2, len(SIGNS) + 8 - width, 3, width).to(dtype), channels_last)
+    weight, bias, mean, var = parameters(x)
+    for c, (m, v, w, b, values) in enumerate(SIGNS.values()):
+        mean[c], var[c], weight[c], bias[c] = m, v, w, b
+        values = torch.tensor(values).repeat(6 * width)[: 6 * width]
+        x[:, c] = values.to(dtype).view(2, 3, width)
+    saved, settings = (x, weight, bias), (EPS, activation, True)
+    y = ops.batch_norm_apply(*saved, None, mean, var, *settings)
+    grad = like(x).abs_().add_(1)
+    for training in (True, False):
+        *_, g = ops.batch_norm_backward(
+            grad, *saved, None, mean, var, training, *settings, True, True, True, True
+        )
+        torch.testing.assert_close(g, BEFORE[activation](grad, y), rtol=0, atol=0)
+
+
+@dtypes
+@pytest.mark.parametrize("path", PATHS)
+def test_the_sign_of_every_output(path, dtype, poisoned):
+    """Of statistics of the batch, where a bias puts some outputs next to 0."""
+    x = drawn(path, dtype)
+    settings = (EPS, "relu", True)
+    weight = parameters(x)[0]
+    mean, var = ops.batch_norm_statistics(x, True)
+    first = x[(slice(0, 1), slice(None), *[0] * (x.dim() - 2))][0]
+    bias = -(first - mean) * (weight * rstd_of(var))
+    y, *saved, shift = ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, *settings)
+    *_, g = ops.batch_norm_backward(
+        torch.ones_like(x), x, weight, shift, None, *saved, True, *settings, True, True, True, True
+    )
+    assert torch.equal(g != 0, y > 0)
 
 
 @dtypes
@@ -271,13 +351,14 @@ def test_parameters_of_the_inputs_dtype(path, dtype, poisoned):
 @pytest.mark.parametrize("path", PATHS)
 def test_without_parameters(path, poisoned):
     x = drawn(path, torch.float32)
-    y, mean, rstd = ops.batch_norm_forward(x, None, None, None, None, None, 0.1, EPS, "none", True)
+    settings = (EPS, "none", True)
+    y, *saved, _ = ops.batch_norm_forward(x, None, None, None, None, None, 0.1, *settings)
     none = (None, None, None, None, None, True, "none")
     stocks, exact = stock(x, *none), stock(x.double(), *none)
     assert_no_worse("output", y, stocks[0], exact[0])
     grad = like(x)
     ours = ops.batch_norm_backward(
-        grad, x, None, None, mean, rstd, True, "none", True, True, False, False, False
+        grad, x, None, None, None, *saved, True, *settings, True, False, False, False
     )
     stocks = stocks_gradients(grad, x, None, y, *stocks[1:], True, "none")
     exact = stocks_gradients(grad.double(), x.double(), None, y, *exact[1:], True, "none")
@@ -291,10 +372,11 @@ def test_wanted_gradients(path, wanted, poisoned):
     x = drawn(path, torch.float32)
     wants = [bool(wanted >> i & 1) for i in range(4)]
     weight, bias, *_ = parameters(x)
-    y, *saved = ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, EPS, "relu", True)
+    settings = (EPS, "relu", True)
+    y, *saved, shift = ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, *settings)
     grad = like(x)
-    for training in (True, False):
-        arguments = (grad, x, weight, y, *saved, training, "relu", True)
+    for training, output in itertools.product((True, False), (y, None)):
+        arguments = (grad, x, weight, shift, output, *saved, training, *settings)
         all_four = ops.batch_norm_backward(*arguments, True, True, True, True)
         some = ops.batch_norm_backward(*arguments, *wants)
         for a, b, want in zip(some, all_four, wants, strict=True):
@@ -308,16 +390,26 @@ def test_a_large_mean(path, poisoned):
 
 
 @pytest.mark.parametrize("path", ["channels_in_pieces", "odd_channels", "planes", "cut_planes"])
+def test_what_a_rounded_mean_loses(path, poisoned):
+    """Half a unit of a mean of 3000 is 1e-4 of the output."""
+    x = drawn(path, torch.float32, mean=3000.0)
+    weight, bias, *_ = parameters(x)
+    y, *_ = ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, EPS, "none", True)
+    exact, *_ = stock(*doubled(x, weight, bias, None, None, None), True, "none")
+    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("path", ["channels_in_pieces", "odd_channels", "planes", "cut_planes"])
 def test_constants_and_outliers(path, poisoned):
     """A channel of one value has variance 0 exactly; a first value far from all others is not what
     the sums are shifted by."""
     x = drawn(path, torch.float32)
     x[:, 0] = 7.25
     x[0, 1].view(-1)[0] = 1e6
-    *_, rstd = ops.batch_norm_forward(x, None, None, None, None, None, 0.1, EPS, "none", True)
+    _, var = ops.batch_norm_statistics(x, True)
     wanted = x.transpose(0, 1).flatten(1).double().var(1, unbiased=False)
-    assert rstd[0] == torch.tensor(EPS**-0.5, dtype=rstd.dtype)
-    torch.testing.assert_close(rstd, (wanted + EPS).rsqrt().to(rstd.dtype), rtol=1e-6, atol=0)
+    assert var[0] == 0
+    torch.testing.assert_close(var, wanted.to(var.dtype), rtol=2e-6, atol=0)
 
 
 @dtypes
@@ -328,14 +420,14 @@ def test_memory_off_16_bytes(path, dtype, poisoned):
     memory = torch.empty(x.numel() + 3, dtype=dtype)[3:]
     off = memory.as_strided(x.shape, x.stride(), memory.storage_offset()).copy_(x)
     arguments = (None, None, None, None, None, 0.1, EPS, "tanh", True)
-    y, mean, rstd = ops.batch_norm_forward(x, *arguments)
+    y, *saved, _ = ops.batch_norm_forward(x, *arguments)
     results = ops.batch_norm_forward(off, *arguments)
     close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
     torch.testing.assert_close(results[0], y, **close)
     grad = like(x)
     outputs = [
         ops.batch_norm_backward(
-            grad, input, None, y, mean, rstd, True, "tanh", True, True, True, True, True
+            grad, input, None, None, y, *saved, True, EPS, "tanh", True, True, True, True, True
         )
         for input in (x, off)
     ]
@@ -351,16 +443,16 @@ def test_other_strides(path, poisoned):
     other = [laid(t, not PATHS[path][1]) for t in (x, residual)]
     gaps = torch.stack([x, x], -1)[..., 0]
     arguments = (None, None, 0.1, EPS, "relu", True)
-    y, *saved = ops.batch_norm_forward(x, weight, bias, residual, *arguments)
+    y, *saved, shift = ops.batch_norm_forward(x, weight, bias, residual, *arguments)
     for input, added in ((x, other[1]), (gaps, residual)):
         results = ops.batch_norm_forward(input, weight, bias, added, *arguments)
-        for a, b in zip(results, (y, *saved), strict=True):
+        for a, b in zip(results, (y, *saved, shift), strict=True):
             torch.testing.assert_close(a, b)
     grad = like(x)
-    wants = (True, "relu", True, True, True, True, True)
-    wanted = ops.batch_norm_backward(grad, x, weight, y, *saved, *wants)
+    wants = (True, EPS, "relu", True, True, True, True, True)
+    wanted = ops.batch_norm_backward(grad, x, weight, shift, y, *saved, *wants)
     moved = [laid(t, not PATHS[path][1]) for t in (grad, y)]
-    got = ops.batch_norm_backward(moved[0], x, weight, moved[1], *saved, *wants)
+    got = ops.batch_norm_backward(moved[0], x, weight, shift, moved[1], *saved, *wants)
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
 
@@ -370,15 +462,14 @@ def test_the_same_bits(path):
     x = drawn(path, torch.bfloat16)
     weight, bias, *_ = parameters(x)
     grad = like(x)
+    settings = (EPS, "leaky_relu", True)
     runs = []
     for _ in range(2):
-        y, *saved = ops.batch_norm_forward(
-            x, weight, bias, None, None, None, 0.1, EPS, "leaky_relu", True
-        )
+        y, *saved, shift = ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, *settings)
         back = ops.batch_norm_backward(
-            grad, x, weight, y, *saved, True, "leaky_relu", True, True, True, True, True
+            grad, x, weight, shift, None, *saved, True, *settings, True, True, True, True
         )
-        runs.append((y, *saved, *back))
+        runs.append((y, *saved, shift, *back))
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
 
@@ -388,13 +479,13 @@ def test_no_values(shape):
     x = torch.randn(shape)
     weight, bias, *running = parameters(x)
     kept = [t.clone() for t in running]
-    y, mean, rstd = ops.batch_norm_forward(x, weight, bias, None, *running, 0.1, EPS, "relu", True)
-    assert y.shape == x.shape and not mean.any()
-    torch.testing.assert_close(rstd, torch.full_like(rstd, EPS**-0.5))
+    arguments = (x, weight, bias, None, *running, 0.1, EPS, "relu", True)
+    y, mean, var, shift = ops.batch_norm_forward(*arguments)
+    assert y.shape == x.shape and not mean.any() and not var.any()
     assert all(torch.equal(a, b) for a, b in zip(running, kept, strict=True))
     assert ops.batch_norm_apply(x, weight, bias, x, *running, EPS, "relu", True).shape == x.shape
     results = ops.batch_norm_backward(
-        y, x, weight, y, mean, rstd, True, "relu", True, True, True, True, True
+        y, x, weight, shift, None, mean, var, True, EPS, "relu", True, True, True, True, True
     )
     assert results[0].shape == results[3].shape == x.shape
     assert not results[1].any() and not results[2].any()
@@ -435,14 +526,16 @@ def test_refusals(case):
 
 def test_refusals_of_the_backward():
     x = drawn("channels", torch.float32)
-    mean, rstd = torch.zeros(16), torch.ones(16)
-    rest = (True, "relu", True, True, True, True, True)
-    for arguments, message in (
-        ((x[:1], x, None, x, mean, rstd), "grad_output of shape"),
-        ((x, x, None, None, mean, rstd), "expected the output"),
-        ((x, x, None, x[:1], mean, rstd), "output of shape"),
-        ((x, x, None, x, mean.double(), rstd), "mean of dtype"),
-        ((x, x, None, x, mean, rstd[:3]), "rstd of shape"),
+    mean, var = torch.zeros(16), torch.ones(16)
+    rest = (True, True, True, True, True)
+    for arguments, activation, message in (
+        ((x[:1], x, None, None, x, mean, var), "relu", "grad_output of shape"),
+        ((x, x, None, None, None, mean, var), "tanh", "expected the output"),
+        ((x, x, None, None, x, mean, var), "none", "expected the output"),
+        ((x, x, None, None, x[:1], mean, var), "relu", "output of shape"),
+        ((x, x, None, mean[:3], None, mean, var), "relu", "shift of shape"),
+        ((x, x, None, None, x, mean.double(), var), "relu", "mean of dtype"),
+        ((x, x, None, None, x, mean, var[:3]), "relu", "var of shape"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            ops.batch_norm_backward(*arguments, *rest)
+            ops.batch_norm_backward(*arguments, True, EPS, activation, *rest)

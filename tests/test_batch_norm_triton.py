@@ -23,6 +23,7 @@ TESTS = (
     " or (test_given and float32 and not pieces) or (test_parts and float16 and odd)"
     " or (test_training and float64 and odd_channels) or (test_wanted and channels and 01)"
     " or (test_activations and residual and planes and not cut) or test_no_values or test_refusals"
+    " or (test_the_sign and to_the_bit and cut_planes)"
     " or test_values or (test_constants and not pieces)"
 )
 SLOW = "one_column or several_blocks"  # many draws, many programs
@@ -66,18 +67,15 @@ def taken_down(monkeypatch, shape, dtype, activation):
     format = torch.channels_last if last else torch.contiguous_format
     x = torch.empty(size, dtype=dtype, device="meta", memory_format=format)
     one = torch.empty(size[1], dtype=kernels._wide(x), device="meta")
-    kept = None if activation == "none" else x
+    kept = x if activation in ("tanh", "sigmoid") else None
     residual = None if activation == "none" else x
     settings = (1e-5, activation, True)
     kernels._batch_norm_forward(x, one, one, residual, one, one, 0.1, *settings)
-    kernels._batch_norm_backward(
-        x, x, one, kept, one, one, True, activation, True, True, True, True, True
-    )
+    saved = (x, x, one, one, kept, one, one)
+    kernels._batch_norm_backward(*saved, True, *settings, True, True, True, True)
     if activation == "none":  # eval, and its gradients
         kernels._batch_norm_apply(x, one, one, residual, one, one, *settings)
-        kernels._batch_norm_backward(
-            x, x, None, kept, one, one, False, activation, True, True, False, True, False
-        )
+        kernels._batch_norm_backward(*saved, False, *settings, True, False, True, False)
     return launches
 
 

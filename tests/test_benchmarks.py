@@ -430,9 +430,11 @@ def test_batch_norm_counts_its_images_and_does_the_work_of_stock(case):
         results = data.work(batch_norm._stock(case))()
         images = [*data.images, *(t for t in results if t.dim() == 4)]
         if case.work != "forward":
-            images.append(data.upstream)  # read once, and the output and the input a second time
-            images += [data.images[0]] + ([results[0]] if case.activation else [])
-            if case.residual and not case.activation:
+            images.append(data.upstream)  # read once, and a second time the input, and the output
+            images.append(data.images[0])  # whose sign a residual hides
+            if case.residual and case.activation:
+                images.append(results[0])
+            elif case.residual:  # its gradient is the upstream one
                 images.pop()
         assert batch_norm._counted(case)[0] == sum(t.nbytes for t in images)
         fresh = batch_norm.Data(case, layout, "cpu")

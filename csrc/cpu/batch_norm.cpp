@@ -2,9 +2,11 @@
 // the pass that reads x again; its gradients in a pass for the sums and one for what is written.
 // The loops are in batch_norm.h. Here: checks, layouts, the constants of a channel, registration.
 //
-// With g = upstream gradient · f'(y), n values a channel, d = x − mean and r = 1/√(variance + eps):
-//   db = Σ g      dw = r·Σ g·d
-//   dx = a·g + b·d + c      a = r·weight, b = −a·r²·(Σ g·d)/n, c = −a·(Σ g)/n; in eval b = c = 0
+// With g = upstream gradient · f'(y), n values a channel, d = x − mean and r = 1/√(variance + eps),
+// of the variance as it is kept, so that both directions have the same:
+//   y = f(d·a + shift + residual)      a = r·weight, shift = bias + what the mean lost, rounded, ·
+//   a db = Σ g      dw = r·Σ g·d dx = a·g + b·d + c      b = −a·r²·(Σ g·d)/n, c = −a·(Σ g)/n; in
+//   eval b = c = 0
 #include "batch_norm.h"
 
 #include <torch/csrc/stable/library.h>
@@ -72,12 +74,6 @@ void check_of_channels(const char* name, const Tensor& input, const Optional& x)
 void check_computed(const char* name, const Tensor& input, const Tensor& x) {
   check_of_channels(name, input, x);
   check_dtype(kOp, name, x, computed(input.scalar_type()));
-}
-
-void check_output(const Tensor& input, const Optional& output, Activation act) {
-  DLK_CHECK((act != Activation::kNone) == output.has_value(), kOp,
-            ": expected the output where there is an activation, and only there");
-  check_like("output", input, output);
 }
 
 // ----------------------------------------------------------------------------------------- layouts
@@ -168,9 +164,10 @@ class Constants {
   explicit Constants(int64_t channels)
       : pitch_(Aligned<T>::padded(channels)), memory_(count * pitch_) {}
   T* operator[](int k) const { return memory_.get() + k * pitch_; }
-  Parameters<T, count> all() const {
-    Parameters<T, count> pointers;
-    for (int k = 0; k < count; ++k) pointers[k] = (*this)[k];
+  template <int first = count>
+  Parameters<T, first> all() const {
+    Parameters<T, first> pointers;
+    for (int k = 0; k < first; ++k) pointers[k] = (*this)[k];
     return pointers;
   }
 
@@ -193,7 +190,11 @@ void update(const Optional& running, double momentum, std::vector<double> value)
   });
 }
 
-double rstd_of(double variance, double eps) { return 1 / std::sqrt(variance + eps); }
+// r
+template <typename T>
+T rstd_of(T variance, double eps) {
+  return T(1 / std::sqrt(double(variance) + eps));
+}
 
 // ------------------------------------------------------------------------------------------ passes
 
@@ -216,29 +217,30 @@ struct Normalise {
   }
 };
 
-// dx = a·g + b·(x − mean) + c, without an x a·g, of constants mean, a, b and c; and g itself. Where
-// y is null the gradient is g already.
-template <typename S, typename Act>
+// dx = a·g + b·(x − mean) + c, without statistics of the batch a·g, of constants mean, a, shift, b
+// and c; and g itself.
+template <typename S, typename From>
 struct Differentiate {
   using V = Vec<accumulate_t<S>>;
-  Act act;
-  const S *dy, *x, *y;
+  From from;
+  bool training;
+  const S *dy, *x;
   S *dx, *g_to;
 
-  void operator()(int64_t at, int64_t lanes, const V (&p)[4]) const {
-    V g = load(dy + at, lanes);
-    if constexpr (!batch_norm::is_none<Act>)
-      if (y) g = through(act, g, load(y + at, lanes));
+  void operator()(int64_t at, int64_t lanes, const V (&p)[5]) const {
+    const bool reads = From::kReadsInput || training;
+    const V d = reads ? load(x + at, lanes) - p[0] : p[0];
+    const V g = from(load(dy + at, lanes), at, lanes, d, p[1], p[2]);
     if (g_to) store(g_to + at, g, lanes);
     if (!dx) return;
     V value = p[1] * g;
-    if (x) value = value + fma(p[2], load(x + at, lanes) - p[0], p[3]);
+    if (training) value = value + fma(p[3], d, p[4]);
     store(dx + at, value, lanes);
   }
   void prefetch(int64_t at) const {
     __builtin_prefetch(dy + at, 0, 2);
-    if (x) __builtin_prefetch(x + at, 0, 2);
-    if (y) __builtin_prefetch(y + at, 0, 2);
+    if (From::kReadsInput || training) __builtin_prefetch(x + at, 0, 2);
+    from.prefetch(at);
   }
 };
 
@@ -249,13 +251,14 @@ bool keeps_bits(Activation act) {
 }
 
 struct Training {
-  Tensor output, mean, spread;  // the variance, or r
+  Tensor output, mean, var, shift;
 };
+using Made = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // With the statistics of this batch.
 Training train(const Tensor& input, const Optional& weight, const Optional& bias,
                const Optional& residual, const Optional& running_mean, const Optional& running_var,
-               double momentum, double eps, const std::string& activation, bool wants_rstd) {
+               double momentum, double eps, const std::string& activation) {
   check_input(input);
   check_of_channels("weight", input, weight);
   check_of_channels("bias", input, bias);
@@ -271,10 +274,11 @@ Training train(const Tensor& input, const Optional& weight, const Optional& bias
   DLK_CHECK(n != 1 || channels == 0, kOp,
             ": expected more than 1 value per channel when training, got input size ",
             shape_string(input.sizes()));
-  const Training made{empty_like(input, layout.format), of_channels(input), of_channels(input)};
+  const Training made{empty_like(input, layout.format), of_channels(input), of_channels(input),
+                      of_channels(input)};
   if (input.numel() == 0) {
-    torch::stable::zero_(const_cast<Tensor&>(made.mean));
-    torch::stable::fill_(const_cast<Tensor&>(made.spread), wants_rstd ? rstd_of(0, eps) : 0);
+    for (const Tensor* x : {&made.mean, &made.var, &made.shift})
+      torch::stable::zero_(const_cast<Tensor&>(*x));
     return made;
   }
   const Tensor laid = as(input, layout.format);
@@ -285,21 +289,20 @@ Training train(const Tensor& input, const Optional& weight, const Optional& bias
     using T = accumulate_t<S>;
     const S* const x = data<S>(laid);
     T* const mean = written<T>(made.mean);
-    T* const spread = written<T>(made.spread);
+    T* const var = written<T>(made.var);
+    T* const shift = written<T>(made.shift);
     const Constants<T, 3> constants(channels);
-    const Constants<T, 2> given(channels);
-    read(weight, channels, T(1), given[0]);
-    read(bias, channels, T(0), given[1]);
+    std::vector<T> weights(channels);
+    read(weight, channels, T(1), weights.data());
+    read(bias, channels, T(0), shift);
     const auto then = [&](int64_t c) {
       const Moments& m = moments[c];
-      const double variance = m.squares / double(n), rstd = rstd_of(variance, eps);
-      mean[c] = T(m.mean);
-      spread[c] = T(wants_rstd ? rstd : variance);
-      // What the mean loses when it is rounded goes into the shift.
-      const double scale = rstd * double(given[0][c]);
-      constants[0][c] = T(m.mean);
-      constants[1][c] = T(scale);
-      constants[2][c] = T(double(given[1][c]) + (double(T(m.mean)) - m.mean) * scale);
+      constants[0][c] = mean[c] = T(m.mean);
+      var[c] = T(m.squares / double(n));
+      const T scale = constants[1][c] = rstd_of(var[c], eps) * weights[c];
+      // What the mean loses when it is rounded.
+      const double lost = (double(mean[c]) - m.mean) * double(scale);
+      constants[2][c] = shift[c] = T(double(shift[c]) + lost);
     };
     batch_norm::for_activation(act, [&](auto act) {
       walk.template run_moments<3>(
@@ -319,21 +322,19 @@ Training train(const Tensor& input, const Optional& weight, const Optional& bias
 
 // ------------------------------------------------------------------------------------ host entries
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_public(Tensor input, Optional weight, Optional bias,
-                                                     Optional residual, double eps, Text activation,
-                                                     bool) {
+Made batch_norm_public(Tensor input, Optional weight, Optional bias, Optional residual, double eps,
+                       Text activation, bool) {
   const Training made =
-      train(input, weight, bias, residual, std::nullopt, std::nullopt, 0, eps, activation, false);
-  return {made.output, made.mean, made.spread};
+      train(input, weight, bias, residual, std::nullopt, std::nullopt, 0, eps, activation);
+  return {made.output, made.mean, made.var, made.shift};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, Optional weight, Optional bias,
-                                                      Optional residual, Optional running_mean,
-                                                      Optional running_var, double momentum,
-                                                      double eps, Text activation, bool) {
-  const Training made = train(input, weight, bias, residual, running_mean, running_var, momentum,
-                              eps, activation, true);
-  return {made.output, made.mean, made.spread};
+Made batch_norm_forward(Tensor input, Optional weight, Optional bias, Optional residual,
+                        Optional running_mean, Optional running_var, double momentum, double eps,
+                        Text activation, bool) {
+  const Training made =
+      train(input, weight, bias, residual, running_mean, running_var, momentum, eps, activation);
+  return {made.output, made.mean, made.var, made.shift};
 }
 
 Tensor batch_norm_apply(Tensor input, Optional weight, Optional bias, Optional residual,
@@ -361,7 +362,7 @@ Tensor batch_norm_apply(Tensor input, Optional weight, Optional bias, Optional r
     read(bias, channels, T(0), constants[2]);
     read(weight, channels, T(1), weights.data());
     for (int64_t c = 0; c < channels; ++c)
-      constants[1][c] = T(rstd_of(double(constants[1][c]), eps) * double(weights[c]));
+      constants[1][c] = rstd_of(constants[1][c], eps) * weights[c];
     batch_norm::for_activation(act, [&](auto act) {
       walk.template for_all<3>(
           constants.all(),
@@ -371,19 +372,61 @@ Tensor batch_norm_apply(Tensor input, Optional weight, Optional bias, Optional r
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor grad_output, Tensor input,
-                                                               Optional weight, Optional output,
-                                                               Tensor mean, Tensor rstd,
-                                                               bool training, Text activation, bool,
-                                                               bool want_input, bool want_weight,
-                                                               bool want_bias, bool want_residual) {
-  check_input(input);
-  check_like("grad_output", input, grad_output);
-  check_of_channels("weight", input, weight);
-  check_computed("mean", input, mean);
-  check_computed("rstd", input, rstd);
-  const Activation act = parse_activation(kOp, activation);
-  check_output(input, output, act);
+// What the gradients are made from.
+struct Gradients {
+  const Tensor &grad_output, &input;
+  const Optional &weight, &shift, &output;
+  const Tensor &mean, &var;
+  double eps;
+  Activation act;
+
+  void check() const {
+    check_input(input);
+    check_like("grad_output", input, grad_output);
+    check_of_channels("weight", input, weight);
+    check_of_channels("shift", input, shift);
+    check_of_channels("mean", input, mean);
+    check_of_channels("var", input, var);
+    DLK_CHECK(output ? act != Activation::kNone : act == Activation::kNone || is_of_sign(act), kOp,
+              ": expected the output where the activation needs it, and not where there is none");
+    check_like("output", input, output);
+  }
+  // Where the sign of y is found.
+  bool is_from_input() const { return !output && act != Activation::kNone; }
+
+  // mean, a and shift; and r, of each channel.
+  template <typename T>
+  void read_constants(const Constants<T, 5>& constants, T* rstds) const {
+    const int64_t channels = input.size(1);
+    read(Optional(mean), channels, T(0), constants[0]);
+    read(weight, channels, T(1), constants[1]);
+    read(shift, channels, T(0), constants[2]);
+    read(Optional(var), channels, T(0), rstds);
+    for (int64_t c = 0; c < channels; ++c) {
+      rstds[c] = rstd_of(rstds[c], eps);
+      constants[1][c] = rstds[c] * constants[1][c];
+    }
+  }
+
+  // body(from) with where f' comes from.
+  template <typename S, typename Body>
+  void for_derivative(const S* y, const Body& body) const {
+    batch_norm::for_activation(act, [&](auto act) {
+      using Act = decltype(act);
+      if constexpr (!batch_norm::is_none<Act> && !std::is_same_v<Act, Activation>)
+        if (is_from_input()) return body(batch_norm::FromInput<S, Act>{act});
+      body(batch_norm::FromOutput<S, Act>{act, y});
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
+    Tensor grad_output, Tensor input, Optional weight, Optional shift, Optional output, Tensor mean,
+    Tensor var, bool training, double eps, Text activation, bool, bool want_input, bool want_weight,
+    bool want_bias, bool want_residual) {
+  const Gradients of{
+      grad_output, input, weight, shift, output, mean, var, eps, parse_activation(kOp, activation)};
+  of.check();
   const Layout layout(input);
   const Tensor none = empty({0}, input.scalar_type());
   const Tensor grad_input = want_input ? empty_like(input, layout.format) : none;
@@ -397,7 +440,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor grad_outpu
   }
   const int64_t channels = input.size(1), n = layout.shape.values();
   const bool sums = want_weight || want_bias || (training && want_input);
-  const bool reads = want_weight || (training && want_input);  // the input
+  const bool reads = want_weight || (training && want_input) || of.is_from_input();  // the input
   const Tensor grad = as(grad_output, layout.format);
   const Tensor laid = reads ? as(input, layout.format) : grad;
   const Optional outputs = as(output, layout.format);
@@ -406,35 +449,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor grad_outpu
     using T = accumulate_t<S>;
     const S *dy = data<S>(grad), *x = data<S>(laid), *y = data<S>(outputs);
     S *const dx = written<S>(grad_input), *const g_to = written<S>(grad_residual);
-    const bool keeps = g_to && y && sums && keeps_bits<S>(act);
-    const Constants<T, 4> constants(channels);
-    std::vector<T> rstds(channels), weights(channels);
+    const bool keeps = g_to && y && sums && keeps_bits<S>(of.act);
+    const Constants<T, 5> constants(channels);
+    std::vector<T> rstds(channels);
     std::vector<Sums> total(channels);
-    read(Optional(mean), channels, T(0), constants[0]);
-    read(Optional(rstd), channels, T(0), rstds.data());
-    read(weight, channels, T(1), weights.data());
+    of.read_constants(constants, rstds.data());
     const auto then = [&](int64_t c) {
-      const double r = double(rstds[c]), a = r * double(weights[c]);
+      const double r = double(rstds[c]), a = double(constants[1][c]);
       if (want_weight) written<T>(grad_weight)[c] = T(total[c].dot * r);
       if (want_bias) written<T>(grad_bias)[c] = T(total[c].g);
-      constants[1][c] = T(a);
-      constants[2][c] = T(-a * r * r * (total[c].dot / double(n)));
-      constants[3][c] = T(-a * (total[c].g / double(n)));
+      constants[3][c] = T(-a * r * r * (total[c].dot / double(n)));
+      constants[4][c] = T(-a * (total[c].g / double(n)));
     };
-    batch_norm::for_activation(act, [&](auto act) {
-      const auto body = Differentiate<S, decltype(act)>{
-          act, keeps ? g_to : dy,     training ? x : nullptr, keeps ? nullptr : y,
-          dx,  keeps ? nullptr : g_to};
+    of.for_derivative(y, [&](const auto& from) {
+      using From = std::decay_t<decltype(from)>;
+      Differentiate<S, From> body{from, training && dx, dy, x, dx, g_to};
+      if constexpr (!From::kReadsInput)
+        if (keeps) body.from.y = nullptr, body.dy = g_to, body.g_to = nullptr;
       S* const first = keeps ? g_to : nullptr;
-      const bool again = dx || (g_to && !keeps);
+      const bool again = dx || body.g_to;
       if (sums && again) {
-        walk.template run_sums<4>(act, dy, x, y, first, constants[0], total.data(), then,
-                                  constants.all(), body);
+        walk.template run_sums<5>(from, dy, x, first, constants.template all<3>(), total.data(),
+                                  then, constants.all(), body);
         return;
       }
-      if (sums) walk.sums(act, dy, x, y, first, constants[0], total.data());
+      if (sums) walk.sums(from, dy, x, first, constants.template all<3>(), total.data());
       for (int64_t c = 0; c < channels; ++c) then(c);
-      if (again) walk.template for_all<4>(constants.all(), body);
+      if (again) walk.template for_all<5>(constants.all(), body);
     });
   });
   return {grad_input, grad_weight, grad_bias, grad_residual};
@@ -463,27 +504,25 @@ std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor input, bool) {
   return {mean, var};
 }
 
-std::tuple<Tensor, Tensor> batch_norm_reduce(Tensor grad_output, Tensor input, Optional output,
-                                             Tensor mean, Tensor rstd, Text activation, bool own) {
+std::tuple<Tensor, Tensor> batch_norm_reduce(Tensor grad_output, Tensor input, Optional weight,
+                                             Optional shift, Optional output, Tensor mean,
+                                             Tensor var, double eps, Text activation, bool own) {
   auto [grad_input, dot, sum, grad_residual] =
-      batch_norm_backward(grad_output, input, std::nullopt, output, mean, rstd, true, activation,
-                          own, false, true, true, false);
+      batch_norm_backward(grad_output, input, weight, shift, output, mean, var, true, eps,
+                          activation, own, false, true, true, false);
   return {sum, dot};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_gradient(Tensor grad_output, Tensor input, Optional weight,
-                                               Optional output, Tensor mean, Tensor rstd,
-                                               Tensor mean_g, Tensor mean_g_xhat, Text activation,
-                                               bool, bool want_residual) {
-  check_input(input);
-  check_like("grad_output", input, grad_output);
-  check_of_channels("weight", input, weight);
-  check_computed("mean", input, mean);
-  check_computed("rstd", input, rstd);
+                                               Optional shift, Optional output, Tensor mean,
+                                               Tensor var, Tensor mean_g, Tensor mean_g_xhat,
+                                               double eps, Text activation, bool,
+                                               bool want_residual) {
+  const Gradients of{
+      grad_output, input, weight, shift, output, mean, var, eps, parse_activation(kOp, activation)};
+  of.check();
   check_computed("mean_g", input, mean_g);
   check_computed("mean_g_xhat", input, mean_g_xhat);
-  const Activation act = parse_activation(kOp, activation);
-  check_output(input, output, act);
   const Layout layout(input);
   const Tensor grad_input = empty_like(input, layout.format);
   const Tensor grad_residual =
@@ -495,24 +534,21 @@ std::tuple<Tensor, Tensor> batch_norm_gradient(Tensor grad_output, Tensor input,
   for_walk(input, layout.shape, [&](auto tag, const auto& walk) {
     using S = decltype(tag);
     using T = accumulate_t<S>;
-    const Constants<T, 4> constants(channels);
-    std::vector<T> rstds(channels), weights(channels);
-    read(Optional(mean), channels, T(0), constants[0]);
-    read(Optional(rstd), channels, T(0), rstds.data());
-    read(weight, channels, T(1), weights.data());
-    read(Optional(mean_g_xhat), channels, T(0), constants[2]);
-    read(Optional(mean_g), channels, T(0), constants[3]);
+    const Constants<T, 5> constants(channels);
+    std::vector<T> rstds(channels);
+    of.read_constants(constants, rstds.data());
+    read(Optional(mean_g_xhat), channels, T(0), constants[3]);
+    read(Optional(mean_g), channels, T(0), constants[4]);
     for (int64_t c = 0; c < channels; ++c) {
-      const double r = double(rstds[c]), a = r * double(weights[c]);
-      constants[1][c] = T(a);
-      constants[2][c] = T(-a * r * double(constants[2][c]));
-      constants[3][c] = T(-a * double(constants[3][c]));
+      const double a = double(constants[1][c]);
+      constants[3][c] = T(-a * double(rstds[c]) * double(constants[3][c]));
+      constants[4][c] = T(-a * double(constants[4][c]));
     }
-    batch_norm::for_activation(act, [&](auto act) {
-      walk.template for_all<4>(
-          constants.all(),
-          Differentiate<S, decltype(act)>{act, data<S>(grad), data<S>(laid), data<S>(outputs),
-                                          written<S>(grad_input), written<S>(grad_residual)});
+    of.for_derivative(data<S>(outputs), [&](const auto& from) {
+      walk.template for_all<5>(constants.all(),
+                               Differentiate<S, std::decay_t<decltype(from)>>{
+                                   from, true, data<S>(grad), data<S>(laid), written<S>(grad_input),
+                                   written<S>(grad_residual)});
     });
   });
   return {grad_input, grad_residual};

@@ -26,6 +26,7 @@ namespace dlkernels::batch_norm {
 
 constexpr int64_t kBlock = 2048;     // values of a channel whose sums are in float
 constexpr int64_t kPiece = 1 << 16;  // elements of which a thread is given no part
+constexpr int64_t kAhead = 1024;     // values that come before those which are prefetched
 constexpr int64_t kUnroll = 4;
 
 struct Shape {
@@ -98,6 +99,49 @@ void for_activation(Activation activation, const Function& f) {
   }
 }
 
+// g = dy·f' of a vector, with d = x − mean and its channels' scale and shift. f' follows from y;
+// without one dy is g already.
+template <typename S, typename Act>
+struct FromOutput {
+  using V = Vec<accumulate_t<S>>;
+  static constexpr bool kReadsInput = false;
+  Act act;
+  const S* y;
+
+  V operator()(V dy, int64_t at, int64_t lanes, V, V, V) const {
+    if constexpr (is_none<Act>) return dy;
+    return y ? through(act, dy, load(y + at, lanes)) : dy;
+  }
+  void prefetch(int64_t at) const {
+    if constexpr (!is_none<Act>)
+      if (y) __builtin_prefetch(y + at, 0, 2);
+  }
+};
+
+// The largest number that is 0 in memory: half of the least that is not, ties to even.
+template <typename S>
+constexpr accumulate_t<S> kRoundedToZero = 0;
+template <>
+inline constexpr float kRoundedToZero<bf16> = 0x1p-134f;
+template <>
+inline constexpr float kRoundedToZero<f16> = 0x1p-25f;
+
+// f' follows from the sign of y, which is that of d·scale + shift once it is rounded.
+template <typename S, typename Act>
+struct FromInput {
+  using T = accumulate_t<S>;
+  using V = Vec<T>;
+  static constexpr bool kReadsInput = true;
+  Act act;
+
+  V operator()(V dy, int64_t, int64_t, V d, V scale, V shift) const {
+    const V z = fma(d, scale, shift), zero(kRoundedToZero<S>);
+    if constexpr (Act::value == Activation::kRelu) return select(exceeds(z, zero), dy, V(T(0)));
+    return select(less(zero, z), dy, V(T(kSlope)) * dy);
+  }
+  void prefetch(int64_t) const {}
+};
+
 // What is done to each vector: body(offset, lanes, parameters), the parameters of its channels; and
 // body.prefetch(offset), of what it will read.
 // The arrays of parameters are as long as there are channels.
@@ -130,8 +174,9 @@ struct Planes {
       return;
     }
     const int64_t end = std::min(shape.outer, (block + 1) * planes());
+    const int64_t ahead = std::max<int64_t>(2, kAhead / shape.inner);
     for (int64_t n = block * planes(); n < end; ++n)
-      run(at(n, c), shape.inner, at(std::min(n + 2, shape.outer - 1), c));
+      run(at(n, c), shape.inner, at(std::min(n + ahead, shape.outer - 1), c));
   }
 
   // The blocks of a piece, and the pieces of a channel.
@@ -192,19 +237,19 @@ struct Planes {
     return of_piece(piece, [&](int64_t block) { return moments_of_block(x, c, block); });
   }
 
-  // The sums of g = dy through the activation; g is written too where there is a place for it.
-  template <typename Act>
-  Sums sums_of_block(Act act, const S* dy, const S* x, const S* y, S* g_to, T mean_of_channel,
-                     int64_t c, int64_t block) const {
-    const V mean(mean_of_channel);
+  // The sums of g, of constants mean, scale and shift; g is written too where there is a place.
+  template <typename From>
+  Sums sums_of_block(const From& from, const S* dy, const S* x, S* g_to,
+                     const Parameters<T, 3>& constants, int64_t c, int64_t block) const {
+    const V mean(constants[0][c]), scale(constants[1][c]), shift(constants[2][c]);
     InDouble<T> g_sum, dot;
     for_runs(c, block, [&](int64_t offset, int64_t length, int64_t next) {
       // g of a vector; Σ g·(x − mean) goes on in `products`.
       const auto g_of = [&](int64_t i, int64_t lanes, V& products) {
-        V g = load(dy + i, lanes);
-        if constexpr (!is_none<Act>) g = through(act, g, load(y + i, lanes));
+        const V d = load(x + i, lanes) - mean;
+        const V g = from(load(dy + i, lanes), i, lanes, d, scale, shift);
         if (g_to) store(g_to + i, g, lanes);
-        products = fma(g, load(x + i, lanes) - mean, products);
+        products = fma(g, d, products);
         return g;
       };
       int64_t i = 0;
@@ -215,7 +260,7 @@ struct Planes {
           part = part + g_of(offset + at, V::size, products);
           __builtin_prefetch(dy + next + at, 0, 2);
           __builtin_prefetch(x + next + at, 0, 2);
-          if constexpr (!is_none<Act>) __builtin_prefetch(y + next + at, 0, 2);
+          from.prefetch(next + at);
         }
         g_sum.add(part);
         dot.add(products);
@@ -229,11 +274,12 @@ struct Planes {
     return {g_sum.total(), dot.total()};
   }
 
-  template <typename Act>
-  Sums sums_of_piece(Act act, const S* dy, const S* x, const S* y, S* g_to, T mean, int64_t c,
-                     int64_t piece) const {
-    return of_piece(
-        piece, [&](int64_t block) { return sums_of_block(act, dy, x, y, g_to, mean, c, block); });
+  template <typename From>
+  Sums sums_of_piece(const From& from, const S* dy, const S* x, S* g_to,
+                     const Parameters<T, 3>& constants, int64_t c, int64_t piece) const {
+    return of_piece(piece, [&](int64_t block) {
+      return sums_of_block(from, dy, x, g_to, constants, c, block);
+    });
   }
 
   // Elements [begin, end) of a plane; `next` is the offset of what comes then.
@@ -257,6 +303,14 @@ struct Planes {
   bool is_by_channel() const {
     return shape.channels >= 4 * int64_t(torch::stable::get_num_threads()) ||
            shape.size() <= kPiece;
+  }
+
+  // Channels of one thread whose planes are short, so that what it writes is not a few lines of
+  // each page; all of them stay in its cache.
+  int64_t channels_at_once() const {
+    constexpr int64_t kRun = 1024;
+    const int64_t most = shape.channels / (4 * int64_t(torch::stable::get_num_threads()));
+    return std::max<int64_t>(1, std::min({kRun / shape.inner, kPiece / shape.values(), most}));
   }
 
   // total[c] of all pieces, by of(c, piece).
@@ -284,14 +338,19 @@ struct Planes {
       for (int64_t c = 0; c < shape.channels; ++c) then(c);
       return for_all<count>(parameters, body);
     }
-    const int64_t grain = std::max<int64_t>(1, kPiece / 2 / shape.values());
-    torch::stable::parallel_for(0, shape.channels, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        total[c] = of(c, 0);
-        for (int64_t piece = 1; piece < pieces(); ++piece) total[c].add(of(c, piece));
-        then(c);
+    const int64_t side = channels_at_once(), groups = (shape.channels + side - 1) / side;
+    const int64_t grain = std::max<int64_t>(1, kPiece / 2 / side / shape.values());
+    torch::stable::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t first = group * side, last = std::min(shape.channels, first + side);
+        for (int64_t c = first; c < last; ++c) {
+          total[c] = of(c, 0);
+          for (int64_t piece = 1; piece < pieces(); ++piece) total[c].add(of(c, piece));
+          then(c);
+        }
         for (int64_t n = shape.outer; n-- > 0;)
-          for_plane<count>(n, c, 0, shape.inner, at(n > 0 ? n - 1 : 0, c), parameters, body);
+          for (int64_t c = first; c < last; ++c)
+            for_plane<count>(n, c, 0, shape.inner, at(n > 0 ? n - 1 : 0, c), parameters, body);
       }
     });
   }
@@ -320,11 +379,11 @@ struct Planes {
       totals(total, [&](int64_t c, int64_t piece) { return moments_of_piece(x, c, piece); });
   }
 
-  template <typename Act>
-  void sums(Act act, const S* dy, const S* x, const S* y, S* g_to, const T* mean,
+  template <typename From>
+  void sums(const From& from, const S* dy, const S* x, S* g_to, const Parameters<T, 3>& constants,
             Sums* total) const {
     totals(total, [&](int64_t c, int64_t piece) {
-      return sums_of_piece(act, dy, x, y, g_to, mean[c], c, piece);
+      return sums_of_piece(from, dy, x, g_to, constants, c, piece);
     });
   }
 
@@ -342,13 +401,14 @@ struct Planes {
     }
   }
 
-  template <int count, typename Act, typename Then, typename Body>
-  void run_sums(Act act, const S* dy, const S* x, const S* y, S* g_to, const T* mean, Sums* total,
-                const Then& then, const Parameters<T, count>& parameters, const Body& body) const {
+  template <int count, typename From, typename Then, typename Body>
+  void run_sums(const From& from, const S* dy, const S* x, S* g_to,
+                const Parameters<T, 3>& constants, Sums* total, const Then& then,
+                const Parameters<T, count>& parameters, const Body& body) const {
     run<count>(
         total,
         [&](int64_t c, int64_t piece) {
-          return sums_of_piece(act, dy, x, y, g_to, mean[c], c, piece);
+          return sums_of_piece(from, dy, x, g_to, constants, c, piece);
         },
         then, parameters, body);
   }
@@ -506,9 +566,9 @@ struct Rows {
     }
   }
 
-  template <typename Act>
-  void sums_of_piece(Act act, const S* dy, const S* x, const S* y, S* g_to, const T* mean,
-                     const Piece& p, Columns to) const {
+  template <typename From>
+  void sums_of_piece(const From& from, const S* dy, const S* x, S* g_to,
+                     const Parameters<T, 3>& constants, const Piece& p, Columns to) const {
     using D = Vec<double>;
     constexpr int64_t kRows = 8, kParts = InDouble<T>::kParts;
     const auto add = [](double* to, V sum) {
@@ -521,22 +581,25 @@ struct Rows {
       const int64_t end = std::min(p.end, r0 + kRows);
       for_strips(p.width, [&](int64_t j, int64_t lanes, auto vectors) {
         const V zero(T(0));
-        V mu[vectors], sum[vectors], dot[vectors];
-        for (int64_t v = 0; v < vectors; ++v)
-          mu[v] = load(mean + j + v * V::size), sum[v] = dot[v] = zero;
+        V of[vectors][3], sum[vectors], dot[vectors];
+        for (int64_t v = 0; v < vectors; ++v) {
+          for (int k = 0; k < (From::kReadsInput ? 3 : 1); ++k)
+            of[v][k] = load(constants[k] + j + v * V::size);
+          sum[v] = dot[v] = zero;
+        }
         for (int64_t r = r0; r < end; ++r)
           for (int64_t v = 0; v < vectors; ++v) {
             const int64_t at = r * width + j + v * V::size;
-            V g = load(dy + at, lanes);
-            if constexpr (!is_none<Act>) g = through(act, g, load(y + at, lanes));
+            const V d = load(x + at, lanes) - of[v][0];
+            const V g = from(load(dy + at, lanes), at, lanes, d, of[v][1], of[v][2]);
             if (g_to) store(g_to + at, g, lanes);
             sum[v] = sum[v] + g;
-            dot[v] = fma(g, load(x + at, lanes) - mu[v], dot[v]);
+            dot[v] = fma(g, d, dot[v]);
             if (!is_strided()) continue;
             const int64_t ahead = at + kRows * width;
             __builtin_prefetch(dy + ahead, 0, 2);
             __builtin_prefetch(x + ahead, 0, 2);
-            if constexpr (!is_none<Act>) __builtin_prefetch(y + ahead, 0, 2);
+            from.prefetch(ahead);
           }
         for (int64_t v = 0; v < vectors; ++v) {
           add(to.first + j + v * V::size, sum[v]);
@@ -546,9 +609,15 @@ struct Rows {
     }
   }
 
-  // A number for each channel as one for each column, and some beyond the last.
-  void spread(const T* from, T* to) const {
-    for (int64_t j = 0; j < pitch; ++j) to[j] = j < width ? from[j % shape.channels] : T(0);
+  // Numbers for each channel as some for each column, and beyond the last.
+  template <size_t count>
+  std::array<const T*, count> spread(const std::array<const T*, count>& from, T* to) const {
+    std::array<const T*, count> columns;
+    for (size_t k = 0; k < count; ++k, to += pitch) {
+      columns[k] = to;
+      for (int64_t j = 0; j < pitch; ++j) to[j] = j < width ? from[k][j % shape.channels] : T(0);
+    }
+    return columns;
   }
 
   // of(piece, columns) for all pieces.
@@ -602,15 +671,14 @@ struct Rows {
          [](int64_t n, double mean, double squares) { return Moments{double(n), mean, squares}; });
   }
 
-  template <typename Act>
-  void sums(Act act, const S* dy, const S* x, const S* y, S* g_to, const T* mean,
+  template <typename From>
+  void sums(const From& from, const S* dy, const S* x, S* g_to, const Parameters<T, 3>& constants,
             Sums* total) const {
     const Aligned<double> memory(pieces * 2 * pitch);
-    const Aligned<T> means(pitch);
-    spread(mean, means.get());
-    parts(memory.get(), [&](const Piece& p, Columns to) {
-      sums_of_piece(act, dy, x, y, g_to, means.get(), p, to);
-    });
+    const Aligned<T> of_columns(3 * pitch);
+    const Parameters<T, 3> columns = spread(constants, of_columns.get());
+    parts(memory.get(),
+          [&](const Piece& p, Columns to) { sums_of_piece(from, dy, x, g_to, columns, p, to); });
     join_pieces(memory.get(), [&](const Piece&, Columns to, Columns from, int64_t at) {
       store(to.first + at, load(to.first + at) + load(from.first + at));
       store(to.second + at, load(to.second + at) + load(from.second + at));
@@ -624,11 +692,7 @@ struct Rows {
     constexpr int64_t kRows = 16, kRun = 1 << 14;
     const Aligned<T> memory(count * pitch);
     const int64_t run = std::max(kRows, kRun / width / kRows * kRows);
-    Parameters<T, count> spread_out;
-    for (int k = 0; k < count; ++k) {
-      spread(parameters[k], memory.get() + k * pitch);
-      spread_out[k] = memory.get() + k * pitch;
-    }
+    const Parameters<T, count> columns = spread(parameters, memory.get());
     torch::stable::parallel_for(0, pieces, grain(), [&](int64_t begin, int64_t end) {
       for (int64_t at = end; at-- > begin;) {
         const Piece p = piece(at);
@@ -638,7 +702,7 @@ struct Rows {
             for_strips(p.width, [&](int64_t j, int64_t lanes, auto vectors) {
               V q[vectors][count];
               for (int64_t v = 0; v < vectors; ++v)
-                for (int k = 0; k < count; ++k) q[v][k] = load(spread_out[k] + j + v * V::size);
+                for (int k = 0; k < count; ++k) q[v][k] = load(columns[k] + j + v * V::size);
               for (int64_t r = r0; r < r1; ++r)
                 for (int64_t v = 0; v < vectors; ++v) {
                   body(r * width + j + v * V::size, lanes, q[v]);
@@ -658,10 +722,11 @@ struct Rows {
     for_all<count>(parameters, body);
   }
 
-  template <int count, typename Act, typename Then, typename Body>
-  void run_sums(Act act, const S* dy, const S* x, const S* y, S* g_to, const T* mean, Sums* total,
-                const Then& then, const Parameters<T, count>& parameters, const Body& body) const {
-    sums(act, dy, x, y, g_to, mean, total);
+  template <int count, typename From, typename Then, typename Body>
+  void run_sums(const From& from, const S* dy, const S* x, S* g_to,
+                const Parameters<T, 3>& constants, Sums* total, const Then& then,
+                const Parameters<T, count>& parameters, const Body& body) const {
+    sums(from, dy, x, g_to, constants, total);
     for (int64_t c = 0; c < shape.channels; ++c) then(c);
     for_all<count>(parameters, body);
   }

@@ -1,8 +1,9 @@
 // Batch normalisation on a GPU, with a residual and an activation in both directions:
 //   y = f((x − mean)·rstd·weight + bias + residual)
-// and, with g = dL/dy·f'(y), f' from y alone, and M values of a channel,
+// and, with g = dL/dy·f'(y), f' from y, and M values of a channel,
 //   dx = weight·rstd·(g − Σg/M − (x − mean)·rstd²·Σg·(x − mean)/M), dresidual = g
-// Neither g nor anything between x and y is ever in memory, and nothing but x and y is read again.
+// Neither g nor anything between x and y is ever in memory. A ReLU's f' is of the sign of y:
+// without a residual it is found again from x, with the same roundings, and y is not read.
 //
 //   sums    two sums of each channel, of a piece of the tensor a block: Σ(x − k) and Σ(x − k)², or
 //   Σg
@@ -52,7 +53,7 @@ constexpr int64_t kBlocks = 8 * 132;  // wanted, two to four waves of an H100
 constexpr int64_t kWave = 132;        // so many channels' blocks keep a GPU busy
 constexpr int kFloatPositions = 8;    // added in float
 constexpr int kTotalsChannels = 4;    // of a block of `totals`: 32 bytes
-constexpr int kHeader = 4096;         // bytes of shared memory for numbers of each channel
+constexpr int kHeader = 5120;         // bytes of shared memory for numbers of each channel
 
 enum class Walk { kChannels, kChannel, kPlanes, kCutPlanes };
 template <Walk kWalk>
@@ -63,7 +64,7 @@ template <typename S, Walk kWalk>
 constexpr int kWidth = kWalk == Walk::kChannel ? 1 : kVector<S>;
 template <typename S, Walk kWalk>
 constexpr int kSets = kIsLast<kWalk> ? kWidth<S, kWalk> : 1;
-static_assert(kHeader >= 4 * kMostColumns * kVector<bf16> * int(sizeof(float)));
+static_assert(kHeader >= 5 * kMostColumns * kVector<bf16> * int(sizeof(float)));
 
 // How a tensor is cut over blocks. A position is a load: a vector of a pixel's channels, or of a
 // plane. A block has `columns` such lists side by side, of channels; its threads are rows of them.
@@ -112,22 +113,23 @@ struct Forward {
   using T = accumulate_t<S>;
   static constexpr bool kBackward = false;
   static constexpr int kSummed = 4, kApplied = 4;  // positions under way
+  static constexpr int kOfSums = 1, kOfApply = 3;  // numbers of a channel that a pass reads
 
   Cut cut;
   Activation activation;
+  double eps;
   bool aligned;            // every tensor, to 16 bytes
   bool applies = false;    // in `sums`, where a block has all of its channels
   double* sums = nullptr;  // (chunks, 2, channels), of several chunks
-  double eps, momentum = 0;
+  double momentum = 0;
   const S* input;
   const S* residual = nullptr;
   S* output = nullptr;
   Parameter weight, bias;
-  Parameter mean, var;      // to apply; instead of var
-  const T* rstd = nullptr;  // what was made
+  Parameter mean, var, shift;  // to apply
   T* made_mean = nullptr;
-  T* made_rstd = nullptr;
   T* made_var = nullptr;
+  T* made_shift = nullptr;
   Running running_mean, running_var;
 };
 
@@ -137,20 +139,21 @@ struct Backward {
   using T = accumulate_t<S>;
   static constexpr bool kBackward = true;
   static constexpr int kSummed = 2, kApplied = 2;
+  static constexpr int kOfSums = 3, kOfApply = 5;
 
   Cut cut;
   Activation activation;
+  double eps;
+  bool finds_sign;  // of y from x
   bool aligned;
   bool applies = false;
   double* sums = nullptr;
   const S* grad;
   const S* input = nullptr;   // where it is read
-  const S* output = nullptr;  // of an activation
+  const S* output = nullptr;  // of an activation whose sign is not found
   S* grad_input = nullptr;
   S* grad_residual = nullptr;
-  Parameter weight;
-  const T* mean;
-  const T* rstd;
+  Parameter weight, shift, mean, var;
   // Σg/M and Σg·x̂/M, to apply; null of frozen statistics.
   const T* mean_g = nullptr;
   const T* mean_g_xhat = nullptr;
@@ -310,6 +313,23 @@ DLK_DEVICE void through(Activation activation, T (&g)[W], const T (&y)[W]) {
   }
 }
 
+// g from the upstream gradient of a load, whose x − mean is d; of a channel scale and shift.
+template <typename S, int W, int C, typename Raw>
+DLK_DEVICE void differentiate(const Backward<S>& p, accumulate_t<S> (&g)[W], const Raw& y_raw,
+                              const accumulate_t<S> (&d)[W], const accumulate_t<S> (&scale)[C],
+                              const accumulate_t<S> (&shift)[C]) {
+  accumulate_t<S> y[W];
+  if (p.finds_sign) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) y[i] = widen(narrow<S>(std::fma(d[i], scale[i % C], shift[i % C])));
+  } else if (p.output) {
+    open<S>(y_raw, y);
+  } else {
+    return;
+  }
+  through(p.activation, g, y);
+}
+
 template <Walk kWalk, typename S, int W>
 DLK_DEVICE void store(S* to, const Spot& spot, const accumulate_t<S> (&v)[W], bool aligned) {
   if constexpr (W == 1) {
@@ -338,8 +358,28 @@ DLK_DEVICE accumulate_t<S> center_of(const Forward<S>& p, int64_t channel) {
 }
 
 template <typename S>
-DLK_DEVICE accumulate_t<S> center_of(const Backward<S>& p, int64_t channel) {
-  return p.mean[channel];
+DLK_DEVICE void numbers_of_sums(const Forward<S>& p, int64_t channel, accumulate_t<S> (&k)[1]) {
+  k[0] = center_of(p, channel);
+}
+
+// The same in every pass: the variance as it is kept.
+template <typename Problem, typename T = typename Problem::T>
+DLK_DEVICE T rstd_of(const Problem& p, int64_t channel) {
+  return T(1 / sqrt(double(p.var.template get<typename Problem::Element>(channel, T(0))) + p.eps));
+}
+
+// mean, scale and shift of x.
+template <typename Problem, typename T, int kCount>
+DLK_DEVICE void affine(const Problem& p, int64_t channel, T rstd, T (&k)[kCount]) {
+  using S = typename Problem::Element;
+  k[0] = p.mean.template get<S>(channel, T(0));
+  k[1] = rstd * p.weight.template get<S>(channel, T(1));
+  k[2] = p.shift.template get<S>(channel, T(0));
+}
+
+template <typename S>
+DLK_DEVICE void numbers_of_sums(const Backward<S>& p, int64_t channel, accumulate_t<S> (&k)[3]) {
+  affine(p, channel, rstd_of(p, channel), k);
 }
 
 // What is made of a channel's two sums.
@@ -351,8 +391,12 @@ DLK_DEVICE void finish(const Forward<S>& p, int64_t channel, double sum, double 
   double var = (squares - sum * offset) / count;
   if (var < 0) var = 0;
   p.made_mean[channel] = T(mean);
-  if (p.made_rstd) p.made_rstd[channel] = T(1 / sqrt(var + p.eps));
-  if (p.made_var) p.made_var[channel] = T(var);
+  p.made_var[channel] = T(var);
+  if (p.made_shift) {
+    const double scale = rstd_of(p, channel) * p.weight.template get<S>(channel, T(1));
+    const double bias = p.bias.template get<S>(channel, T(0));
+    p.made_shift[channel] = T(bias + (double(T(mean)) - mean) * scale);
+  }
   if (p.running_mean.data) p.running_mean.template update<S>(channel, p.momentum, mean);
   if (p.running_var.data)
     p.running_var.template update<S>(channel, p.momentum, var * count / (count - 1));
@@ -361,7 +405,7 @@ DLK_DEVICE void finish(const Forward<S>& p, int64_t channel, double sum, double 
 template <typename S>
 DLK_DEVICE void finish(const Backward<S>& p, int64_t channel, double sum, double product) {
   using T = accumulate_t<S>;
-  const double count = double(p.cut.count), scaled = product * double(p.rstd[channel]);
+  const double count = double(p.cut.count), scaled = product * double(rstd_of(p, channel));
   if (p.sum_g) p.sum_g[channel] = T(sum);
   if (p.sum_g_xhat) p.sum_g_xhat[channel] = T(scaled);
   if (p.made_mean_g) {
@@ -395,7 +439,7 @@ DLK_DEVICE void add(T (&first)[W], T (&second)[W], T (&a)[C], T (&b)[C]) {
 
 template <Walk kWalk, typename S>
 DLK_DEVICE void add_positions(const Forward<S>& p, Walker<S, kWalk>& walker,
-                              const accumulate_t<S> (&center)[kSets<S, kWalk>],
+                              const accumulate_t<S> (&k)[1][kSets<S, kWalk>],
                               accumulate_t<S> (&a)[kSets<S, kWalk>],
                               accumulate_t<S> (&b)[kSets<S, kWalk>]) {
   using T = accumulate_t<S>;
@@ -414,7 +458,7 @@ DLK_DEVICE void add_positions(const Forward<S>& p, Walker<S, kWalk>& walker,
     open<S>(raw[u], x);
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      x[i] -= center[i % C];
+      x[i] -= k[0][i % C];
       if (kWalk == Walk::kCutPlanes && (i < spot[u].low || i >= spot[u].high)) x[i] = 0;
       square[i] = x[i] * x[i];
     }
@@ -422,69 +466,74 @@ DLK_DEVICE void add_positions(const Forward<S>& p, Walker<S, kWalk>& walker,
   }
 }
 
-template <Walk kWalk, typename S>
-DLK_DEVICE void add_positions(const Backward<S>& p, Walker<S, kWalk>& walker,
-                              const accumulate_t<S> (&center)[kSets<S, kWalk>],
-                              accumulate_t<S> (&a)[kSets<S, kWalk>],
-                              accumulate_t<S> (&b)[kSets<S, kWalk>]) {
+// g and x − mean of the positions that a thread of the backward has under way: body(spot, g, d), of
+// the numbers mean, scale and shift of its channels. Without an x d is what the body must not use.
+template <Walk kWalk, int U, typename S, int kCount, typename Body>
+DLK_DEVICE void for_gradients(const Backward<S>& p, Walker<S, kWalk>& walker, bool reads,
+                              const accumulate_t<S> (&k)[kCount][kSets<S, kWalk>],
+                              const Body& body) {
   using T = accumulate_t<S>;
-  constexpr int W = kWidth<S, kWalk>, C = kSets<S, kWalk>, U = Backward<S>::kSummed;
+  constexpr int W = kWidth<S, kWalk>, C = kSets<S, kWalk>;
   Load<S, kWalk> x_raw[U], g_raw[U], y_raw[U];
   Spot spot[U];
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     spot[u] = walker.next();
     g_raw[u] = load(p.grad, spot[u], walker, p.aligned);
-    x_raw[u] = p.input ? load(p.input, spot[u], walker, p.aligned) : Load<S, kWalk>{};
-    if (p.output) y_raw[u] = load(p.output, spot[u], walker, p.aligned);
+    x_raw[u] = reads ? load(p.input, spot[u], walker, p.aligned) : Load<S, kWalk>{};
+    y_raw[u] = p.output ? load(p.output, spot[u], walker, p.aligned) : Load<S, kWalk>{};
   }
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     if (spot[u].high == 0) continue;
-    T g[W], x[W];
+    T g[W], d[W];
     open<S>(g_raw[u], g);
-    if (p.output) {
-      open<S>(y_raw[u], x);
-      through(p.activation, g, x);
-    }
-    open<S>(x_raw[u], x);
+    open<S>(x_raw[u], d);
 #pragma unroll
-    for (int i = 0; i < W; ++i) {
-      const bool counts = kWalk != Walk::kCutPlanes || (i >= spot[u].low && i < spot[u].high);
-      if (!counts) g[i] = 0;
-      x[i] = counts ? g[i] * (x[i] - center[i % C]) : T(0);
-    }
-    add<kWalk>(g, x, a, b);
+    for (int i = 0; i < W; ++i) d[i] -= k[0][i % C];
+    differentiate(p, g, y_raw[u], d, k[1], k[2]);
+    body(spot[u], g, d);
   }
+}
+
+template <Walk kWalk, typename S>
+DLK_DEVICE void add_positions(const Backward<S>& p, Walker<S, kWalk>& walker,
+                              const accumulate_t<S> (&k)[3][kSets<S, kWalk>],
+                              accumulate_t<S> (&a)[kSets<S, kWalk>],
+                              accumulate_t<S> (&b)[kSets<S, kWalk>]) {
+  using T = accumulate_t<S>;
+  constexpr int W = kWidth<S, kWalk>;
+  for_gradients<kWalk, Backward<S>::kSummed>(
+      p, walker, p.input != nullptr, k, [&](const Spot& spot, T(&g)[W], T(&d)[W]) {
+#pragma unroll
+        for (int i = 0; i < W; ++i) {
+          const bool counts = kWalk != Walk::kCutPlanes || (i >= spot.low && i < spot.high);
+          if (!counts) g[i] = 0;
+          d[i] = counts ? g[i] * d[i] : T(0);
+        }
+        add<kWalk>(g, d, a, b);
+      });
 }
 
 // ------------------------------------------------------------------------------------------- apply
 
-// The four numbers of a channel that a result is made with.
 template <typename S>
-DLK_DEVICE void coefficients(const Forward<S>& p, int64_t channel, accumulate_t<S> (&k)[4]) {
-  using T = accumulate_t<S>;
-  const T rstd =
-      p.rstd ? p.rstd[channel] : T(1 / sqrt(double(p.var.template get<S>(channel, T(0))) + p.eps));
-  k[0] = p.mean.template get<S>(channel, T(0));
-  k[1] = rstd * p.weight.template get<S>(channel, T(1));
-  k[2] = p.bias.template get<S>(channel, T(0));
-  k[3] = 0;
+DLK_DEVICE void numbers_of_apply(const Forward<S>& p, int64_t channel, accumulate_t<S> (&k)[3]) {
+  affine(p, channel, rstd_of(p, channel), k);
 }
 
 template <typename S>
-DLK_DEVICE void coefficients(const Backward<S>& p, int64_t channel, accumulate_t<S> (&k)[4]) {
+DLK_DEVICE void numbers_of_apply(const Backward<S>& p, int64_t channel, accumulate_t<S> (&k)[5]) {
   using T = accumulate_t<S>;
-  const T rstd = p.rstd[channel];
-  k[0] = p.mean[channel];
-  k[1] = rstd * p.weight.template get<S>(channel, T(1));
-  k[2] = p.mean_g ? -k[1] * rstd * p.mean_g_xhat[channel] : T(0);
-  k[3] = p.mean_g ? -k[1] * p.mean_g[channel] : T(0);
+  const T rstd = rstd_of(p, channel);
+  affine(p, channel, rstd, k);
+  k[3] = p.mean_g ? -k[1] * rstd * p.mean_g_xhat[channel] : T(0);
+  k[4] = p.mean_g ? -k[1] * p.mean_g[channel] : T(0);
 }
 
 template <Walk kWalk, typename S>
 DLK_DEVICE void apply_positions(const Forward<S>& p, Walker<S, kWalk>& walker,
-                                const accumulate_t<S> (&k)[4][kSets<S, kWalk>]) {
+                                const accumulate_t<S> (&k)[3][kSets<S, kWalk>]) {
   using T = accumulate_t<S>;
   constexpr int W = kWidth<S, kWalk>, C = kSets<S, kWalk>, U = Forward<S>::kApplied;
   Load<S, kWalk> raw[U], residual[U];
@@ -515,41 +564,20 @@ DLK_DEVICE void apply_positions(const Forward<S>& p, Walker<S, kWalk>& walker,
 
 template <Walk kWalk, typename S>
 DLK_DEVICE void apply_positions(const Backward<S>& p, Walker<S, kWalk>& walker,
-                                const accumulate_t<S> (&k)[4][kSets<S, kWalk>]) {
+                                const accumulate_t<S> (&k)[5][kSets<S, kWalk>]) {
   using T = accumulate_t<S>;
-  constexpr int W = kWidth<S, kWalk>, C = kSets<S, kWalk>, U = Backward<S>::kApplied;
-  const bool reads = p.grad_input && p.mean_g;
-  Load<S, kWalk> x_raw[U], g_raw[U], y_raw[U];
-  Spot spot[U];
+  constexpr int W = kWidth<S, kWalk>, C = kSets<S, kWalk>;
+  const bool corrects = p.grad_input && p.mean_g;
+  for_gradients<kWalk, Backward<S>::kApplied>(
+      p, walker, corrects || p.finds_sign, k, [&](const Spot& spot, T(&g)[W], const T(&d)[W]) {
+        if (p.grad_residual) store<kWalk>(p.grad_residual, spot, g, p.aligned);
+        if (!p.grad_input) return;
 #pragma unroll
-  for (int u = 0; u < U; ++u) {
-    spot[u] = walker.next();
-    g_raw[u] = load(p.grad, spot[u], walker, p.aligned);
-    if (reads) x_raw[u] = load(p.input, spot[u], walker, p.aligned);
-    if (p.output) y_raw[u] = load(p.output, spot[u], walker, p.aligned);
-  }
-#pragma unroll
-  for (int u = 0; u < U; ++u) {
-    if (spot[u].high == 0) continue;
-    T g[W], x[W];
-    open<S>(g_raw[u], g);
-    if (p.output) {
-      open<S>(y_raw[u], x);
-      through(p.activation, g, x);
-    }
-    if (p.grad_residual) store<kWalk>(p.grad_residual, spot[u], g, p.aligned);
-    if (!p.grad_input) continue;
-    if (reads) {
-      open<S>(x_raw[u], x);
-#pragma unroll
-      for (int i = 0; i < W; ++i)
-        g[i] = std::fma(k[1][i % C], g[i], std::fma(k[2][i % C], x[i] - k[0][i % C], k[3][i % C]));
-    } else {
-#pragma unroll
-      for (int i = 0; i < W; ++i) g[i] *= k[1][i % C];
-    }
-    store<kWalk>(p.grad_input, spot[u], g, p.aligned);
-  }
+        for (int i = 0; i < W; ++i)
+          g[i] = corrects ? std::fma(k[1][i % C], g[i], std::fma(k[3][i % C], d[i], k[4][i % C]))
+                          : k[1][i % C] * g[i];
+        store<kWalk>(p.grad_input, spot, g, p.aligned);
+      });
 }
 
 // ----------------------------------------------------------------------------------------- kernels
@@ -571,27 +599,34 @@ struct Channels {
   }
 };
 
-template <Walk kWalk, typename Problem>
-DLK_DEVICE void apply_block(const Problem& p, unsigned block) {
-  using S = typename Problem::Element;
-  using T = accumulate_t<S>;
-  constexpr int C = kSets<S, kWalk>;
-  const Channels<kWalk, Problem> channels(p, block);
+// k[·][c] = the numbers(channel, …) of the c-th channel of this thread, by way of shared memory.
+template <Walk kWalk, typename Problem, typename T, int kCount, int C, typename Numbers>
+DLK_DEVICE void share(const Problem& p, const Channels<kWalk, Problem>& channels,
+                      const Numbers& numbers, T (&k)[kCount][C]) {
   T* shared = reinterpret_cast<T*>(shared_memory());
   for (int i = int(threadIdx.x); i < channels.number; i += kThreads) {
-    T k[4] = {};
-    if (channels.first + i < p.cut.channels) coefficients(p, channels.first + i, k);
+    T of[kCount] = {};
+    if (channels.first + i < p.cut.channels) numbers(channels.first + i, of);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) shared[j * channels.number + i] = k[j];
+    for (int j = 0; j < kCount; ++j) shared[j * channels.number + i] = of[j];
   }
   sync_block();
   const int column = int(threadIdx.x) & (p.cut.columns - 1);
-  T k[4][C];
 #pragma unroll
-  for (int j = 0; j < 4; ++j)
+  for (int j = 0; j < kCount; ++j)
 #pragma unroll
     for (int c = 0; c < C; ++c) k[j][c] = shared[j * channels.number + column * C + c];
-  Walker<S, kWalk> walker(p.cut, block);
+}
+
+template <Walk kWalk, typename Problem>
+DLK_DEVICE void apply_block(const Problem& p, unsigned block) {
+  using T = typename Problem::T;
+  constexpr int kCount = Problem::kOfApply;
+  T k[kCount][kSets<typename Problem::Element, kWalk>];
+  share(
+      p, Channels<kWalk, Problem>(p, block),
+      [&](int64_t channel, T(&of)[kCount]) { numbers_of_apply(p, channel, of); }, k);
+  Walker<typename Problem::Element, kWalk> walker(p.cut, block);
   while (walker.more()) apply_positions<kWalk>(p, walker, k);
 }
 
@@ -609,24 +644,21 @@ DLK_KERNEL void __launch_bounds__(kThreads, kAtOnce<kWalk, Problem>) sums_kernel
   constexpr int C = kSets<S, kWalk>;
   const int thread = int(threadIdx.x);
   const Channels<kWalk, Problem> channels(p, blockIdx.x);
-  T* centers = reinterpret_cast<T*>(shared_memory());
-  for (int i = thread; i < channels.number; i += kThreads)
-    centers[i] = channels.first + i < p.cut.channels ? center_of(p, channels.first + i) : T(0);
   // [2·C][threads]
   double* sums = reinterpret_cast<double*>(shared_memory() + kHeader) + thread;
 #pragma unroll
   for (int c = 0; c < 2 * C; ++c) sums[c * kThreads] = 0;
-  sync_block();
-  T center[C];
-#pragma unroll
-  for (int c = 0; c < C; ++c) center[c] = centers[(thread & (p.cut.columns - 1)) * C + c];
+  T k[Problem::kOfSums][C];
+  share(
+      p, channels,
+      [&](int64_t channel, T(&of)[Problem::kOfSums]) { numbers_of_sums(p, channel, of); }, k);
 
   Walker<S, kWalk> walker(p.cut, blockIdx.x);
   while (walker.more()) {
     T a[C] = {}, b[C] = {};
 #pragma unroll
     for (int n = 0; n < kFloatPositions; n += Problem::kSummed)
-      if (walker.more()) add_positions<kWalk>(p, walker, center, a, b);
+      if (walker.more()) add_positions<kWalk>(p, walker, k, a, b);
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       sums[2 * c * kThreads] += double(a[c]);
@@ -932,27 +964,26 @@ Forward<S> forward_problem(Call& call, const Arguments& a, const Tensor& output)
   return p;
 }
 
-// Statistics of the batch, one or both of rstd and var, and with an output the rest.
+// Statistics of the batch, and with an output the rest.
 template <typename S>
-void normalize(Call& call, Forward<S>& p, const Tensor& mean, const Tensor* rstd,
-               const Tensor* var) {
+void normalize(Call& call, Forward<S>& p, const Tensor& mean, const Tensor& var,
+               const Optional& shift) {
   using T = accumulate_t<S>;
   p.made_mean = output_pointer<T>("mean", mean);
-  if (rstd) p.rstd = p.made_rstd = output_pointer<T>("rstd", *rstd);
-  if (var) p.made_var = output_pointer<T>("var", *var);
+  p.made_var = output_pointer<T>("var", var);
   p.mean = {p.made_mean, false};
+  p.var = {p.made_var, false};
+  if (shift) p.made_shift = output_pointer<T>("shift", *shift);
+  p.shift = {p.made_shift, false};
   const Walk walk = call.place(p);
   const auto workspace = workspace_for(p, mean, 0);
   run(p, walk, true, p.output != nullptr);
 }
 
-struct Made {
-  Tensor output, mean, rstd, var;
-};
+using Made = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // output, mean, var, shift
 
-// With the running statistics and rstd, or with var.
 Made forward(const Arguments& a, const Optional& running_mean, const Optional& running_var,
-             double momentum, bool with_var) {
+             double momentum) {
   a.check();
   const Tensor& input = a.input;
   DLK_CHECK(input.numel() == 0 || input.numel() > input.size(1), kOp,
@@ -962,40 +993,33 @@ Made forward(const Arguments& a, const Optional& running_mean, const Optional& r
   if (running_var) check_parameter("running_var", *running_var, input);
   const DeviceScope scope(input);
   Call call(input);
-  Made made{call.made(), new_statistic(input), new_statistic(input), none_of(input)};
-  if (with_var) made.var = new_statistic(input);
+  const Tensor output = call.made();
+  Tensor mean = new_statistic(input), var = new_statistic(input), shift = new_statistic(input);
   if (input.numel() == 0) {
-    torch::stable::zero_(made.mean);
-    torch::stable::fill_(made.rstd, 1 / std::sqrt(a.eps));
-    torch::stable::zero_(made.var);
-    return made;
+    for (Tensor* made : {&mean, &var, &shift}) torch::stable::zero_(*made);
+    return {output, mean, var, shift};
   }
   for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
-    Forward<S> p = forward_problem<S>(call, a, made.output);
+    Forward<S> p = forward_problem<S>(call, a, output);
     p.momentum = momentum;
     p.running_mean = call.running("running_mean", running_mean);
     p.running_var = call.running("running_var", running_var);
-    normalize(call, p, made.mean, &made.rstd, with_var ? &made.var : nullptr);
+    normalize(call, p, mean, var, shift);
   });
-  return made;
+  return {output, mean, var, shift};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm(Tensor input, Optional weight, Optional bias,
-                                              Optional residual, double eps, Text activation,
-                                              bool) {
-  const Arguments a{input, weight, bias, residual, eps, activation};
-  const Made made = forward(a, std::nullopt, std::nullopt, 0, true);
-  return {made.output, made.mean, made.var};
+Made batch_norm(Tensor input, Optional weight, Optional bias, Optional residual, double eps,
+                Text activation, bool) {
+  return forward({input, weight, bias, residual, eps, activation}, std::nullopt, std::nullopt, 0);
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, Optional weight, Optional bias,
-                                                      Optional residual, Optional running_mean,
-                                                      Optional running_var, double momentum,
-                                                      double eps, Text activation, bool) {
-  const Arguments a{input, weight, bias, residual, eps, activation};
-  const Made made = forward(a, running_mean, running_var, momentum, false);
-  return {made.output, made.mean, made.rstd};
+Made batch_norm_forward(Tensor input, Optional weight, Optional bias, Optional residual,
+                        Optional running_mean, Optional running_var, double momentum, double eps,
+                        Text activation, bool) {
+  return forward({input, weight, bias, residual, eps, activation}, running_mean, running_var,
+                 momentum);
 }
 
 std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor input, bool) {
@@ -1012,7 +1036,7 @@ std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor input, bool) {
     using S = decltype(tag);
     Forward<S> p{};
     p.input = call.read<S>("input", input);
-    normalize(call, p, mean, nullptr, &var);
+    normalize(call, p, mean, var, std::nullopt);
   });
   return {mean, var};
 }
@@ -1032,6 +1056,7 @@ Tensor batch_norm_apply(Tensor input, Optional weight, Optional bias, Optional r
     Forward<S> p = forward_problem<S>(call, a, output);
     p.mean = call.parameter("mean", mean);
     p.var = call.parameter("var", var);
+    p.shift = p.bias;
     const Walk walk = call.place(p);
     run(p, walk, false, true);
   });
@@ -1040,43 +1065,48 @@ Tensor batch_norm_apply(Tensor input, Optional weight, Optional bias, Optional r
 
 struct Gradients {
   const Tensor &grad_output, &input;
-  const Optional &weight, &output;
-  const Tensor &mean, &rstd;
-  const std::string& activation;
+  const Optional &weight, &shift, &output;
+  const Tensor &mean, &var;
+  double eps;
+  Activation activation;
 
   void check() const {
     check_input(input);
     check_like("grad_output", grad_output, input);
     if (weight) check_parameter("weight", *weight, input);
-    check_statistic("mean", mean, input);
-    check_statistic("rstd", rstd, input);
-    DLK_CHECK((parse_activation(kOp, activation) != Activation::kNone) == output.has_value(), kOp,
-              ": expected the output where there is an activation, and only there");
+    if (shift) check_parameter("shift", *shift, input);
+    check_parameter("mean", mean, input);
+    check_parameter("var", var, input);
+    const bool none = activation == Activation::kNone;
+    DLK_CHECK(output ? !none : none || is_of_sign(activation), kOp,
+              ": expected the output where the activation needs it, and not where there is none");
     if (output) check_like("output", *output, input);
   }
+  bool finds_sign() const { return !output && activation != Activation::kNone; }
 };
 
 template <typename S>
 Backward<S> backward_problem(Call& call, const Gradients& a, bool reads) {
-  using T = accumulate_t<S>;
   Backward<S> p{};
-  p.activation = parse_activation(kOp, a.activation);
+  p.activation = a.activation;
+  p.eps = a.eps;
+  p.finds_sign = a.finds_sign();
   p.grad = call.read<S>("grad_output", a.grad_output);
-  if (reads) p.input = call.read<S>("input", a.input);
+  if (reads || p.finds_sign) p.input = call.read<S>("input", a.input);
   if (a.output) p.output = call.read<S>("output", *a.output);
   p.weight = call.parameter("weight", a.weight);
-  p.mean = call.statistic<T>("mean", a.mean);
-  p.rstd = call.statistic<T>("rstd", a.rstd);
+  p.shift = call.parameter("shift", a.shift);
+  p.mean = call.parameter("mean", a.mean);
+  p.var = call.parameter("var", a.var);
   return p;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor grad_output, Tensor input,
-                                                               Optional weight, Optional output,
-                                                               Tensor mean, Tensor rstd,
-                                                               bool training, Text activation, bool,
-                                                               bool want_input, bool want_weight,
-                                                               bool want_bias, bool want_residual) {
-  const Gradients a{grad_output, input, weight, output, mean, rstd, activation};
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
+    Tensor grad_output, Tensor input, Optional weight, Optional shift, Optional output, Tensor mean,
+    Tensor var, bool training, double eps, Text activation, bool, bool want_input, bool want_weight,
+    bool want_bias, bool want_residual) {
+  const Gradients a{
+      grad_output, input, weight, shift, output, mean, var, eps, parse_activation(kOp, activation)};
   a.check();
   const DeviceScope scope(input);
   Call call(input);
@@ -1114,10 +1144,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor grad_outpu
   return {grad_input, grad_weight, grad_bias, grad_residual};
 }
 
-std::tuple<Tensor, Tensor> batch_norm_reduce(Tensor grad_output, Tensor input, Optional output,
-                                             Tensor mean, Tensor rstd, Text activation, bool) {
-  const Optional weight;
-  const Gradients a{grad_output, input, weight, output, mean, rstd, activation};
+std::tuple<Tensor, Tensor> batch_norm_reduce(Tensor grad_output, Tensor input, Optional weight,
+                                             Optional shift, Optional output, Tensor mean,
+                                             Tensor var, double eps, Text activation, bool) {
+  const Gradients a{
+      grad_output, input, weight, shift, output, mean, var, eps, parse_activation(kOp, activation)};
   a.check();
   const DeviceScope scope(input);
   Call call(input);
@@ -1141,10 +1172,12 @@ std::tuple<Tensor, Tensor> batch_norm_reduce(Tensor grad_output, Tensor input, O
 }
 
 std::tuple<Tensor, Tensor> batch_norm_gradient(Tensor grad_output, Tensor input, Optional weight,
-                                               Optional output, Tensor mean, Tensor rstd,
-                                               Tensor mean_g, Tensor mean_g_xhat, Text activation,
-                                               bool, bool want_residual) {
-  const Gradients a{grad_output, input, weight, output, mean, rstd, activation};
+                                               Optional shift, Optional output, Tensor mean,
+                                               Tensor var, Tensor mean_g, Tensor mean_g_xhat,
+                                               double eps, Text activation, bool,
+                                               bool want_residual) {
+  const Gradients a{
+      grad_output, input, weight, shift, output, mean, var, eps, parse_activation(kOp, activation)};
   a.check();
   check_statistic("mean_g", mean_g, input);
   check_statistic("mean_g_xhat", mean_g_xhat, input);

@@ -1,6 +1,7 @@
 """Batch norm in Triton: the twin of csrc/cuda/batch_norm.cu, same ops, same algebra.
 
-With g = dL/dy·f'(y), f' from y alone, and M values of a channel::
+With g = dL/dy·f'(y), f' from y, or from its sign, which x tells where there is no residual, and M
+values of a channel::
 
     y = f((x - mean)·rstd·weight + bias + residual)
     dx = weight·rstd·(g - Σg/M - (x - mean)·rstd²·Σg·(x - mean)/M),  dresidual = g
@@ -113,11 +114,36 @@ def _center(x, c, mask, probe_1, probe_2, probe_step):
     return tl.maximum(low, tl.minimum(high, r))
 
 
+@triton.jit
+def _rstd(var, eps, T: tl.constexpr):
+    """Of the variance as it is kept."""
+    return (1.0 / tl.sqrt(var.to(tl.float64) + _double(eps))).to(T)
+
+
+@triton.jit
+def _affine(value, scale, offset):
+    """value·scale + offset, rounded once in both directions."""
+    scale = tl.broadcast_to(scale[None, :], value.shape)
+    return tl.fma(value, scale, tl.broadcast_to(offset[None, :], value.shape))
+
+
+@triton.jit
+def _derivative(g, output, at, mask, value, scale, offset, S: tl.constexpr, ACT: tl.constexpr):
+    """g·f', f' from the output where there is one, else from what rounded to it; ``value`` is
+    x - mean."""
+    if ACT == "none":
+        return g
+    elif output is None:
+        return before_activation(g, widen(narrow(_affine(value, scale, offset), S)), ACT)
+    else:
+        return before_activation(g, widen(tl.load(output + at, mask=mask, other=0.0)), ACT)
+
+
 @_jit
 def _sums(
-    x, grad, output, mean, sums,
+    x, grad, output, weight, shift, mean, var, sums,
     rows, columns, row_step, channel_step, channels, groups, tiles, steps,
-    probe_1, probe_2, probe_step,
+    probe_1, probe_2, probe_step, eps,
     GRADIENT: tl.constexpr, ACTIVATION: tl.constexpr, T: tl.constexpr,
     LAST: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -126,6 +152,10 @@ def _sums(
     c, exists = _channels(group, channels, LAST, BLOCK)
     if GRADIENT:
         center = _per_channel(mean, c, exists, T, 0.0)
+        scale = _rstd(_per_channel(var, c, exists, T, 1.0), eps, T) * _per_channel(
+            weight, c, exists, T, 1.0
+        )
+        offset = _per_channel(shift, c, exists, T, 0.0)
     else:
         center = _center(x, c, exists, probe_1, probe_2, probe_step)
     a = tl.zeros([ROWS, BLOCK], T)
@@ -141,10 +171,9 @@ def _sums(
             value = widen(tl.load(x + at, mask=mask, other=0.0)) - center[None, :]
         if GRADIENT:
             g = widen(tl.load(grad + at, mask=mask, other=0.0))
-            if output is not None:
-                g = before_activation(
-                    g, widen(tl.load(output + at, mask=mask, other=0.0)), ACTIVATION
-                )
+            g = _derivative(
+                g, output, at, mask, value, scale, offset, grad.dtype.element_ty, ACTIVATION
+            )
             a += g
             b += tl.where(mask, g * value, 0.0)
         else:
@@ -185,34 +214,36 @@ def _update(running, c, mask, value, momentum, T: tl.constexpr):
 
 @_jit
 def _statistics(
-    sums, x, mean, rstd, var, running_mean, running_var,
+    sums, x, mean, var, shift, weight, bias, running_mean, running_var,
     channels, chunks, trips_, count, eps, momentum, probe_1, probe_2, probe_step,
     T: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """mean, rstd, var and the running statistics of a batch."""
+    """mean, var, shift and the running statistics of a batch."""
     c, mask, a, b = _add_up(sums, channels, chunks, trips_, LANES, WIDTH)
     n = count.to(tl.float64)
-    shift = a / n
-    value = _center(x, c, mask, probe_1, probe_2, probe_step).to(tl.float64) + shift
-    spread = (b - a * shift) / n
+    offset = a / n
+    value = _center(x, c, mask, probe_1, probe_2, probe_step).to(tl.float64) + offset
+    spread = (b - a * offset) / n
     spread = tl.where(spread < 0.0, 0.0, spread)
     tl.store(mean + c, value.to(T), mask=mask)
-    if rstd is not None:
-        tl.store(rstd + c, (1.0 / tl.sqrt(spread + _double(eps))).to(T), mask=mask)
-    if var is not None:
-        tl.store(var + c, spread.to(T), mask=mask)
+    tl.store(var + c, spread.to(T), mask=mask)
+    if shift is not None:
+        scale = _rstd(spread.to(T), eps, T) * _per_channel(weight, c, mask, T, 1.0)
+        lost = (value.to(T).to(tl.float64) - value) * scale.to(tl.float64)
+        lost += _per_channel(bias, c, mask, T, 0.0).to(tl.float64)
+        tl.store(shift + c, lost.to(T), mask=mask)
     _update(running_mean, c, mask, value, _double(momentum), T)
     _update(running_var, c, mask, spread * n / (n - 1.0), _double(momentum), T)
 
 
 @_jit
 def _gradients(
-    sums, rstd, sum_g, sum_g_xhat, mean_g, mean_g_xhat, channels, chunks, trips_, count,
+    sums, var, sum_g, sum_g_xhat, mean_g, mean_g_xhat, channels, chunks, trips_, count, eps,
     T: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Σg and Σg·x̂, and their means, of those that are wanted."""
     c, mask, a, b = _add_up(sums, channels, chunks, trips_, LANES, WIDTH)
-    b *= tl.load(rstd + c, mask=mask, other=0.0).to(tl.float64)
+    b *= _rstd(_per_channel(var, c, mask, T, 1.0), eps, T).to(tl.float64)
     n = count.to(tl.float64)
     if sum_g is not None:
         tl.store(sum_g + c, a.to(T), mask=mask)
@@ -225,24 +256,23 @@ def _gradients(
 
 @_jit
 def _apply(
-    x, residual, y, weight, bias, mean, spread,
+    x, residual, y, weight, bias, mean, var,
     rows, columns, row_step, channel_step, channels, groups, tiles, eps,
-    IS_VAR: tl.constexpr, ACTIVATION: tl.constexpr, T: tl.constexpr,
+    ACTIVATION: tl.constexpr, T: tl.constexpr,
     LAST: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y of a tile; ``spread`` is the variance or rstd."""
+    """y of a tile."""
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     group, t = pid % groups, pid // groups
     c, exists = _channels(group, channels, LAST, BLOCK)
-    scale = _per_channel(spread, c, exists, T, 1.0)
-    if IS_VAR:
-        scale = (1.0 / tl.sqrt(scale.to(tl.float64) + _double(eps))).to(T)
-    scale *= _per_channel(weight, c, exists, T, 1.0)
+    scale = _rstd(_per_channel(var, c, exists, T, 1.0), eps, T) * _per_channel(
+        weight, c, exists, T, 1.0
+    )
     center = _per_channel(mean, c, exists, T, 0.0)
     offset = _per_channel(bias, c, exists, T, 0.0)
     at, mask = _tile(t, group, rows, columns, row_step, channel_step, LAST, ALIGN, ROWS, BLOCK)
     value = widen(tl.load(x + at, mask=mask, other=0.0)) - center[None, :]
-    value = value * scale[None, :] + offset[None, :]
+    value = _affine(value, scale, offset)
     if residual is not None:
         value += widen(tl.load(residual + at, mask=mask, other=0.0))
     tl.store(y + at, narrow(activate(value, ACTIVATION), y.dtype.element_ty), mask=mask)
@@ -250,31 +280,34 @@ def _apply(
 
 @_jit
 def _gradient(
-    grad, x, output, dx, dresidual, weight, mean, rstd, mean_g, mean_g_xhat,
-    rows, columns, row_step, channel_step, channels, groups, tiles,
+    grad, x, output, dx, dresidual, weight, shift, mean, var, mean_g, mean_g_xhat,
+    rows, columns, row_step, channel_step, channels, groups, tiles, eps,
     ACTIVATION: tl.constexpr, T: tl.constexpr,
     LAST: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx of a tile, without x of frozen statistics, and the residual's gradient."""
+    """dx of a tile, and the residual's gradient; without means of g dx of frozen statistics."""
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     group, t = pid % groups, pid // groups
     at, mask = _tile(t, group, rows, columns, row_step, channel_step, LAST, ALIGN, ROWS, BLOCK)
+    c, exists = _channels(group, channels, LAST, BLOCK)
+    spread = _rstd(_per_channel(var, c, exists, T, 1.0), eps, T)
+    scale = spread * _per_channel(weight, c, exists, T, 1.0)
     g = widen(tl.load(grad + at, mask=mask, other=0.0))
-    if output is not None:
-        g = before_activation(g, widen(tl.load(output + at, mask=mask, other=0.0)), ACTIVATION)
+    if x is None:
+        value = g
+    else:
+        center = _per_channel(mean, c, exists, T, 0.0)
+        value = widen(tl.load(x + at, mask=mask, other=0.0)) - center[None, :]
+    offset = _per_channel(shift, c, exists, T, 0.0)
+    g = _derivative(g, output, at, mask, value, scale, offset, grad.dtype.element_ty, ACTIVATION)
     if dresidual is not None:
         tl.store(dresidual + at, narrow(g, dresidual.dtype.element_ty), mask=mask)
     if dx is not None:
-        c, exists = _channels(group, channels, LAST, BLOCK)
-        spread = _per_channel(rstd, c, exists, T, 0.0)
-        scale = spread * _per_channel(weight, c, exists, T, 1.0)
         g *= scale[None, :]
-        if x is not None:
-            center = _per_channel(mean, c, exists, T, 0.0)
+        if mean_g is not None:
             slope = -scale * spread * _per_channel(mean_g_xhat, c, exists, T, 0.0)
-            offset = -scale * _per_channel(mean_g, c, exists, T, 0.0)
-            value = widen(tl.load(x + at, mask=mask, other=0.0)) - center[None, :]
-            g += value * slope[None, :] + offset[None, :]
+            constant = -scale * _per_channel(mean_g, c, exists, T, 0.0)
+            g += value * slope[None, :] + constant[None, :]
         tl.store(dx + at, narrow(g, dx.dtype.element_ty), mask=mask)
 
 
@@ -346,13 +379,16 @@ class _Problem:
     def of_channels(self, wanted: bool = True) -> Tensor:
         return self.input.new_empty(self.channels if wanted else 0, dtype=self.wide)
 
-    def sum_up(self, x, grad=None, output=None, mean=None, activation="none") -> Tensor:
+    def sum_up(
+        self, x, grad=None, output=None, weight=None, shift=None, mean=None, var=None, eps=0.0,
+        activation="none",
+    ) -> Tensor:  # fmt: skip
         """The programs' sums."""
         sums = self.input.new_empty((self.chunks, 2, self.channels), dtype=torch.float64)
         launch(
-            _sums, self.groups * self.chunks, x, grad, output, mean, sums, *self.geometry,
-            self.steps, *self.probes, GRADIENT=grad is not None, ACTIVATION=activation,
-            warps=self.warps, **self.constants,
+            _sums, self.groups * self.chunks, x, grad, output, weight, shift, mean, var, sums,
+            *self.geometry, self.steps, *self.probes, _bits(eps), GRADIENT=grad is not None,
+            ACTIVATION=activation, warps=self.warps, **self.constants,
         )  # fmt: skip
         return sums
 
@@ -365,34 +401,38 @@ class _Problem:
             T=self.T, LANES=_LANES, WIDTH=_WIDTH, warps=2,
         )  # fmt: skip
 
-    def normalize(self, x, mean, rstd, var, running=(None, None), eps=0.0, momentum=0.0):
-        """Statistics of the batch, those of them that are tensors."""
+    def statistics(self, x, shift=None, affine=(None, None), running=(None, None), eps=0.0,
+                   momentum=0.0):  # fmt: skip
+        """mean and var of the batch; writes shift, of weight and bias."""
+        mean, var = self.of_channels(), self.of_channels()
         self.add_up(
-            _statistics, self.sum_up(x), (x, mean, rstd, var, *running),
+            _statistics, self.sum_up(x), (x, mean, var, shift, *affine, *running),
             (_bits(eps), _bits(momentum), *self.probes),
         )  # fmt: skip
+        return mean, var
 
-    def apply(self, x, weight, bias, residual, mean, spread, eps, activation) -> Tensor:
-        """y; ``spread`` is rstd where eps is None."""
+    def apply(self, x, weight, bias, residual, mean, var, eps, activation) -> Tensor:
+        """y"""
         y = self.made()
         launch(
-            _apply, self.groups * self.tiles, x, self.laid(residual), y, weight, bias, mean, spread,
-            *self.geometry, _bits(eps or 0.0), IS_VAR=eps is not None, ACTIVATION=activation,
-            warps=self.warps, **self.constants,
+            _apply, self.groups * self.tiles, x, self.laid(residual), y, weight, bias, mean, var,
+            *self.geometry, _bits(eps), ACTIVATION=activation, warps=self.warps, **self.constants,
         )  # fmt: skip
         return y
 
     def differentiate(
-        self, grad, x, output, weight, mean, rstd, means, activation, want_input, want_residual
-    ):
+        self, grad, x, output, weight, shift, mean, var, means, eps, activation, want_input,
+        want_residual,
+    ):  # fmt: skip
         """dx and the residual's gradient; ``means`` of g and g·x̂, or None of frozen statistics."""
         dx = self.made() if want_input else None
         dresidual = self.made() if want_residual else None
-        reads = want_input and means is not None
+        corrected = want_input and means is not None
+        reads = corrected or _finds_sign(output, activation)
         launch(
             _gradient, self.groups * self.tiles, grad, x if reads else None, output, dx, dresidual,
-            weight, mean, rstd, *(means if reads else (None, None)), *self.geometry,
-            ACTIVATION=activation, warps=self.warps, **self.constants,
+            weight, shift, mean, var, *(means if corrected else (None, None)), *self.geometry,
+            _bits(eps), ACTIVATION=activation, warps=self.warps, **self.constants,
         )  # fmt: skip
         none = self.input.new_empty(0)
         return none if dx is None else dx, none if dresidual is None else dresidual
@@ -427,10 +467,19 @@ def _check_of_channels(input, computed=False, **tensors):
             )
 
 
-def _check_output(input, output, activation):
+def _finds_sign(output, activation):
+    """Whether f' is of the sign of y, as x tells it."""
+    return output is None and activation in ("relu", "leaky_relu")
+
+
+def _check_gradients(grad_output, input, weight, shift, output, mean, var, activation):
+    _check_input(input)
+    _check_like(input, grad_output=grad_output)
+    _check_of_channels(input, weight=weight, shift=shift, mean=mean, var=var)
     check_activation(_OP, activation)
-    fits = (activation != "none") == (output is not None)
-    check(fits, f"{_OP}: expected the output where there is an activation, and only there")
+    fits = (activation != "none") == (output is not None) or _finds_sign(output, activation)
+    wanted = "the output where the activation needs it, and not where there is none"
+    check(fits, f"{_OP}: expected {wanted}")
     _check_like(input, output=output)
 
 
@@ -438,8 +487,8 @@ def _dense(*tensors):
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _train(
-    input, weight, bias, residual, running_mean, running_var, momentum, eps, activation, with_var
+def _batch_norm_forward(
+    input, weight, bias, residual, running_mean, running_var, momentum, eps, activation, own
 ):
     _check_input(input)
     _check_of_channels(
@@ -453,30 +502,19 @@ def _train(
             check(running.is_contiguous(), strides)
     channels = input.shape[1]
     if input.numel() == 0:
-        statistics = input.new_zeros((2, channels), dtype=_wide(input))
-        if not with_var:
-            statistics[1] = eps**-0.5
-        return torch.empty_like(input), *statistics.unbind()
+        return torch.empty_like(input), *input.new_zeros((3, channels), dtype=_wide(input)).unbind()
     wanted = "expected more than 1 value per channel when training, got input size"
     check(input.numel() > channels, f"{_OP}: {wanted} {list(input.shape)}")
     with torch.cuda.device_of(input):
         p = _Problem(input)
-        x, weight, bias = p.laid(input), *_dense(weight, bias)
-        mean, rstd, var = p.of_channels(), p.of_channels(), p.of_channels() if with_var else None
-        p.normalize(x, mean, rstd, var, (running_mean, running_var), eps, momentum)
-        y = p.apply(x, weight, bias, residual, mean, rstd, None, activation)
-        return y, mean, var if with_var else rstd
+        x, shift, affine = p.laid(input), p.of_channels(), _dense(weight, bias)
+        mean, var = p.statistics(x, shift, affine, (running_mean, running_var), eps, momentum)
+        y = p.apply(x, affine[0], shift, residual, mean, var, eps, activation)
+        return y, mean, var, shift
 
 
 def _batch_norm(input, weight, bias, residual, eps, activation, own):
-    return _train(input, weight, bias, residual, None, None, 0.0, eps, activation, True)
-
-
-def _batch_norm_forward(
-    input, weight, bias, residual, running_mean, running_var, momentum, eps, activation, own
-):
-    running = (running_mean, running_var)
-    return _train(input, weight, bias, residual, *running, momentum, eps, activation, False)
+    return _batch_norm_forward(input, weight, bias, residual, None, None, 0.0, eps, activation, own)
 
 
 def _batch_norm_statistics(input, own):
@@ -485,9 +523,7 @@ def _batch_norm_statistics(input, own):
         return input.new_zeros((2, input.shape[1]), dtype=_wide(input)).unbind()
     with torch.cuda.device_of(input):
         p = _Problem(input)
-        mean, var = p.of_channels(), p.of_channels()
-        p.normalize(p.laid(input), mean, None, var)
-        return mean, var
+        return p.statistics(p.laid(input))
 
 
 def _batch_norm_apply(input, weight, bias, residual, mean, var, eps, activation, own):
@@ -504,14 +540,10 @@ def _batch_norm_apply(input, weight, bias, residual, mean, var, eps, activation,
 
 
 def _batch_norm_backward(
-    grad_output, input, weight, output, mean, rstd, training, activation, own,
+    grad_output, input, weight, shift, output, mean, var, training, eps, activation, own,
     want_input, want_weight, want_bias, want_residual,
 ):  # fmt: skip
-    _check_input(input)
-    _check_like(input, grad_output=grad_output)
-    _check_of_channels(input, weight=weight)
-    _check_of_channels(input, True, mean=mean, rstd=rstd)
-    _check_output(input, output, activation)
+    _check_gradients(grad_output, input, weight, shift, output, mean, var, activation)
     if input.numel() == 0:
         sums = [input.new_zeros(input.shape[1] if w else 0, dtype=_wide(input))
                 for w in (want_weight, want_bias)]  # fmt: skip
@@ -521,50 +553,47 @@ def _batch_norm_backward(
     with torch.cuda.device_of(input):
         p = _Problem(input)
         corrected = training and want_input
-        grad, output, (weight, mean, rstd) = (
-            p.laid(grad_output), p.laid(output), _dense(weight, mean, rstd)
-        )  # fmt: skip
-        x = p.laid(input) if corrected or want_weight else None
+        reads = corrected or want_weight or _finds_sign(output, activation)
+        tensors = p.laid(grad_output), p.laid(input) if reads else None, p.laid(output)
+        grad, x, output = tensors
+        of_channels = _dense(weight, shift, mean, var)
         grad_weight, grad_bias = p.of_channels(want_weight), p.of_channels(want_bias)
         means = (p.of_channels(), p.of_channels()) if corrected else None
         if corrected or want_weight or want_bias:
-            sums = p.sum_up(x, grad, output, mean, activation)
+            sums = p.sum_up(x, grad, output, *of_channels, eps, activation)
             wanted = (grad_bias if want_bias else None, grad_weight if want_weight else None)
-            p.add_up(_gradients, sums, (rstd, *wanted, *(means or (None, None))), ())
+            var = of_channels[-1]
+            p.add_up(_gradients, sums, (var, *wanted, *(means or (None, None))), (_bits(eps),))
         grad_input = grad_residual = input.new_empty(0)
         if want_input or want_residual:
             grad_input, grad_residual = p.differentiate(
-                grad, x, output, weight, mean, rstd, means, activation, want_input, want_residual
+                *tensors, *of_channels, means, eps, activation, want_input, want_residual
             )
         return grad_input, grad_weight, grad_bias, grad_residual
 
 
-def _batch_norm_reduce(grad_output, input, output, mean, rstd, activation, own):
+def _batch_norm_reduce(grad_output, input, weight, shift, output, mean, var, eps, activation, own):
     _, dot, total, _ = _batch_norm_backward(
-        grad_output, input, None, output, mean, rstd, True, activation, own,
+        grad_output, input, weight, shift, output, mean, var, True, eps, activation, own,
         False, True, True, False,
     )  # fmt: skip
     return total, dot
 
 
 def _batch_norm_gradient(
-    grad_output, input, weight, output, mean, rstd, mean_g, mean_g_xhat, activation, own,
+    grad_output, input, weight, shift, output, mean, var, mean_g, mean_g_xhat, eps, activation, own,
     want_residual,
 ):  # fmt: skip
-    _check_input(input)
-    _check_like(input, grad_output=grad_output)
-    _check_of_channels(input, weight=weight)
-    _check_of_channels(input, True, mean=mean, rstd=rstd, mean_g=mean_g, mean_g_xhat=mean_g_xhat)
-    _check_output(input, output, activation)
+    _check_gradients(grad_output, input, weight, shift, output, mean, var, activation)
+    _check_of_channels(input, True, mean_g=mean_g, mean_g_xhat=mean_g_xhat)
     if input.numel() == 0:
         none = torch.empty_like(input)
         return none, torch.empty_like(input) if want_residual else input.new_empty(0)
     with torch.cuda.device_of(input):
         p = _Problem(input)
-        weight, mean, rstd, *means = _dense(weight, mean, rstd, mean_g, mean_g_xhat)
         return p.differentiate(
-            p.laid(grad_output), p.laid(input), p.laid(output), weight, mean, rstd, means,
-            activation, True, want_residual,
+            p.laid(grad_output), p.laid(input), p.laid(output), *_dense(weight, shift, mean, var),
+            _dense(mean_g, mean_g_xhat), eps, activation, True, want_residual,
         )  # fmt: skip
 
 

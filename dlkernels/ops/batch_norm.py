@@ -5,7 +5,8 @@ For input x (N, C, …), and for each channel weight w and bias b::
     training    μ = mean of x, v = mean of (x − μ)²         over all dimensions but the channels'
     eval        μ and v are given: the running statistics
     x̂ = (x − μ)·r, r = 1 / √(v + eps)
-    y = f(x̂·w + b + residual)      f and f' as of linear: f' follows from y
+    y = f(x̂·w + b + residual)      f and f' as of linear: f' follows from y; of ReLU and LeakyReLU
+                                   from its sign, which x tells where there is no residual
     g = dL/dy · f'                 the gradient of the residual, and of b once summed
     dL/dw = Σ g·x̂      dL/db = Σ g
     dL/dx = r·w·g                                           eval
@@ -14,7 +15,9 @@ For input x (N, C, …), and for each channel weight w and bias b::
 Raw ops: ``batch_norm_forward``, which also updates the running statistics; ``batch_norm_apply``
 with given ones; ``batch_norm_backward`` for those of the four gradients that are wanted. Where the
 statistics are those of several processes, an all-reduce stands between ``batch_norm_statistics``
-and ``batch_norm_apply``, and between ``batch_norm_reduce`` and ``batch_norm_gradient``.
+and ``batch_norm_apply``, and between ``batch_norm_reduce`` and ``batch_norm_gradient``. All of them
+make r·w of the variance as it is kept, and what a rounded mean has lost is in ``shift``, which
+stands for b: so the sign that a backward finds is y's to the bit.
 
 Statistics and sums are float32, float64 for float64. Output and gradients have the input's memory
 format. Of no values the statistics are 0, and no running one moves. ``own`` asks for a kernel of
@@ -33,13 +36,17 @@ from dlkernels.ops.common import (
     active_transform,
     before_activation,
     has_kernel,
-    is_batched,
+    is_torchs,
+    needs_gradient,
     not_differentiable,
     suggests_channels_last,
     unfit,
 )
 
 _OP = "batch_norm"
+
+# The activations of whose output the derivative needs no more than the sign.
+_SIGNED = ("relu", "leaky_relu")
 
 # Below this many elements stock is done before our way through Python.
 _SMALL = 2**15
@@ -48,27 +55,28 @@ _SMALL = 2**15
 
 _INPUTS = "Tensor input, Tensor? weight, Tensor? bias, Tensor? residual"
 _SETTINGS = "float eps, str activation, bool own"
-_OF_OUTPUT = "Tensor grad_output, Tensor input"
+_GRADIENT_INPUTS = (
+    "Tensor grad_output, Tensor input, Tensor? weight, Tensor? shift, Tensor? output,"
+    " Tensor mean, Tensor var"
+)
+_NORMALISED = "(Tensor output, Tensor mean, Tensor var, Tensor shift)"
 
 for _schema in (
     # The public ones. The variance is the biased one, and no running statistic moves.
-    f"batch_norm({_INPUTS}, {_SETTINGS}) -> (Tensor output, Tensor mean, Tensor var)",
+    f"batch_norm({_INPUTS}, {_SETTINGS}) -> {_NORMALISED}",
     f"batch_norm_eval({_INPUTS}, Tensor mean, Tensor var, {_SETTINGS}) -> Tensor",
     f"batch_norm_forward({_INPUTS}, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
-    f" float momentum, {_SETTINGS}) -> (Tensor output, Tensor mean, Tensor rstd)",
+    f" float momentum, {_SETTINGS}) -> {_NORMALISED}",
     f"batch_norm_apply({_INPUTS}, Tensor mean, Tensor var, {_SETTINGS}) -> Tensor",
-    # An unwanted gradient comes back as an empty tensor of shape (0). ``output`` is y, wanted for
-    # every activation but "none".
-    f"batch_norm_backward({_OF_OUTPUT}, Tensor? weight, Tensor? output, Tensor mean, Tensor rstd,"
-    " bool training, str activation, bool own, bool want_input, bool want_weight, bool want_bias,"
-    " bool want_residual)"
+    # An unwanted gradient comes back as an empty tensor of shape (0). ``output`` is y, None where
+    # the activation is "none", or one of _SIGNED without a residual.
+    f"batch_norm_backward({_GRADIENT_INPUTS}, bool training, {_SETTINGS}, bool want_input,"
+    " bool want_weight, bool want_bias, bool want_residual)"
     " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
     "batch_norm_statistics(Tensor input, bool own) -> (Tensor mean, Tensor var)",
-    f"batch_norm_reduce({_OF_OUTPUT}, Tensor? output, Tensor mean, Tensor rstd, str activation,"
-    " bool own) -> (Tensor sum_g, Tensor sum_g_xhat)",
-    f"batch_norm_gradient({_OF_OUTPUT}, Tensor? weight, Tensor? output, Tensor mean, Tensor rstd,"
-    " Tensor mean_g, Tensor mean_g_xhat, str activation, bool own, bool want_residual)"
-    " -> (Tensor grad_input, Tensor grad_residual)",
+    f"batch_norm_reduce({_GRADIENT_INPUTS}, {_SETTINGS}) -> (Tensor sum_g, Tensor sum_g_xhat)",
+    f"batch_norm_gradient({_GRADIENT_INPUTS}, Tensor mean_g, Tensor mean_g_xhat, {_SETTINGS},"
+    " bool want_residual) -> (Tensor grad_input, Tensor grad_residual)",
 ):
     torch.library.define(f"dlkernels::{_schema.split('(')[0]}", _schema[_schema.index("(") :])
 
@@ -93,14 +101,14 @@ def _of_channels(input, wanted=True):
 
 @torch.library.register_fake("dlkernels::batch_norm")
 def _(input, weight, bias, residual, eps, activation, own):
-    return _like(input), _of_channels(input), _of_channels(input)
+    return _like(input), *(_of_channels(input) for _ in range(3))
 
 
 @torch.library.register_fake("dlkernels::batch_norm_forward")
 def _(
     input, weight, bias, residual, running_mean, running_var, momentum, eps, activation, own
 ):  # fmt: skip
-    return _like(input), _of_channels(input), _of_channels(input)
+    return _like(input), *(_of_channels(input) for _ in range(3))
 
 
 @torch.library.register_fake("dlkernels::batch_norm_eval")
@@ -111,7 +119,7 @@ def _(input, weight, bias, residual, mean, var, eps, activation, own):
 
 @torch.library.register_fake("dlkernels::batch_norm_backward")
 def _(
-    grad_output, input, weight, output, mean, rstd, training, activation, own,
+    grad_output, input, weight, shift, output, mean, var, training, eps, activation, own,
     want_input, want_weight, want_bias, want_residual,
 ):  # fmt: skip
     return (
@@ -128,13 +136,13 @@ def _(input, own):
 
 
 @torch.library.register_fake("dlkernels::batch_norm_reduce")
-def _(grad_output, input, output, mean, rstd, activation, own):
+def _(grad_output, input, weight, shift, output, mean, var, eps, activation, own):
     return _of_channels(input), _of_channels(input)
 
 
 @torch.library.register_fake("dlkernels::batch_norm_gradient")
 def _(
-    grad_output, input, weight, output, mean, rstd, mean_g, mean_g_xhat, activation, own,
+    grad_output, input, weight, shift, output, mean, var, mean_g, mean_g_xhat, eps, activation, own,
     want_residual,
 ):  # fmt: skip
     return _like(input), _like(input) if want_residual else input.new_empty(0)
@@ -164,23 +172,31 @@ def _dimensions(x):
     return [0, *range(2, x.dim())]
 
 
-def _save(ctx, input, weight, bias, residual, output, mean, spread, settings):
-    """Keeps what the wanted gradients read. ``settings`` are (training, eps or None, activation,
-    own); eps where ``spread`` is the variance, None where it is r."""
-    training, _, activation, _ = settings
+def _keeps_output(activation, residual, input):
+    """Whether a backward for which ``input`` is kept, or None, needs y."""
+    if activation == "none":
+        return False
+    return input is None or residual is not None or activation not in _SIGNED
+
+
+def _save(ctx, input, weight, bias, residual, output, mean, var, shift, *settings):
+    """Keeps what the wanted gradients read. ``settings`` are training, eps, activation, own."""
+    training, _, activation, _ = ctx.settings = settings
     of_input, of_weight, *_ = ctx.needs_input_grad
     ctx.set_materialize_grads(False)
-    ctx.settings = settings
     ctx.dtypes = [None if t is None else t.dtype for t in (input, weight, bias, residual)]
-    reads = of_weight or (training and of_input)
+    kept = input if of_weight or (training and of_input) else None
     # Of an input that is not kept only the layout counts.
-    ctx.of_input = None if reads else (input.shape, input.stride(), input.dtype)
+    ctx.of_input = (input.shape, input.stride(), input.dtype) if kept is None else None
+    keeps_output = _keeps_output(activation, residual, kept)
+    finds_sign = activation != "none" and not keeps_output
     ctx.save_for_backward(
-        input if reads else None,
-        weight if of_input else None,
-        output if activation != "none" else None,
+        kept,
+        weight if of_input or finds_sign else None,
+        shift if finds_sign else None,
+        output if keeps_output else None,
         mean,
-        spread,
+        var,
     )
 
 
@@ -188,8 +204,9 @@ def _backward(ctx, grad_output):
     """The four gradients by the kernel; in torch ops where they are differentiated again."""
     if grad_output is None:
         return None, None, None, None
-    input, weight, output, mean, spread = ctx.saved_tensors
-    training, eps, activation, own = ctx.settings
+    input, weight, shift, output, mean, var = ctx.saved_tensors
+    training, *settings = ctx.settings
+    eps, activation, _ = settings
     *wanted, of_residual = ctx.needs_input_grad[:4]
     if activation == "none" and not any(wanted):
         return None, None, None, grad_output
@@ -198,16 +215,16 @@ def _backward(ctx, grad_output):
     if input is None:
         shape, stride, dtype = ctx.of_input
         input = grad_output.new_empty_strided(shape, stride, dtype=dtype)
-    computed = _computed(input)
-    rstd = spread if eps is None else torch.rsqrt(spread.to(computed) + eps)
-    mean = mean.to(computed)
-    if torch.is_grad_enabled() or is_batched(grad_output):
+    if is_torchs(grad_output):
+        if output is None and activation != "none":
+            with torch._C._AutoDispatchBelowAutograd():
+                output = _ops.batch_norm_apply(input, weight, shift, None, mean, var, *settings)
         g = before_activation(grad_output, output, activation)
-        gradients = _gradients(g, input, weight, mean, rstd, training, ctx.eps, wanted)
+        gradients = _gradients(g, input, weight, mean, var, training, eps, wanted)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             gradients = _ops.batch_norm_backward(
-                grad_output, input, weight, output, mean, rstd, training, activation, own, *wanted
+                grad_output, input, weight, shift, output, mean, var, training, *settings, *wanted
             )
     *gradients, of_r = (
         g.to(dtype) if want else None
@@ -216,18 +233,19 @@ def _backward(ctx, grad_output):
     return *gradients, grad_output if of_residual and activation == "none" else of_r
 
 
-def _gradients(g, input, weight, mean, rstd, training, eps, wanted):
+def _gradients(g, input, weight, mean, var, training, eps, wanted):
     """The formulas at the head of this file, in torch ops. The statistics of a training step are
     made again, since they depend on the input."""
     of_input, of_weight, of_bias, of_residual = wanted
     residual = g if of_residual else None
     g, x = g.to(_computed(input)), input.to(_computed(input))
+    mean, var = mean.to(x.dtype), var.to(x.dtype)
     dimensions = _dimensions(x)
     values = x.numel() // max(1, x.shape[1])
     if training and values:
         mean = x.mean(dimensions)
-        variance = (x - _along_channels(mean, x)).square().mean(dimensions)
-        rstd = torch.rsqrt(variance + eps)
+        var = (x - _along_channels(mean, x)).square().mean(dimensions)
+    rstd = torch.rsqrt(var + eps)
     sum_g = g.sum(dimensions)
     normal = sum_g_normal = None
     if of_weight or (of_input and training):
@@ -248,13 +266,12 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, residual, running_mean, running_var, *settings):
-        momentum, ctx.eps, activation, own = settings
         with torch._C._AutoDispatchBelowAutograd():
-            output, mean, rstd = _ops.batch_norm_forward(
+            made = _ops.batch_norm_forward(
                 input, weight, bias, residual, running_mean, running_var, *settings
             )
-        _save(ctx, input, weight, bias, residual, output, mean, rstd, (True, None, activation, own))
-        return output
+        _save(ctx, input, weight, bias, residual, *made, True, *settings[1:])
+        return made[0]
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -265,13 +282,10 @@ class _BatchNormEval(torch.autograd.Function):
     """With given statistics: batch_norm_apply."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, residual, mean, var, eps, activation, own):
+    def forward(ctx, *arguments):
         with torch._C._AutoDispatchBelowAutograd():
-            output = _ops.batch_norm_apply(
-                input, weight, bias, residual, mean, var, eps, activation, own
-            )
-        ctx.eps = eps
-        _save(ctx, input, weight, bias, residual, output, mean, var, (False, eps, activation, own))
+            output = _ops.batch_norm_apply(*arguments)
+        _setup_context_of_eval(ctx, arguments, output)
         return output
 
     @staticmethod
@@ -283,19 +297,18 @@ class _BatchNormEval(torch.autograd.Function):
 
 
 def _setup_context(ctx, inputs, output):
-    input, weight, bias, residual, ctx.eps, activation, own = inputs
-    y, mean, var = output
-    ctx.mark_non_differentiable(mean, var)
-    _save(ctx, input, weight, bias, residual, y, mean, var, (True, ctx.eps, activation, own))
+    *inputs, eps, activation, own = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    _save(ctx, *inputs, *output, True, eps, activation, own)
 
 
-def _backward_of_op(ctx, grad_output, grad_mean, grad_var):
+def _backward_of_op(ctx, grad_output, *_):
     return *_backward(ctx, grad_output), None, None, None
 
 
 def _setup_context_of_eval(ctx, inputs, output):
-    input, weight, bias, residual, mean, var, ctx.eps, activation, own = inputs
-    _save(ctx, input, weight, bias, residual, output, mean, var, (False, ctx.eps, activation, own))
+    *inputs, mean, var, eps, activation, own = inputs
+    _save(ctx, *inputs, output, mean, var, inputs[2], False, eps, activation, own)
 
 
 def _backward_of_eval(ctx, grad_output):
@@ -404,15 +417,6 @@ def _choose(torchs, stocks, arguments):
 # ------------------------------------------------------------------------------------------- public
 
 
-def _needs_grad(*tensors):
-    if not torch.is_grad_enabled():
-        return False
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
-
-
 def written(*tensors):
     """Tells autograd of what a kernel wrote."""
     for tensor in tensors:
@@ -428,14 +432,14 @@ def update_running(running, value, momentum):
 
 def _train(input, running_mean, running_var, weight, bias, momentum, eps, residual, *settings):
     if torch.compiler.is_compiling():
-        output, mean, var = _ops.batch_norm(input, weight, bias, residual, eps, *settings)
+        output, mean, var, _ = _ops.batch_norm(input, weight, bias, residual, eps, *settings)
         if running_mean is not None:
             values = input.numel() // input.shape[1]
             update_running(running_mean, mean, momentum)
             update_running(running_var, var * (values / (values - 1)), momentum)
         return output
     arguments = (input, weight, bias, residual, running_mean, running_var, momentum, eps)
-    if _needs_grad(input, weight, bias, residual):
+    if needs_gradient(input, weight, bias, residual):
         output = _BatchNorm.apply(*arguments, *settings)
     else:
         with torch._C._AutoDispatchBelowAutograd():
@@ -448,7 +452,7 @@ def _evaluate(input, mean, var, weight, bias, eps, residual, *settings):
     arguments = (input, weight, bias, residual, mean, var, eps, *settings)
     if torch.compiler.is_compiling():
         return _ops.batch_norm_eval(*arguments)
-    if _needs_grad(input, weight, bias, residual):
+    if needs_gradient(input, weight, bias, residual):
         return _BatchNormEval.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _ops.batch_norm_apply(*arguments)
@@ -592,24 +596,29 @@ class _SyncBatchNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.settings = eps, activation, own, group
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
-        y = output if activation != "none" else None
-        ctx.save_for_backward(input, weight, y, mean, var, count)
+        keeps_output = activation != "none" and own is None
+        keeps_output = keeps_output or _keeps_output(activation, residual, input)
+        finds_sign = activation != "none" and not keeps_output
+        ctx.save_for_backward(
+            input, weight, bias if finds_sign else None, output if keeps_output else None, mean,
+            var, count,
+        )  # fmt: skip
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         eps, activation, own, group = ctx.settings
-        input, weight, output, mean, var, count = ctx.saved_tensors
+        input, weight, bias, output, mean, var, count = ctx.saved_tensors
         of_input, of_weight, of_bias, of_residual = ctx.needs_input_grad[:4]
         if grad_output is None:  # the others wait for our part of the sums
             grad_output = torch.zeros_like(input)
-        rstd = torch.rsqrt(var + eps)
-        arguments = grad_output, input
+        rstd = torch.rsqrt(var + eps) if own is None else None
+        arguments = grad_output, input, weight, bias, output, mean, var
         if own is None:
-            sums = reduce_reference(*arguments, output, mean, rstd, activation)
+            sums = reduce_reference(grad_output, input, output, mean, rstd, activation)
         else:
-            sums = _ops.batch_norm_reduce(*arguments, output, mean, rstd, activation, own)
+            sums = _ops.batch_norm_reduce(*arguments, eps, activation, own)
         of_x = of_r = None
         if of_input:
             means = torch.cat(sums).double()
@@ -617,11 +626,11 @@ class _SyncBatchNorm(torch.autograd.Function):
             means = (means / count).to(mean.dtype).view(2, -1)
             if own is None:
                 of_x, of_r = gradient_reference(
-                    *arguments, weight, output, mean, rstd, *means, activation
+                    grad_output, input, weight, output, mean, rstd, *means, activation
                 )
             else:
                 of_x, of_r = _ops.batch_norm_gradient(
-                    *arguments, weight, output, mean, rstd, *means, activation, own, of_residual
+                    *arguments, *means, eps, activation, own, of_residual
                 )
         elif of_residual:
             of_r = before_activation(grad_output, output, activation)
