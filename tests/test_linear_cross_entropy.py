@@ -22,6 +22,7 @@ from threads import (
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import dlkernels
 from dlkernels.functional import linear_cross_entropy
@@ -939,6 +940,30 @@ def test_linear_refusals_are_stocks(case, kernels):
     assert str(ours.value).splitlines()[0] == str(stocks).splitlines()[0]
     with pytest.raises(type(stocks)):
         linear_cross_entropy(*tensors, **arguments, z_loss=0.1)
+
+
+def test_the_definition_makes_one_product():
+    """In place of torch's function, whose refusals it keeps, with softcap or z_loss."""
+    x, weight, _, target, _ = problem((30, 20), (50,), torch.float32)
+
+    def call(x):
+        return linear_cross_entropy(x, weight, target, z_loss=0.1, softcap=5.0)
+
+    dlkernels.config.kernels = "own"
+    wanted = call(x)
+    for kernels, function, rows in (
+        ("stock", call, x),
+        ("auto", torch.vmap(call), x[None]),
+    ):
+        dlkernels.config.kernels = kernels
+        with FlopCounterMode(display=False) as counter:
+            loss = function(rows)
+        assert counter.get_total_flops() == 2 * 30 * 20 * 50
+        torch.testing.assert_close(loss.squeeze(), wanted)
+    dlkernels.config.kernels = "stock"
+    target[3] = 50
+    with pytest.raises(IndexError):
+        call(x)
 
 
 def test_a_target_out_of_range_touches_nothing(own):

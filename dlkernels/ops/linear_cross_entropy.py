@@ -422,6 +422,17 @@ def _stock(call):
     return F.cross_entropy(logits, target, **arguments)
 
 
+def _refuse_as_stock(call, refusal):
+    """Raises what torch raises. Where we have no ``refusal`` a target out of range is left, for
+    which its product may be one of no features."""
+    if refusal is not None:
+        _stock(call)
+        return
+    with torch.no_grad():
+        input, linear_weight = call.input[..., :0], call.linear_weight[..., :0]
+        _stock(call._replace(input=input, linear_weight=linear_weight, options=None))
+
+
 def _refusal(call):
     """Why our kernels do not take these arguments: torch refuses them, or only torch can."""
     input, linear_weight, target, linear_bias, weight, *settings, options = call
@@ -542,6 +553,8 @@ def linear_cross_entropy(
     Raises:
         What torch raises: RuntimeError for shapes and dtypes, IndexError for a target out of range,
         ValueError for a batch that does not match. ValueError for softcap ≤ 0 or z_loss < 0.
+        NotImplementedError under ``dlkernels.config.kernels = "own"``, where there is no kernel of
+        ours.
     """
     call = _Call(
         input,
@@ -571,7 +584,7 @@ def linear_cross_entropy(
     if kernel == "stock":
         return _stock(call)
     if kernel == "reference":
-        _stock(call)  # for its refusals
+        _refuse_as_stock(call, refusal)
 
     device, dtype, probabilities = input.device.type, input.dtype, target.is_floating_point()
     if torch.is_autocast_enabled(device):
