@@ -596,7 +596,8 @@ def test_only_the_wanted_gradients_are_computed_and_kept_for(wanted, activation,
     ]
     for got, want in zip(ours, run(pair[1])[0], strict=True):
         torch.testing.assert_close(got, want)
-        assert got.stride() == want.stride() or got.shape == tensors[1].shape
+        of_weight = got.shape == tensors[1].shape
+        assert got.stride() == (tensors[1] if of_weight else want).stride()
 
 
 @by_dtype
@@ -1205,8 +1206,18 @@ def test_choice():
     assert [word.split(":")[0] for word in reason.split(", ")] == [
         "forward", "input gradient", "weight gradient"
     ]  # fmt: skip
-    kernel, reason = chosen(conv2d, "auto", x, weight, bias, padding=1)
-    assert kernel == ("stock" if reason.startswith("forward: aten") else ours)
+    for shape, own, auto in (
+        (Shape((4, 64, 16, 16), 64, THREE, padding=1), "winograd", "winograd"),
+        (Shape((64, 1, 28, 28), 6, (5, 5)), "few_channels", "few_channels"),
+        (Shape((8, 64, 32, 32), 64, ONE), "direct", "aten"),
+        (Shape((8, 64, 32, 32), 64, THREE, padding=1, groups=64), "depthwise", "aten"),
+    ):
+        for kernels, algorithm in (("own", own), ("auto", auto)):
+            tensors = problem(shape, torch.float32)
+            kernel, reason = chosen(conv2d, kernels, *tensors, **shape.settings())
+            names = "forward", "input gradient", "weight gradient"
+            assert reason == ", ".join(f"{name}: {algorithm}" for name in names)
+            assert kernel == ("stock" if algorithm == "aten" else ours)
     tiny = x[:1, :, :3, :3], weight
     assert chosen(conv2d, "own", *tiny)[0] == ours
     assert chosen(conv2d, "auto", *tiny) == ("stock", small)
