@@ -173,8 +173,8 @@ def section(rows: Rows, commands: bool) -> str:
     return "\n\n".join(
         [
             table(rows),
-            f"Ours is what a user gets (`auto`); `own` never goes to stock. Stock in its best"
-            f" layout; medians; peak memory as a part of stock's."
+            f"Ours is what a user gets (`auto`); `own` is a kernel of ours also where stock is the"
+            f" faster. Stock in its best layout; medians; peak memory as a part of stock's."
             f" {machine.line(ours[-1]['machine'])}.",
             *([f"Measured by {'; '.join(made)}."] if commands else []),
         ]

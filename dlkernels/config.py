@@ -4,9 +4,13 @@
 
 =========  ==================================================================================
 ``auto``   the fastest one known for the shape, the dtype and the machine (the start value)
-``own``    ours; ``NotImplementedError`` where there is none for the input
+``own``    ours, also where PyTorch's is the faster; ``NotImplementedError`` where there is
+           none for the input
 ``stock``  PyTorch's, everywhere
 =========  ==================================================================================
+
+Whatever it says, PyTorch does what is under a transform of ``torch.func``, forward-mode AD or
+``torch.jit.trace``, and the torch ops of a gradient that is differentiated again.
 
 Its start value is the environment variable ``DLKERNELS_KERNELS``. C++ sees the choice as an
 argument of the ops that have one to make, never as hidden state.

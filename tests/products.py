@@ -14,3 +14,12 @@ def evaluate(function, tensors, upstream, dtype=None, **settings):
     output = function(*tensors, **settings)
     inputs = [x for x in tensors if x is not None]
     return output, *torch.autograd.grad(output, inputs, upstream.to(output.dtype))
+
+
+def with_an_infinite_weight(function, input, weight, at, **settings):
+    """(the weight infinite ``at`` an index, the function's exact result): infinite where that
+    element meets a pixel, finite where it meets padding."""
+    finite, only, spoiled = weight.clone(), torch.zeros_like(weight), weight.clone()
+    finite[at], only[at], spoiled[at] = 0, 1, float("inf")
+    met = function(input, only, **settings)
+    return spoiled, function(input, finite, **settings).where(met == 0, met * float("inf"))

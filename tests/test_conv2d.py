@@ -25,7 +25,7 @@ from layouts import (
     sliced_rows,
 )
 from memory import assert_nothing_is_kept
-from products import ACTIVATIONS, DTYPES, evaluate
+from products import ACTIVATIONS, DTYPES, evaluate, with_an_infinite_weight
 from threads import (
     assert_same_for_any_number_of_threads,
     assert_same_in_a_forked_child,
@@ -241,6 +241,19 @@ def test_transposed_shapes(name, dtype, own, poisoned):
     check(draw, TRANSPOSED, shape.may_round(dtype), **shape.settings())
 
 
+@pytest.mark.parametrize("stride", [20, 2**31 - 1, (1, 2**31 - 1)], ids=str)
+def test_a_stride_beyond_the_image(stride, own, poisoned):
+    """Takes no longer than a small one: of its phases most have no pixel."""
+    for shape in (
+        Shape((1, 9, 7, 6), 12, THREE, stride, padding=1),
+        Shape((2, 4, 5, 5), 4, THREE, stride, 1, groups=4),
+    ):
+        check(lambda: problem(shape, torch.float32), **shape.settings())  # noqa: B023
+    x, weight = torch.randn(2, 9, 1, 1), torch.randn(9, 8, 3, 3)  # one pixel: any stride is alike
+    ours = conv_transpose2d(x, weight, stride=stride, padding=1)
+    torch.testing.assert_close(ours, F.conv_transpose2d(x, weight, padding=1))
+
+
 @by_dtype
 @pytest.mark.parametrize("output_padding", [1, (0, 2)], ids=str)
 def test_output_padding(output_padding, dtype, own, poisoned):
@@ -437,6 +450,19 @@ def test_special_values_of_gradients_stay_under_the_kernel(name, own, poisoned):
                 assert torch.equal(a.isfinite(), b.isfinite())
 
 
+@pytest.mark.parametrize("at", [(1, 0, 0, 0), (2, 1, 2, 3), (0, 2, 4, 4)], ids=str)
+@pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d])
+def test_an_infinite_weight_meets_no_padding(function, at, own):
+    """Of few channels, however threads cut the images."""
+    ours = conv2d if function is F.conv2d else conv_transpose2d
+    x, weight = torch.randn(8, 6, 12, 9), torch.randn(6, 6, 5, 5)
+    spoiled, wanted = with_an_infinite_weight(function, x, weight, at, padding=2)
+    assert not wanted.isfinite().all() and not wanted.isnan().any()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        torch.testing.assert_close(ours(x, spoiled, padding=2), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_special_values_reach_what_they_are_under(own, poisoned):
     """Of Winograd's algorithm too: nowhere does a NaN get lost."""
     x, weight, bias = problem(SHAPES["tiles_with_tails"], torch.float32)
@@ -570,7 +596,8 @@ def test_only_the_wanted_gradients_are_computed_and_kept_for(wanted, activation,
     ]
     for got, want in zip(ours, run(pair[1])[0], strict=True):
         torch.testing.assert_close(got, want)
-        assert got.stride() == want.stride() or got.shape == tensors[1].shape
+        of_weight = got.shape == tensors[1].shape
+        assert got.stride() == (tensors[1] if of_weight else want).stride()
 
 
 @by_dtype
@@ -1179,8 +1206,18 @@ def test_choice():
     assert [word.split(":")[0] for word in reason.split(", ")] == [
         "forward", "input gradient", "weight gradient"
     ]  # fmt: skip
-    kernel, reason = chosen(conv2d, "auto", x, weight, bias, padding=1)
-    assert kernel == ("stock" if reason.startswith("forward: aten") else ours)
+    for shape, own, auto in (
+        (Shape((4, 64, 16, 16), 64, THREE, padding=1), "winograd", "winograd"),
+        (Shape((64, 1, 28, 28), 6, (5, 5)), "few_channels", "few_channels"),
+        (Shape((8, 64, 32, 32), 64, ONE), "direct", "aten"),
+        (Shape((8, 64, 32, 32), 64, THREE, padding=1, groups=64), "depthwise", "aten"),
+    ):
+        for kernels, algorithm in (("own", own), ("auto", auto)):
+            tensors = problem(shape, torch.float32)
+            kernel, reason = chosen(conv2d, kernels, *tensors, **shape.settings())
+            names = "forward", "input gradient", "weight gradient"
+            assert reason == ", ".join(f"{name}: {algorithm}" for name in names)
+            assert kernel == ("stock" if algorithm == "aten" else ours)
     tiny = x[:1, :, :3, :3], weight
     assert chosen(conv2d, "own", *tiny)[0] == ours
     assert chosen(conv2d, "auto", *tiny) == ("stock", small)
@@ -1318,23 +1355,29 @@ def test_torchs_algorithms_inside_the_op(dtype, layout):
         "33_tiles",
         "many_pixels",
         "many_images",
+        "many_terms",
+        "many_terms_of_the_input_gradient",
     ],
 )
 def test_the_same_bits_for_any_number_of_threads(name, own):
     shapes = SHAPES | {
         "many_pixels": Shape((3, 9, 40, 40), 10, THREE, padding=1),
         "many_images": Shape((70, 3, 12, 12), 10, (5, 5), padding=2),
+        # More than are summed at once, of few channels.
+        "many_terms": Shape((4, 8, 24, 24), 16, (7, 7), padding=3),
+        "many_terms_of_the_input_gradient": Shape((32, 3, 8, 8), 64, (5, 5), padding=2),
     }
     shape = shapes[name]
     for dtype, layout in itertools.product(DTYPES, (same_memory, channels_last)):
         if name.startswith("many") and dtype != torch.float32:
             continue
-        x, *others = problem(shape, dtype)
-        tensors = layout(x), *others
-        upstream = upstream_of(stock, tensors, **shape.settings())
-        assert_same_for_any_number_of_threads(
-            lambda *case: evaluate(*case, **shape.settings()), conv2d, tensors, upstream
-        )
+        for transposed, (ours, theirs) in enumerate(((conv2d, stock), TRANSPOSED)):
+            x, *others = problem(shape, dtype, transposed=transposed)
+            tensors = layout(x), *others
+            upstream = upstream_of(theirs, tensors, **shape.settings())
+            assert_same_for_any_number_of_threads(
+                lambda *case: evaluate(*case, **shape.settings()), ours, tensors, upstream
+            )
 
 
 def test_four_threads_at_once(own):

@@ -126,12 +126,12 @@ def check(draw, activation, pool, numbers=300):
         assert_no_worse(name, *three)
 
 
-@shapes
+@pytest.mark.parametrize(
+    ("shape", "pool"),
+    [(shape, pool) for pool in (False, True) for shape in SHAPES if not pool or has_pool(shape)],
+)
 @dtypes
-@pools
 def test_shapes(shape, dtype, pool, poisoned):
-    if pool and not has_pool(shape):
-        pool = False
     check(lambda: problem(shape, dtype), "none", pool, 20 if _EMULATED else 300)
 
 

@@ -4,6 +4,7 @@ In auto few channels take the fused kernel and the rest conv2d and torch's pool;
 every count of channels.
 """
 
+import copy
 import itertools
 
 import pytest
@@ -20,7 +21,7 @@ from layouts import (
     transposed,
 )
 from memory import assert_nothing_is_kept
-from products import ACTIVATIONS, DTYPES, evaluate
+from products import ACTIVATIONS, DTYPES, evaluate, with_an_infinite_weight
 from threads import (
     assert_same_for_any_number_of_threads,
     assert_same_in_a_forked_child,
@@ -216,6 +217,18 @@ def test_argmax_of_ties_and_nan_is_torchs(channels):
     row, column = places // 10, places % 10
     assert torch.equal(argmax, (2 * (row % 2) + column % 2).to(torch.uint8))
     assert len(argmax.unique()) == 4 and wanted.isnan().any()
+
+
+def test_an_infinite_weight_meets_no_padding(own):
+    """However threads cut the images."""
+    x, weight = torch.randn(4, 8, 24, 24), torch.randn(16, 8, 7, 7)
+    spoiled, wanted = with_an_infinite_weight(F.conv2d, x, weight, (3, 1, 2, 5), padding=3)
+    wanted = F.max_pool2d(wanted, 2)
+    assert not wanted.isfinite().all() and not wanted.isnan().any()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        ours = conv2d_max_pool2d(x, spoiled, padding=3)
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
@@ -589,11 +602,13 @@ def test_choice():
 # ------------------------------------------------------------------------- threads and processes
 
 
-@pytest.mark.parametrize("shape", ["lenet_1", "lenet_2", "padding", "large_image"])
+@pytest.mark.parametrize("shape", ["lenet_1", "lenet_2", "padding", "large_image", "many_terms"])
 def test_the_same_bits_for_any_number_of_threads(shape, own):
-    size, kernel, padding = SHAPES[shape]
+    shapes = SHAPES | {"many_terms": ((4, 8, 24, 24), (16, 8, 7, 7), 3)}
+    size, kernel, padding = shapes[shape]
     for dtype in (torch.float32, torch.bfloat16):
-        tensors = problem((40, *size[1:]) if size[0] > 1 else size, kernel, dtype)
+        images = 40 if shape in ("lenet_1", "lenet_2", "padding") else size[0]
+        tensors = problem((images, *size[1:]), kernel, dtype)
         settings = {"padding": padding, "activation": "relu"}
         upstream = upstream_of(tensors, padding=padding)
         assert_same_for_any_number_of_threads(
@@ -647,7 +662,7 @@ def recorded(model, x):
 @pytest.mark.parametrize("chain", CHAINS)
 def test_swap_fuses_a_chain(chain, own):
     stocks = nn.Sequential(*CHAINS[chain])
-    model = dlkernels.swap(nn.Sequential(*CHAINS[chain]))
+    model = dlkernels.swap(copy.deepcopy(stocks))
     assert type(model) is dlkernels.nn.Sequential and repr(model) == repr(stocks)
     assert list(model.state_dict()) == list(stocks.state_dict())
     x = torch.randn(16, 3, 20, 20)
@@ -662,10 +677,9 @@ def test_swap_fuses_a_chain(chain, own):
     assert "conv2d_max_pool2d" not in recorded(model, x)[: len(fused) - 1 or None]
     hook.remove()
     assert recorded(model, x) == fused
-    output = model(x)
+    torch.testing.assert_close(model(x), stocks(x), atol=1e-4, rtol=1e-4)
     assert type(dlkernels.unswap(model)) is nn.Sequential
-    dlkernels.config.kernels = "stock"
-    torch.testing.assert_close(output, model(x), atol=1e-4, rtol=1e-4)
+    assert [type(module) for module in model] == [type(module) for module in stocks]
 
 
 @pytest.mark.parametrize("chain", NO_CHAINS)

@@ -295,15 +295,13 @@ void direct_input_gradient(const Shape& shape, const S* dy, const Weight<const S
   using T = accumulate_t<S>;
   using V = Vec<T>;
   const int64_t channels = shape.c / shape.groups, outputs = shape.k / shape.groups;
-  const int64_t phases = shape.stride[0] * shape.stride[1];
+  const bool phases = shape.stride[0] * shape.stride[1] > 1;
   const Aligned<S> weights(channels * shape.r * shape.s * (outputs + 1));
   std::vector<S*> places;  // of a phase's pixels, where they are not all in order
-  for (int64_t phase = 0; phase < phases; ++phase) {
-    const int64_t y0 = phase / shape.stride[1], x0 = phase % shape.stride[1];
-    if (y0 >= shape.h || x0 >= shape.w) continue;
+  const auto make = [&](int64_t y0, int64_t x0) {
     const int64_t rows = (shape.h - y0 - 1) / shape.stride[0] + 1;
     const int64_t columns = (shape.w - x0 - 1) / shape.stride[1] + 1;
-    if (phases > 1) {
+    if (phases) {
       places.clear();
       for (int64_t n = 0; n < shape.n; ++n)
         for (int64_t row = y0; row < shape.h; row += shape.stride[0])
@@ -333,21 +331,23 @@ void direct_input_gradient(const Shape& shape, const S* dy, const Weight<const S
     mirrored.c = shape.k, mirrored.h = shape.p, mirrored.w = shape.q;
     mirrored.p = rows, mirrored.q = columns;
     mirrored.stride[0] = mirrored.stride[1] = 1;
-    if (phases > 1) mirrored.r = 0;  // never without patches
+    if (phases) mirrored.r = 0;  // never without patches
     for (int64_t g = 0; g < shape.groups; ++g) {
       const int64_t first = g * channels;
       const auto b = detail::gather(
           w, runs, length, outputs, channels,
           [&](int64_t c, int64_t k) { return w.at(g * outputs + k, c, 0, 0); }, weights.get());
       const auto store_dx = [&](int64_t i, int64_t j, int64_t lanes, V value) {
-        S* const pixel = phases > 1 ? places[size_t(i)] : dx + i * shape.c;
+        S* const pixel = phases ? places[size_t(i)] : dx + i * shape.c;
         store(pixel + first + j, epilogue(value, first + j, lanes), lanes);
       };
       with_patches(mirrored, dy + g * outputs, runs, length, [&](const auto& a, int64_t elements) {
         gemm::multiply(a, b, shape.n * rows * columns, channels, elements, store_dx);
       });
     }
-  }
+  };
+  for (int64_t y0 = 0; y0 < std::min(shape.stride[0], shape.h); ++y0)
+    for (int64_t x0 = 0; x0 < std::min(shape.stride[1], shape.w); ++x0) make(y0, x0);
 }
 
 template <typename S>

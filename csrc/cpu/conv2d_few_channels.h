@@ -289,15 +289,22 @@ struct Taps {
 };
 
 // Those of a pair of outputs, at i and i + 1, that meet more than padding: all, where `whole` is
-// not the length of the one input that every lane has.
+// not the length of the one input that every lane has. A padding that is read adds nothing: sums
+// are the same either way.
 inline Taps taps_of(int64_t i, int64_t kernel, int64_t padding, int64_t whole) {
   if (whole < 0) return {0, kernel};
   const int64_t begin = std::clamp<int64_t>(padding - i - 1, 0, kernel);
   return {begin, std::clamp<int64_t>(padding + whole - i, begin, kernel)};
 }
 
+// How many channels' terms are summed before they are added to the total, whatever of them is
+// padding.
+inline int64_t channels_at_once(const Shape& s) {
+  return std::max<int64_t>(1, kFlush / (s.kernel_height * s.kernel_width));
+}
+
 // Sums of 2×2 pixels of K channels over the taps, and the biases. `x` is the window's corner in
-// a group of tiles, `w` is K weights a tap.
+// a group of tiles, `w` is K finite weights a tap.
 template <int64_t K, typename T>
 inline void sum_taps(const Shape& s, Taps down, Taps across, const T* x, int64_t row, int64_t plane,
                      const T* w, const T* bias, Vec<T> (&to)[K][4]) {
@@ -305,8 +312,7 @@ inline void sum_taps(const Shape& s, Taps down, Taps across, const T* x, int64_t
   constexpr int64_t L = V::size;
   for (int64_t k = 0; k < K; ++k)
     for (int64_t p = 0; p < 4; ++p) to[k][p] = V(bias[k]);
-  const int64_t terms = (down.end - down.begin) * (across.end - across.begin);
-  const int64_t most = std::max<int64_t>(1, kFlush / std::max<int64_t>(1, terms));
+  const int64_t most = channels_at_once(s);
   for (int64_t c0 = 0; c0 < s.inputs; c0 += most) {
     V sum[K][4];  // in registers, as long as nobody has its address
     for (int64_t k = 0; k < K; ++k)
@@ -334,6 +340,33 @@ inline void sum_taps(const Shape& s, Taps down, Taps across, const T* x, int64_t
   }
 }
 
+// The same for any weights, `outputs` a tap: a padding, where `inside` is 0, is no term.
+template <typename T>
+[[gnu::noinline]] void sum_inside(const Shape& s, int64_t outputs, const T* x, const T* inside,
+                                  int64_t row, int64_t plane, const T* w, const T* bias,
+                                  Vec<T>* to) {
+  using V = Vec<T>;
+  constexpr int64_t L = V::size;
+  const int64_t most = channels_at_once(s);
+  for (int64_t k = 0; k < outputs; ++k)
+    for (int64_t p = 0; p < 4; ++p) {
+      V total(bias[k]);
+      for (int64_t c0 = 0; c0 < s.inputs; c0 += most) {
+        V sum(T(0));
+        for (int64_t c = c0; c < std::min(s.inputs, c0 + most); ++c)
+          for (int64_t r = 0; r < s.kernel_height; ++r)
+            for (int64_t t = 0; t < s.kernel_width; ++t) {
+              const int64_t at = (r + p / 2) * row + (t + p % 2) * L;
+              const V weight(w[((c * s.kernel_height + r) * s.kernel_width + t) * outputs + k]);
+              const V added = fma(load(x + c * plane + at), weight, sum);
+              sum = select(less(V(T(0)), load(inside + at)), added, sum);
+            }
+        total = total + sum;
+      }
+      to[k * 4 + p] = total;
+    }
+}
+
 // The outputs in equal blocks of at most kChannels.
 struct Blocks {
   int64_t outputs, count;
@@ -358,13 +391,20 @@ class Packed {
             for (int64_t k = blocks.begin(b); k < blocks.begin(b + 1); ++k)
               *w++ = weight(k, c, r, t);
     for (int64_t k = 0; k < s.outputs; ++k) *w++ = bias(k);
+    Vec<T> zeros(T(0));
+    for (int64_t i = 0; i < biases_; i += Vec<T>::size)
+      zeros =
+          fma(load(memory_.get() + i, std::min(Vec<T>::size, biases_ - i)), Vec<T>(T(0)), zeros);
+    finite_ = sum(zeros) == T(0);
   }
+  bool finite() const { return finite_; }
   const T* weights(int64_t k) const { return memory_.get() + k * taps_; }
   const T* biases(int64_t k) const { return memory_.get() + biases_ + k; }
 
  private:
   int64_t taps_, biases_;
   Aligned<T> memory_;
+  bool finite_;
 };
 
 // act(x * w + b) to y, or of each 2×2 pixels the largest, of equals the first, and 2·row + column
@@ -387,15 +427,22 @@ void convolve(const Shape& s, const Images<const S>& x, const Packed<T>& w, Acti
   // to_lanes and from_lanes go on to the end of a piece.
   const int64_t slack = kPiece<T> * L, results = round_up(result + slack, L);
   const int64_t gathered = round_up(s.inputs * plane + slack, L);
-  const int64_t size = gathered + Rows<T>::kSize + kChannels * results * scale;
+  const int64_t mask = w.finite() ? 0 : round_up(plane + slack, L);
+  const int64_t size = gathered + Rows<T>::kSize + kChannels * results * scale + mask;
   const Blocks blocks(s.outputs);
   for_each<T>(divide_up(tiles.count, L), work, size, [&](int64_t group, T* scratch) {
     T* const input = scratch;
     T* const rows = input + gathered;
     T* const values = rows + Rows<T>::kSize;
     T* const places = values + kChannels * results;
+    T* const inside = values + kChannels * results * scale;
     gather(x, s.inputs, s.height, s.width, tiles, group * L, -s.pad_y, -s.pad_x, height, width,
            rows, input);
+    if (!w.finite()) {
+      const T one(1);
+      gather(Images<const T>{&one, 0, 0, 0, 0}, 1, s.height, s.width, tiles, group * L, -s.pad_y,
+             -s.pad_x, height, width, rows, inside);
+    }
     for (int64_t b = 0; b < blocks.count; ++b) {
       const int64_t k0 = blocks.begin(b), n = blocks.begin(b + 1) - k0;
       with_constant<kChannels>(n, [&](auto constant) {
@@ -406,8 +453,15 @@ void convolve(const Shape& s, const Images<const S>& x, const Packed<T>& w, Acti
           for (int64_t j = 0; j < tiles.width; j += 2) {
             const Taps across =
                 taps_of(j, s.kernel_width, s.pad_x, tiles.across == 1 ? s.width : -1);
+            const int64_t corner = i * row + j * L;
             V sum[K][4];
-            sum_taps<K>(s, down, across, input + i * row + j * L, row, plane, weights, biases, sum);
+            if (w.finite()) {
+              sum_taps<K>(s, down, across, input + corner, row, plane, weights, biases, sum);
+            } else {
+              V any[K * 4];
+              sum_inside(s, K, input + corner, inside + corner, row, plane, weights, biases, any);
+              for (int64_t k = 0; k < K; ++k) std::copy(any + k * 4, any + k * 4 + 4, sum[k]);
+            }
             for (int64_t k = 0; k < K; ++k) {
               if constexpr (pool) {
                 V best = sum[k][0], place(T(0));

@@ -402,7 +402,7 @@ def _settings_of_transpose(input, weight, bias, stride, padding, output_padding,
     return None, (stride, padding, output_padding, groups, dilation), size
 
 
-def is_small(input, weight, stride, transposed=False):
+def is_small(input, weight, stride, transposed=False, least=None):
     """Whether stock would be done before our way through Python. A traced size is not asked."""
     if config.forced() != "auto" or torch.compiler.is_compiling():
         return False
@@ -414,7 +414,7 @@ def is_small(input, weight, stride, transposed=False):
     if not transposed and (type(stride) is not int or stride != 1):
         pair = _pair(stride, 1) or (1, 1)
         work //= pair[0] * pair[1]
-    return work < _SMALL * channels
+    return work < (_SMALL if least is None else least) * channels
 
 
 _DIRECTIONS = ("forward", "input gradient", "weight gradient")

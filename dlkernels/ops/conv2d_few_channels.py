@@ -11,6 +11,7 @@ the last NaN. Without, it is an empty tensor of shape (0).
 import torch
 
 from dlkernels.ops.common import empty_image, format_of, not_differentiable
+from dlkernels.ops.conv2d import output_size
 
 _SETTINGS = "SymInt[2] stride, SymInt[2] padding, str activation, bool pool"
 
@@ -28,10 +29,7 @@ for _schema in (
 
 @torch.library.register_fake("dlkernels::conv2d_few_channels_forward")
 def _(input, weight, bias, stride, padding, activation, pool):
-    size = [
-        (input.shape[2 + d] + 2 * padding[d] - weight.shape[2 + d]) // stride[d] + 1
-        for d in range(2)
-    ]
+    size = output_size(input.shape, weight.shape, stride, padding, (1, 1))
     if pool:
         size = [side // 2 for side in size]
     output = empty_image(input, weight, weight.shape[0], size)

@@ -36,6 +36,7 @@ from dlkernels.ops.common import (
 from dlkernels.ops.conv2d import (
     conv2d,
     conv2d_reference,
+    is_small,
     output_size,
     refused,
     run_kernel,
@@ -45,8 +46,7 @@ from dlkernels.ops.conv2d import (
 
 _OP = "conv2d_max_pool2d"
 
-# Below this many multiply-adds stock is done before our way through Python.
-_SMALL = 2**18
+_SMALL = 2**18  # as conv2d's
 
 # ------------------------------------------------------------------------------------------ schemas
 
@@ -188,17 +188,6 @@ not_differentiable(_OP, "conv2d_max_pool2d_forward", "conv2d_max_pool2d_backward
 # ------------------------------------------------------------------------------------------- choice
 
 
-def _is_small(input, weight):
-    """Whether stock would be done before our way through Python. A traced size is not asked."""
-    if config.forced() != "auto" or torch.compiler.is_compiling():
-        return False
-    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and input.is_cpu):
-        return False
-    if input.dim() < 3:
-        return False
-    return input.numel() * weight.numel() < _SMALL * input.shape[-3]
-
-
 # Channels in and out that the fused kernel is the faster for, measured on 2 cores of AVX-512.
 _MOST_INPUTS, _MOST_OUTPUTS = 32, 64
 
@@ -252,7 +241,8 @@ def conv2d_max_pool2d(
     Raises:
         What torch raises, with its words: RuntimeError for shapes and dtypes, TypeError for no
         tensor. ValueError for another activation. NotImplementedError under
-        ``dlkernels.config.kernels = "own"``, where there is no kernel of ours.
+        ``dlkernels.config.kernels = "own"``, where there is no kernel of ours for the convolution;
+        behind one of another stride than 1, of dilation, of groups or on a GPU the pool is torch's.
     """
     named, activation = activation, activation_named(_OP, activation)
     convolution = stride, padding, dilation, groups
@@ -261,7 +251,7 @@ def conv2d_max_pool2d(
         return conv2d_max_pool2d_reference(input, weight, bias, *convolution, activation)
 
     reason = torchs_reason()
-    if reason is None and _is_small(input, weight):
+    if reason is None and is_small(input, weight, stride, least=_SMALL):
         reason = "too small for our call overhead"
     if reason is not None:
         config.record(_OP, "reference", reason)

@@ -278,7 +278,8 @@ def linear(
 
     Raises:
         What torch raises, with its words: RuntimeError for shapes and dtypes, TypeError for no
-        tensor. ValueError for another activation.
+        tensor. ValueError for another activation. NotImplementedError under
+        ``dlkernels.config.kernels = "own"``, where there is no kernel of ours.
     """
     activation = activation_named(_OP, activation)
     if _is_small(input, weight):

@@ -259,12 +259,27 @@ def _add_product(total, a, b):
     return total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
+def _in_half(of_rows, of_sums):
+    """An upstream gradient, the product of the two, shared out so that float16 holds the gradient
+    of the logits: what lifts that, as a loss scale does, is the rows', and a factor of the sums
+    what would overflow. One of the two is given, the other 1. Powers of two move: nothing rounds.
+    """
+    room = 12  # 2^12 leaves 2^4 for class weights and z_loss
+    if of_sums is None:
+        _, exponent = torch.frexp(of_rows.abs().amax())
+        of_sums = torch.ldexp(of_rows.new_ones(()), (exponent - room).clamp(min=0))
+        return of_rows / of_sums, of_sums
+    _, exponent = torch.frexp(of_sums)
+    of_rows = torch.ldexp(of_sums.new_ones(()), (exponent - 1).clamp(0, room))
+    return of_rows, of_sums / of_rows
+
+
 def _by_chunks(grad_loss, input, linear_weight, linear_bias, target, weight, options, wants):
     """(loss, gradients of input, weight, bias), a chunk of rows after the other, for an upstream
     gradient, or 1. Logits are of the input's dtype, as a linear layer's are.
 
     Rows have upstream gradient 1, or their own with reduction "none"; what all share multiplies the
-    sums at the end, in float32.
+    sums at the end, in float32. Of float16 both are ``_in_half``'s.
     """
     reduction, *others = options
     classes, positions, features = linear_weight.shape
@@ -274,6 +289,15 @@ def _by_chunks(grad_loss, input, linear_weight, linear_bias, target, weight, opt
     if weight is not None:
         weight = weight.to(input.dtype)
     loss = input.new_empty((input.shape[0], positions), dtype=exact)
+    of_sums = loss.new_ones(()) if grad_loss is None else grad_loss
+    of_rows, divisor = None, None
+    if reduction == 0:
+        of_rows, of_sums = of_sums.expand_as(loss), None
+    elif reduction == 1:
+        divisor, counted = _divisor(target, weight, others[0], loss)
+        of_sums = (of_sums / divisor).where(counted > 0, 0)
+    if input.dtype == torch.float16 and any(wants) and loss.numel():
+        of_rows, of_sums = _in_half(of_rows, of_sums)
     grad_input, _, grad_bias = _new_gradients(input, linear_weight, linear_bias, *wants)
     bias_sum = grad_bias.new_zeros(grad_bias.numel(), dtype=exact)
     weight_sum = input.new_zeros(flat.shape if wants[1] else 0, dtype=exact)
@@ -286,10 +310,9 @@ def _by_chunks(grad_loss, input, linear_weight, linear_bias, target, weight, opt
         loss[part] = some_loss
         if not any(wants):
             continue
-        if grad_loss is not None and reduction == 0:
-            upstream = grad_loss[part].to(z.dtype).contiguous()
-        else:
-            upstream = torch.ones_like(some_loss)
+        upstream = torch.ones_like(some_loss)
+        if of_rows is not None:
+            upstream.copy_(of_rows[part] if reduction == 0 else of_rows)
         dz = _ops.cross_entropy_backward(upstream, None, z, y, weight, lse, total, *per_row)
         dz = dz.view(x.shape[0], classes * positions)
         if wants[0]:
@@ -300,15 +323,12 @@ def _by_chunks(grad_loss, input, linear_weight, linear_bias, target, weight, opt
             bias_sum += dz.sum(0, dtype=exact)
     grad_weight = weight_sum.view(linear_weight.shape if wants[1] else 0)
     grad_bias = bias_sum.view(grad_bias.shape)
+    if of_sums is not None and any(wants):
+        for gradient in (grad_input, grad_weight, grad_bias):
+            gradient.mul_(of_sums.reshape(1))
     if reduction != 0:
         loss = loss.sum()
-        factor = loss.new_ones(()) if grad_loss is None else grad_loss
-        if reduction == 1:
-            divisor, counted = _divisor(target, weight, others[0], loss)
-            loss, factor = loss / divisor, (factor / divisor).where(counted > 0, 0)
-        if any(wants):
-            gradients = grad_input, grad_weight, grad_bias
-            grad_input, grad_weight, grad_bias = (g.mul_(factor.reshape(1)) for g in gradients)
+        loss = loss if divisor is None else loss / divisor
     return loss, grad_input, grad_weight.to(input.dtype), grad_bias.to(input.dtype)
 
 
@@ -400,6 +420,17 @@ def _stock(call):
     if ignore_index is not None:
         arguments["ignore_index"] = ignore_index
     return F.cross_entropy(logits, target, **arguments)
+
+
+def _refuse_as_stock(call, refusal):
+    """Raises what torch raises. Where we have no ``refusal`` a target out of range is left, for
+    which its product may be one of no features."""
+    if refusal is not None:
+        _stock(call)
+        return
+    with torch.no_grad():
+        input, linear_weight = call.input[..., :0], call.linear_weight[..., :0]
+        _stock(call._replace(input=input, linear_weight=linear_weight, options=None))
 
 
 def _refusal(call):
@@ -522,6 +553,8 @@ def linear_cross_entropy(
     Raises:
         What torch raises: RuntimeError for shapes and dtypes, IndexError for a target out of range,
         ValueError for a batch that does not match. ValueError for softcap ≤ 0 or z_loss < 0.
+        NotImplementedError under ``dlkernels.config.kernels = "own"``, where there is no kernel of
+        ours.
     """
     call = _Call(
         input,
@@ -551,7 +584,7 @@ def linear_cross_entropy(
     if kernel == "stock":
         return _stock(call)
     if kernel == "reference":
-        _stock(call)  # for its refusals
+        _refuse_as_stock(call, refusal)
 
     device, dtype, probabilities = input.device.type, input.dtype, target.is_floating_point()
     if torch.is_autocast_enabled(device):
