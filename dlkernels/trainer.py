@@ -568,7 +568,7 @@ def check_folder(out: Path, network: str, resume: bool) -> None:
         return
     for name in (*CHECKPOINTS, *LOGS, *pictures(network)):
         if (out / name).exists():
-            raise FileExistsError(f"{out / name} is there, without {last.name}: another --out")
+            raise FileExistsError(f"{out / name} is there, without {last.name}: take another --out")
 
 
 def together() -> None:

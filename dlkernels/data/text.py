@@ -67,8 +67,8 @@ def vectors(file: Path, known: dict[str, int], size: int) -> tuple[torch.Tensor,
     """The numbers (N,) of the words of a ``vocabulary`` that a GloVe file has, and their vectors
     (N, size).
 
-    Raises OSError; ValueError naming the line that is no word and ``size`` numbers, of
-    the first line and of those of known words, or a file with none of them.
+    Raises OSError; ValueError naming the line that is no word and ``size`` numbers, of the first
+    line and of those of known words, or a file with none of them.
     """
     rows = {}
     with open(file, "rb") as lines:
