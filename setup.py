@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Command, Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.errors import CompileError, PlatformError
 
@@ -255,13 +256,22 @@ class Build(build):
     sub_commands = [*build.sub_commands, ("build_libraries", None)]
 
 
+class Wheel(bdist_wheel):
+    def run(self):  # else modules of earlier builds, which setuptools leaves there, are in it
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:  # any Python: the stable ABI knows none
+        return "py3", "none", super().get_tag()[2]
+
+
 class BinaryDistribution(Distribution):
     def has_ext_modules(self) -> bool:
         return True
 
 
 setup(
-    cmdclass={"build": Build, "build_libraries": BuildLibraries},
+    cmdclass={"bdist_wheel": Wheel, "build": Build, "build_libraries": BuildLibraries},
     distclass=BinaryDistribution,
     setup_requires=requirements(),
 )

@@ -22,6 +22,9 @@ __version__ = "0.1.0"
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LIBRARIES = _ROOT / "dlkernels" / "lib"
+_REPAIR = "pip install --force-reinstall dlkernels"  # of a wheel
+if (_ROOT / "setup.py").is_file():
+    _REPAIR = f"pip install -e {_ROOT}"
 # Ops whose kernels on a GPU are Triton's; the others there are twins.
 _TRITONS = ("conv2d", "residual_block")
 # What torch's capability allows; every other word, as "AVX512", allows all.
@@ -32,9 +35,7 @@ def _read_build() -> dict:
     """What setup.py noted in lib/build.json. Warns where the sources beside it are others."""
     note = _LIBRARIES / "build.json"
     if not note.is_file():
-        raise ImportError(
-            f"dlkernels: nothing is built in {_LIBRARIES}; run: pip install -e {_ROOT}"
-        )
+        raise ImportError(f"dlkernels: nothing is built in {_LIBRARIES}; run: {_REPAIR}")
     build = json.loads(note.read_text())
     if (_ROOT / "csrc").is_dir():  # not so in an installed wheel
         names = {path.relative_to(_ROOT).as_posix() for path in (_ROOT / "csrc").rglob("*.*")}
@@ -44,7 +45,7 @@ def _read_build() -> dict:
         if changed:
             warnings.warn(
                 f"dlkernels: the built libraries are stale (changed: {', '.join(changed)}); "
-                f"run: pip install -e {_ROOT}",
+                f"run: {_REPAIR}",
                 stacklevel=3,
             )
     return build
@@ -98,9 +99,7 @@ def _load_library(name: str) -> None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        raise ImportError(
-            f"dlkernels: cannot load {path}: {error}; run: pip install -e {_ROOT}"
-        ) from error
+        raise ImportError(f"dlkernels: cannot load {path}: {error}; run: {_REPAIR}") from error
 
 
 _build = _read_build()

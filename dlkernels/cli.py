@@ -7,6 +7,7 @@ Results go to stdout, progress bars and errors to stderr. Exit status: 0; 1 if t
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -18,13 +19,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 
 import dlkernels
 from dlkernels import config, data, info, logs, trainer
-from dlkernels.files import write_atomically
+from dlkernels.files import first_line, write_atomically
 from dlkernels.models import NETWORKS
 from dlkernels.train import Comparison, Measured, Score, Spread, compare
 
@@ -87,7 +88,12 @@ def parser() -> argparse.ArgumentParser:
     add_common(t)
     t.add_argument("--seed", type=seed, help="decides all that chance does; default: 0")
     t.add_argument("--out", type=Path, metavar="DIR", help="default: runs/NETWORK")
-    t.add_argument("--resume", action="store_true", help="go on from last.pt of --out")
+    t.add_argument(
+        "--resume", action="store_true", help="go on from last.pt, or the folds', in --out"
+    )
+    t.add_argument(
+        "--vectors", type=Path, metavar="FILE", help="GloVe's text format: where words start from"
+    )
     t.add_argument("--log", choices=["csv", *logs.SINKS], default="csv", help="beside the files")
     t.add_argument("--save-every", type=whole, metavar="STEPS", help="last.pt also within an epoch")
     t.add_argument("--patience", type=whole, metavar="EPOCHS", help="stop when none was better")
@@ -183,10 +189,9 @@ def run_compare(args: argparse.Namespace) -> int:
         save_picture = picture_writer(args.out)
         show_progress = progress_bars()
         examples = data.load_for(recipe, args.data)
-    embedded = recipe.embedded_epochs if args.data is None else None
-    epochs = args.epochs or embedded or recipe.epochs
+    epochs = args.epochs or recipe.epochs_on(embedded=args.data is None)
     count = len(examples.train_inputs)
-    batch_size = min(args.batch_size or recipe.batch_size or count, count)
+    batch_size = recipe.batch_of(count, args.batch_size)
     with threads(args.threads):
         facts = {
             "network": args.network,
@@ -232,7 +237,7 @@ def refusals(command: str) -> Iterator[None]:
         install = "pip install visdom" if package == "visdom" else EXTRA
         raise RequestError(f"dlkernels {command} needs {package}: {install}") from error
     except (OSError, ValueError) as error:
-        raise RequestError(f"dlkernels {command}: {error}") from error
+        raise RequestError(f"dlkernels {command}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -248,77 +253,126 @@ def threads(count: int | None) -> Iterator[None]:
 
 def run_train(args: argparse.Namespace) -> int:
     """``dlkernels train``: one training, or one for each fold. Raises as ``main`` handles."""
-    recipe = NETWORKS[args.network].recipe
+    network = NETWORKS[args.network]
     out = args.out or Path("runs") / args.network
     with trainer.processes(args.device) as device, threads(args.threads):
         with refusals("train"):
             show_progress = progress_bars()
-            if hasattr(NETWORKS[args.network], "picture"):
+            if hasattr(network, "picture"):
                 importlib.import_module("PIL")
-            examples = data.load_for(recipe, args.data, margin=True).to(device)
-        scores = []
-        for k in range(args.folds or 1):
-            fold = (k, args.folds) if args.folds else None
-            folder = out / f"fold{k + 1}" if fold else out
-            scores.append(train_one(args, fold, examples, folder, show_progress))
-    if args.folds and is_first():
+            if args.vectors is not None:  # before all texts are read
+                if not hasattr(network, "vector_size"):
+                    raise ValueError(f"no --vectors for {args.network}: it embeds no words")
+                open(args.vectors).close()
+            examples = data.load_for(network.recipe, args.data, margin=True).to(device)
+            vectors = None
+            if args.vectors is not None:
+                vectors = data.text.vectors(args.vectors, examples.words, network.vector_size)
+            jobs = planned(args, examples, vectors, out)
+        scores = [train_one(args, job, examples, show_progress) for job in jobs]
+    if jobs[0].folder != out and is_first():
         values = [score.value for score in scores]
         mean, deviation = statistics.mean(values), statistics.stdev(values)
-        print(f"test {scores[0].metric} of {args.folds} folds: {mean:.4g} ± {deviation:.2g}")
+        print(f"test {scores[0].metric} of {len(jobs)} folds: {mean:.4g} ± {deviation:.2g}")
     return 0
+
+
+class Job(NamedTuple):
+    """One training, from its first step or from ``last.pt`` of its folder."""
+
+    name: str
+    folder: Path
+    settings: trainer.Settings
+    epochs: int
+    vectors: tuple[torch.Tensor, torch.Tensor] | None  # where it begins from
+
+
+def planned(
+    args: argparse.Namespace,
+    examples: data.Examples,
+    vectors: tuple[torch.Tensor, torch.Tensor] | None,
+    out: Path,
+) -> list[Job]:
+    """The trainings that are asked for. Of resumed folds, those that were not begun have the
+    settings of the first. Raises for what would be refused, before any file is written."""
+    names = ("seed", "batch_size", "optimiser", "lr", "momentum", "weight_decay", "l1", "clip",
+             "schedule", "amp", "drop_last", "patience", "validation")  # fmt: skip
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given |= {} if vectors is None else {"vectors": trainer.checksum(vectors)}
+    settings = trainer.Settings.of(args.network, len(examples.train_inputs), given)
+    epochs = NETWORKS[args.network].recipe.epochs_on(embedded=args.data is None)
+    folds = args.folds
+    if args.resume:
+        places = [out / "fold1"] if folds else [out, out / "fold1"]
+        first = next((place for place in places if (place / "last.pt").is_file()), places[0])
+        checkpoint = trainer.read_checkpoint(first / "last.pt", args.network)
+        settings = trainer.resumed(checkpoint, settings, given, first / "last.pt")
+        epochs = checkpoint["epochs"]
+        if first != out:
+            of = settings.fold[1] if settings.fold else 1
+            if folds not in (None, of):
+                raise ValueError(f"{first / 'last.pt'}: was trained with folds {of}, not {folds}")
+            folds = of
+    epochs = args.epochs or epochs
+    jobs = [Job(args.network, out, settings, epochs, vectors)]
+    if folds:
+        jobs = [
+            Job(
+                f"fold {k + 1}",
+                out / f"fold{k + 1}",
+                dataclasses.replace(settings, fold=(k, folds)),
+                epochs,
+                vectors,
+            )
+            for k in range(folds)
+        ]
+    for job in jobs:
+        trainer.check(job.settings, examples)
+        trainer.check_folder(job.folder, args.network, args.resume)
+        begun = (job.folder / "last.pt").exists()
+        if job.settings.vectors is not None and vectors is None and not begun:
+            raise ValueError(f"{job.folder} is still to begin: give its --vectors again")
+    return jobs
 
 
 def train_one(
     args: argparse.Namespace,
-    fold: tuple[int, int] | None,
+    job: Job,
     examples: data.Examples,
-    out: Path,
     show_progress: Callable[..., contextlib.AbstractContextManager],
 ) -> Score:
-    """Trains in the folder ``out`` and prints, and gives, the score on the test set."""
-    names = ("seed", "batch_size", "optimiser", "lr", "momentum", "weight_decay", "l1", "clip",
-             "schedule", "amp", "drop_last", "patience", "validation")  # fmt: skip
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    given |= {"fold": fold} if fold else {}
-    last = out / "last.pt"
-    recipe = NETWORKS[args.network].recipe
-    epochs = (recipe.embedded_epochs if args.data is None else None) or recipe.epochs
+    """Trains, and prints and gives the score on the test set."""
+    last, settings, checkpoint = job.folder / "last.pt", job.settings, None
     with refusals("train"):
-        count = len(examples.train_inputs)
-        settings, checkpoint = trainer.Settings.of(args.network, count, given), None
-        if args.resume and (last.is_file() or not fold):  # a later fold was not begun
+        if last.is_file():
             checkpoint = trainer.read_checkpoint(last, args.network)
-            settings = trainer.resumed(checkpoint, settings, given, last)
-            epochs = checkpoint["epochs"]
-        elif last.exists():
-            raise FileExistsError(
-                f"{last} is there: --resume goes on with it, or take another --out"
-            )
-        trainer.check(settings, examples)
+            settings = trainer.resumed(checkpoint, settings, vars(settings), last)
         trainer.together()  # before the first file is written
         run = trainer.Run(
             settings,
             examples,
-            out,
+            job.folder,
             checkpoint=checkpoint,
-            epochs=args.epochs or epochs,
+            vectors=None if checkpoint else job.vectors,
+            epochs=job.epochs,
             log=logs.SINKS.get(args.log),
             save_every=args.save_every,
         )
     with contextlib.closing(run):
-        name = args.network if fold is None else f"fold {fold[0] + 1}"
-        with show_progress(run.epochs * run.steps(), name, done=run.state.step) as advance:
+        with show_progress(run.epochs * run.steps(), job.name, done=run.state.step) as advance:
             try:
-                run.fit(on_step=lambda step, loss: advance(name, loss))
+                run.fit(on_step=lambda step, loss: advance(job.name, loss))
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f": --resume goes on from {last}") from None
             except OSError as error:  # last.pt is still the one before
-                raise RequestError(f"dlkernels train: {error}") from error
+                raise RequestError(f"dlkernels train: {first_line(error)}") from error
         with refusals("train"):
             score, loss = run.test()
     if is_first():
-        print(f"{args.network} on {examples.name}: {run.state.epoch} epochs, best of them "
-              f"{run.state.best_epoch}; test loss {loss:.4g}, {words(score)}; {out}")  # fmt: skip
+        print(
+            f"{args.network} on {examples.name}: {run.state.epoch} epochs, best of them "
+            f"{run.state.best_epoch}; test loss {loss:.4g}, {words(score)}; {job.folder}"
+        )
     return score
 
 

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import json
 import math
+import re
 import statistics
 import tempfile
 import time
@@ -26,6 +27,7 @@ from dlkernels.models import NETWORKS
 from dlkernels.swap import explain
 
 WARM_UP_STEPS = 10
+SCHEDULES = {"multistep": "MultiStepLR", "step": "StepLR", "plateau": "ReduceLROnPlateau"}
 
 
 @dataclass
@@ -113,10 +115,7 @@ def _side(name: str, network: str, nn: ModuleType, device: torch.device) -> Side
     recipe = cls.recipe
     model = cls(nn=nn).to(device)
     optimisers = optimisers_of(model, recipe.optimiser, recipe.optimiser_arguments)
-    schedules = [
-        torch.optim.lr_scheduler.MultiStepLR(optimiser, recipe.milestones)
-        for optimiser in optimisers.values()
-    ]
+    schedules = schedules_of(recipe.schedule, optimisers)
     loss = getattr(nn, recipe.loss)(**recipe.loss_arguments)
     carried = Carried() if recipe.carries_state else None
     return Side(name, model, loss, optimisers, schedules, recipe.clip, carried)
@@ -137,6 +136,37 @@ def optimisers_of(
         )
         for turn, parts in turns.items()
     }
+
+
+def schedules_of(
+    text: str, optimisers: dict[str, torch.optim.Optimizer]
+) -> list[torch.optim.lr_scheduler.LRScheduler]:
+    """For each optimiser the schedule that ``text`` names, none of "": the rate is a tenth after
+    these epochs ("multistep:150,200"), after every so many ("step:30"), or after so many without a
+    better score ("plateau:10").
+
+    Raises ValueError.
+    """
+    if not text:
+        return []
+    kind, _, numbers = text.partition(":")
+    if kind not in SCHEDULES or not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", numbers):
+        raise ValueError(f"wanted multistep:150,200, step:30 or plateau:10, got {text!r}")
+    epochs = [int(number) for number in numbers.split(",")]
+    if kind != "multistep" and len(epochs) != 1:
+        raise ValueError(f"{kind} takes one number, got {text!r}")
+    cls = getattr(torch.optim.lr_scheduler, SCHEDULES[kind])
+    if kind == "plateau":
+        return [cls(o, factor=0.1, patience=epochs[0]) for o in optimisers.values()]
+    when = epochs if kind == "multistep" else epochs[0]
+    return [cls(o, when, gamma=0.1) for o in optimisers.values()]
+
+
+def clip_gradients(optimiser: torch.optim.Optimizer, norm: float | None) -> None:
+    """Scales the gradients of its parameters down to the norm, if one is given."""
+    if norm is not None:
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, norm)
 
 
 def objective(
@@ -188,9 +218,7 @@ def step(side: Side, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         middle = _now(inputs.device)
         loss.backward()
         end = _now(inputs.device)
-        if side.clip is not None:
-            parameters = [p for group in optimiser.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, side.clip)
+        clip_gradients(optimiser, side.clip)
         optimiser.step()
         forward += middle - start
         both += end - start

@@ -18,12 +18,11 @@ import io
 import math
 import os
 import pickle
-import re
 import signal
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,10 +32,19 @@ import torch.distributed as dist
 
 import dlkernels.nn
 from dlkernels.data import Examples, augment
-from dlkernels.files import write_atomically
-from dlkernels.logs import Files
+from dlkernels.files import remove_parts, write_atomically
+from dlkernels.logs import LOGS, Files
 from dlkernels.models import NETWORKS
-from dlkernels.train import Carried, Score, judge, objective, optimisers_of, outputs_of
+from dlkernels.train import (
+    Carried,
+    Score,
+    clip_gradients,
+    judge,
+    objective,
+    optimisers_of,
+    outputs_of,
+    schedules_of,
+)
 
 # Without SparseAdam: no network here has a sparse gradient.
 OPTIMISERS = sorted(
@@ -47,8 +55,8 @@ OPTIMISERS = sorted(
     }
     - {"Optimizer", "SparseAdam"}
 )
-SCHEDULES = {"multistep": "MultiStepLR", "step": "StepLR", "plateau": "ReduceLROnPlateau"}
 SHOWN = 8  # images in a row of a picture
+CHECKPOINTS = ("last.pt", "best.pt")
 HELD_OUT = 1 / 6  # for early stopping, where neither recipe nor user holds anything out
 SEEN = 10_000  # examples whose score stands for the validation's where nothing is held out
 
@@ -71,6 +79,7 @@ class Settings:
     validation: float
     fold: tuple[int, int] | None  # (k, of), from 0: the part that is held out
     processes: int
+    vectors: int | None = None  # the checksum of those that the embedding started from
 
     @classmethod
     def of(cls, network: str, count: int, given: dict[str, Any]) -> "Settings":
@@ -87,14 +96,13 @@ class Settings:
             if name in given and name not in known:
                 raise ValueError(f"{optimiser} has no {name}")
             arguments |= {name: given[name]} if name in given else {}
-        milestones = ",".join(map(str, recipe.milestones))
         settings = cls(
             network=network,
             seed=given.get("seed", 0),
-            batch_size=min(given.get("batch_size") or recipe.batch_size or count, count),
+            batch_size=recipe.batch_of(count, given.get("batch_size")),
             optimiser=optimiser,
             optimiser_arguments=arguments,
-            schedule=given.get("schedule", f"multistep:{milestones}" if milestones else ""),
+            schedule=given.get("schedule", recipe.schedule),
             l1=given.get("l1", 0.0),
             clip=given.get("clip", recipe.clip),
             amp=given.get("amp", False),
@@ -103,37 +111,15 @@ class Settings:
             validation=given.get(
                 "validation", recipe.validation or (HELD_OUT if "patience" in given else 0.0)
             ),
-            fold=given.get("fold"),
+            fold=None,
             processes=dist.get_world_size() if dist.is_initialized() else 1,
+            vectors=given.get("vectors"),
         )
         if settings.amp and optimiser == "LBFGS":
             raise ValueError("LBFGS calls for several gradients a step: not with --amp")
         if settings.batch_size < settings.processes:
             raise ValueError(f"a batch of {settings.batch_size} for {settings.processes} processes")
         return settings
-
-
-def schedule_of(
-    text: str, optimiser: torch.optim.Optimizer
-) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """The schedule that ``text`` names: the rate is a tenth after these epochs
-    ("multistep:150,200"), after every so many ("step:30"), or after so many without a better score
-    ("plateau:10").
-
-    Raises ValueError.
-    """
-    if not text:
-        return None
-    kind, _, numbers = text.partition(":")
-    if kind not in SCHEDULES or not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", numbers):
-        raise ValueError(f"wanted multistep:150,200, step:30 or plateau:10, got {text!r}")
-    epochs = [int(number) for number in numbers.split(",")]
-    if kind != "multistep" and len(epochs) != 1:
-        raise ValueError(f"{kind} takes one number, got {text!r}")
-    cls = getattr(torch.optim.lr_scheduler, SCHEDULES[kind])
-    if kind == "plateau":
-        return cls(optimiser, factor=0.1, patience=epochs[0])
-    return cls(optimiser, epochs if kind == "multistep" else epochs[0], gamma=0.1)
 
 
 @dataclass
@@ -203,10 +189,10 @@ def draw(*what: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def fingerprint(examples: Examples) -> int:
-    """A checksum of the values of a data set."""
+def checksum(tensors: Iterable[torch.Tensor]) -> int:
+    """Of their shapes and values."""
     value = 0
-    for tensor in examples[1:]:
+    for tensor in tensors:
         value = zlib.crc32(repr(tuple(tensor.shape)).encode(), value)
         value = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy(), value)
     return value
@@ -232,8 +218,8 @@ class _Objective(torch.nn.Module):
 class Run:
     """One training, from its first step or from ``last.pt``, in the folder ``out``.
 
-    ``log`` is a class of ``dlkernels.logs.SINKS``, told beside the files. Only process 0 of several
-    writes and tells.
+    ``vectors`` are copied into the embedding where the run begins. ``log`` is a class of
+    ``dlkernels.logs.SINKS``, told beside the files. Only process 0 of several writes and tells.
     """
 
     def __init__(
@@ -243,6 +229,7 @@ class Run:
         out: Path,
         *,
         checkpoint: dict | None = None,
+        vectors: tuple[torch.Tensor, torch.Tensor] | None = None,
         epochs: int,
         log: type | None = None,
         save_every: int | None = None,
@@ -255,8 +242,11 @@ class Run:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         torch.manual_seed(draw(settings.seed, "weights"))
         self.model = NETWORKS[settings.network]().to(self.device)
+        if vectors is not None:
+            self.model.copy_vectors(*vectors)
         loss = getattr(dlkernels.nn, self.recipe.loss)(**self.recipe.loss_arguments)
         self.loss = loss.to(self.device)
+        self.summed = getattr(loss, "reduction", "mean") == "sum"  # over a batch
         # On a GPU float16, whose range wants a scaler; on a CPU bfloat16.
         half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         self.amp = half if settings.amp else None
@@ -264,13 +254,12 @@ class Run:
         self.optimisers = optimisers_of(
             self.model, settings.optimiser, settings.optimiser_arguments
         )
-        schedules = (schedule_of(settings.schedule, o) for o in self.optimisers.values())
-        self.schedules = [schedule for schedule in schedules if schedule is not None]
+        self.schedules = schedules_of(settings.schedule, self.optimisers)
         self.state = State()
         self.carried = Carried() if self.recipe.carries_state else None
         objective = _Objective(self.model, self.loss, self.carried, self.amp)
         self.objective: torch.nn.Module = objective
-        self.data = fingerprint(examples)
+        self.data = checksum(examples.tensors)
         if checkpoint is not None:
             self._restore(checkpoint)
         if settings.processes > 1:
@@ -282,13 +271,15 @@ class Run:
             )
         self.sinks: tuple = ()
         if self.rank == 0:
+            others = [log(out)] if log else []  # before a folder is made
             out.mkdir(parents=True, exist_ok=True)
-            sinks = [log(out, out.name, self.state.step)] if log else []
             turns = [turn for turn in self.optimisers if turn]
             self.files = Files(out, ["step", "epoch", "lr", "loss", *turns], self.state.files)
-            self.sinks = (self.files, *sinks)
-            for stale in out.glob(".*.part"):
-                stale.unlink(missing_ok=True)
+            for sink in others:
+                sink.begin(self.files)
+            self.sinks = (self.files, *others)
+            for name in (*CHECKPOINTS, *pictures(settings.network)):
+                remove_parts(out / name)
         if checkpoint is None:
             self.save()  # so that there is what to resume from, whenever it is killed
 
@@ -383,7 +374,7 @@ class Run:
         # Of a batch that is smaller than the processes are many, some have a part that weighs 0.
         part = batch[self.rank :: settings.processes]
         weight = len(part) * settings.processes / len(batch)
-        if getattr(self.loss, "reduction", "mean") == "sum":
+        if self.summed:
             weight = float(settings.processes if len(part) else 0)
         part = (part if len(part) else batch[:1]).to(self.device)
         inputs, targets = self.split.train_inputs[part], self.split.train_targets[part]
@@ -403,8 +394,7 @@ class Run:
         state.batch += 1
         if not math.isfinite(total):
             raise FloatingPointError(f"the loss of step {state.step} is {total}")
-        summed = getattr(self.loss, "reduction", "mean") == "sum"
-        state.loss += total if summed else total * len(batch)
+        state.loss += total if self.summed else total * len(batch)
         state.seen += len(batch)
         losses.pop("", None)
         row = {"step": state.step, "epoch": state.epoch + 1, "lr": lr, "loss": total, **losses}
@@ -413,18 +403,29 @@ class Run:
         return total
 
     def _turn(self, turn, optimiser, inputs, targets, weight) -> float:
+        settings = self.settings
         parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        seed = draw(settings.seed, "step", self.state.step, self.rank, turn)
+        before = self.carried and self.carried.state
 
         def gradients() -> torch.Tensor:
+            # LBFGS calls for these several times a step: it must be one function that is made
+            # smaller, with the same dropout and state, and one loss in all processes.
+            torch.manual_seed(seed)
+            if self.carried:
+                self.carried.state = before
             optimiser.zero_grad()
             loss = self.objective(turn, inputs, targets) * weight
-            if self.settings.l1:
-                loss = loss + self.settings.l1 * sum(p.abs().sum() for p in parameters)
+            if settings.l1:
+                loss = loss + settings.l1 * sum(p.abs().sum() for p in parameters)
             self.scaler.scale(loss).backward()
-            if self.settings.clip is not None:
-                self.scaler.unscale_(optimiser)
-                torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
-            return loss.detach()
+            self.scaler.unscale_(optimiser)
+            clip_gradients(optimiser, settings.clip)
+            loss = loss.detach()
+            if settings.processes > 1:
+                dist.all_reduce(loss)
+                loss = loss / settings.processes
+            return loss
 
         if isinstance(optimiser, torch.optim.LBFGS):
             loss = optimiser.step(gradients)
@@ -432,9 +433,6 @@ class Run:
             loss = gradients()
             self.scaler.step(optimiser)
             self.scaler.update()
-        if self.settings.processes > 1:
-            dist.all_reduce(loss)
-            loss = loss / self.settings.processes
         return loss.item()
 
     def _end_of_epoch(self) -> None:
@@ -503,7 +501,7 @@ class Run:
             score = judge(metric, outputs, targets, self.recipe.threshold)
             with torch.no_grad():
                 loss = self.loss(outputs, targets).item()
-            loss /= total if getattr(self.loss, "reduction", "mean") == "sum" else 1
+            loss /= total if self.summed else 1
             correct = -1 if score.correct is None else score.correct
             numbers = torch.tensor([score.value, correct, loss], dtype=torch.float64)
         if self.settings.processes > 1:
@@ -533,7 +531,7 @@ class Run:
         return flag.item() > 0
 
 
-def resumed(checkpoint: dict, fresh: Settings, given: dict[str, Any], path: Path) -> Settings:
+def resumed(checkpoint: dict, fresh: Settings, given: Iterable[str], path: Path) -> Settings:
     """The settings of the checkpoint. Raises ValueError where what is ``given`` is not in them."""
     try:
         settings, _ = Settings(**checkpoint["settings"]), int(checkpoint["epochs"])
@@ -550,7 +548,27 @@ def resumed(checkpoint: dict, fresh: Settings, given: dict[str, Any], path: Path
 def check(settings: Settings, examples: Examples) -> None:
     """Raises ValueError for what a run would refuse, before any file is written."""
     split(examples, settings)
-    schedule_of(settings.schedule, torch.optim.SGD([torch.zeros(1)], lr=1.0))
+    schedules_of(settings.schedule, {"": torch.optim.SGD([torch.zeros(1)], lr=1.0)})
+
+
+def pictures(network: str) -> list[str]:
+    """The files of the pictures of what a network makes."""
+    name = getattr(NETWORKS[network], "picture", None)
+    return [f"{name}.png"] if name else []
+
+
+def check_folder(out: Path, network: str, resume: bool) -> None:
+    """Raises FileExistsError where a run in ``out`` would overwrite another's files."""
+    last = out / CHECKPOINTS[0]
+    if last.exists():
+        if not resume:
+            raise FileExistsError(
+                f"{last} is there: --resume goes on with it, or take another --out"
+            )
+        return
+    for name in (*CHECKPOINTS, *LOGS, *pictures(network)):
+        if (out / name).exists():
+            raise FileExistsError(f"{out / name} is there, without {last.name}: take another --out")
 
 
 def together() -> None:

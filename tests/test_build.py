@@ -521,12 +521,18 @@ def test_build_notes_what_was_built(project):
 
 @needs_source
 def test_wheel_contains_the_libraries(project):
+    """And nothing of an earlier build."""
     code = "from setuptools import build_meta; print(build_meta.build_wheel('wheel'))"
+    write(project / "dlkernels" / "old.py", "")
+    succeed(code, project)
+    (project / "dlkernels" / "old.py").unlink()
     succeed(code, project)
     (wheel,) = (project / "wheel").glob("*.whl")
-    assert "-any.whl" not in wheel.name
+    assert re.fullmatch(r"dlkernels-0-py3-none-linux_\w+\.whl", wheel.name)
     shutil.unpack_archive(wheel, project / "unpacked", format="zip")
-    names = {path.name for path in (project / "unpacked" / "dlkernels" / "lib").iterdir()}
+    unpacked = project / "unpacked" / "dlkernels"
+    assert {path.name for path in unpacked.iterdir()} == {"__init__.py", "lib"}
+    names = {path.name for path in (unpacked / "lib").iterdir()}
     assert names == {f"libdlkernels_cpu_{isa}.so" for isa in isas()} | {"build.json"}
     assert not (project / "dlkernels" / "lib").exists()
 

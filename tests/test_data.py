@@ -3,11 +3,13 @@
 import dataclasses
 import gzip
 import io
+import lzma
 import os
 import pickle
 import shutil
 import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -15,7 +17,18 @@ import torch
 from PIL import Image
 
 from dlkernels import data, trainer
-from dlkernels.data import augment, cifar10, diabetes, digits, folders, mnist, sine, text, vectors
+from dlkernels.data import (
+    augment,
+    cifar10,
+    diabetes,
+    digits,
+    folders,
+    images,
+    mnist,
+    sine,
+    text,
+    vectors,
+)
 from dlkernels.models import NETWORKS
 
 SIZES = {"train": 7, "t10k": 5}
@@ -396,6 +409,32 @@ def test_a_broken_cifar10_archive_is_named(tmp_path, damage):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "error", [lzma.LZMAError("Corrupt input data"), zlib.error(), EOFError(), tarfile.ReadError()]
+)
+def test_an_archive_that_breaks_within_a_file_is_named(tmp_path, monkeypatch, error):
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    write_archive(path, "cifar-10-batches-bin", batches(binary)[0])
+
+    def broken(*args):
+        raise error
+
+    monkeypatch.setattr(tarfile.ExFileObject, "read", broken)
+    with pytest.raises(ValueError) as caught:
+        cifar10.load(path)
+    assert str(caught.value) == f"{path}: broken archive: {str(error) or type(error).__name__}"
+
+
+def test_an_archive_of_damaged_lzma_is_named(tmp_path):
+    path, plain = tmp_path / "a.tar.xz", tmp_path / "a.tar.gz"
+    write_archive(plain, "cifar-10-batches-bin", batches(binary)[0])
+    content = bytearray(lzma.compress(gzip.decompress(plain.read_bytes())))
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="broken archive: Corrupt input data"):
+        cifar10.load(path)
+
+
 # --- image folders --------------------------------------------------------------------------------
 
 CLASSES = ("bulbasaur", "charmander", "mewtwo", "pikachu", "squirtle")
@@ -505,6 +544,20 @@ def test_damaged_image_folders_are_named_with_what_is_wrong(tmp_path, damage, na
         folders.load(tmp_path, 16, 5)
     assert str(tmp_path) in str(caught.value) and name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [OSError(), EOFError(), zlib.error("incorrect header check")])
+def test_an_image_that_breaks_with_few_words_is_named(tmp_path, monkeypatch, error):
+    path = tmp_path / "1.png"
+    Image.new("RGB", (4, 4)).save(path)
+
+    def broken(*args):
+        raise error
+
+    monkeypatch.setattr(Image.Image, "convert", broken)
+    with pytest.raises(ValueError) as caught:
+        images.read(path)
+    assert str(caught.value) == f"{path}: broken PNG file: {str(error) or type(error).__name__}"
 
 
 def test_missing_and_few_image_folders(tmp_path):
@@ -625,7 +678,9 @@ def test_a_recipes_data_is_what_its_loss_takes(network):
         outputs = NETWORKS[network](nn=torch.nn)(x[:64])
         outputs = outputs[0] if recipe.carries_state else outputs
         assert loss(outputs, y[:64]).isfinite()
-    assert all(moved.device.type == "meta" for moved in examples.to(torch.device("meta"))[1:])
+    moved = examples.to(torch.device("meta"))
+    assert moved.words == examples.words
+    assert all(tensor.device.type == "meta" for tensor in moved.tensors)
 
 
 def test_the_sine():
@@ -653,7 +708,8 @@ def test_the_vectors_can_be_told_apart():
 
 
 def test_the_documentation_as_texts():
-    x, y, test_x, test_y = text.load()
+    x, y, test_x, test_y, known = text.load()
+    assert sorted(known.values()) == list(range(2, int(x.max()) + 1))
     assert len(x) == 4 * len(test_x) > 500 and x.shape[1] <= 60
     for inputs, targets in ((x, y), (test_x, test_y)):
         assert targets.mean() == 0.5 and inputs.dtype == torch.int64
@@ -682,7 +738,8 @@ def test_a_folder_of_reviews(tmp_path):
             "test/neg": [""],
         },
     )
-    x, y, test_x, test_y = text.load(folder)
+    x, y, test_x, test_y, known = text.load(folder)
+    assert known == {"good": 2, "a": 3, "bad": 4, "it's": 5, "one": 6}
     assert y.tolist() == [[1], [0], [0]] and test_y.tolist() == [[1], [0]]
     # By frequency, then by alphabet: good, a, bad, it's, one.
     assert x.tolist() == [[2, 2, 5, 2], [3, 4, 6, 0], [4, 3, 0, 0]]
@@ -690,6 +747,7 @@ def test_a_folder_of_reviews(tmp_path):
     assert text.load(folder, words=4, length=2)[0].tolist() == [[2, 2], [3, 1], [1, 3]]
     examples = data.load_for(NETWORKS["sentiment_lstm"].recipe, folder)
     assert examples.name == f"reviews of {folder}" and torch.equal(examples.train_inputs, x)
+    assert examples.words == known
 
 
 def test_a_folder_without_reviews(tmp_path):
@@ -702,14 +760,32 @@ def test_a_folder_without_reviews(tmp_path):
 def test_vectors_of_words(tmp_path):
     file, known = tmp_path / "glove.txt", {"good": 2, "bad": 3, "none": 4}
     file.write_text("the 1 2\nbad 0.5 -1\ngood 3 4\n")
-    numbers, rows = text.vectors(file, known)
+    numbers, rows = text.vectors(file, known, 2)
     assert numbers.tolist() == [3, 2] and rows.tolist() == [[0.5, -1], [3, 4]]
-    file.write_text("bad 0.5 -1\ngood 3\n")
-    with pytest.raises(ValueError, match="line 2: 1 numbers for 'good'"):
-        text.vectors(file, known)
-    file.write_text("bad 0.5 x\n")
-    with pytest.raises(ValueError, match="line 1: 'bad 0.5 x' is no vector"):
-        text.vectors(file, known)
+
+
+DAMAGED_VECTORS = {  # id: what is in the file, the message behind its name
+    "short": (b"bad 0.5 -1\ngood 3\n", ":2: 1 numbers for 'good', wanted 2"),
+    "of another size": (b"the 1 2 3\nbad 4 5 6\n", ":1: 3 numbers for 'the', wanted 2"),
+    "a header": (b"400000 2\nbad 0.5 -1\n", ":1: 1 numbers for '400000', wanted 2"),
+    "no number": (b"bad 0.5 x\n", ":1: could not convert string to float: 'x'"),
+    "not finite": (b"bad 0.5 nan\n", ":1: a number is not finite"),
+    "no UTF-8": (b"the 1 2\nb\xe4d 0.5 1\n", ":2: no UTF-8: "),
+    "other words": (b"the 1 2\n", ": has none of the 3 words"),
+    "empty": (b"", ": has none of the 3 words"),
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), DAMAGED_VECTORS.values(), ids=DAMAGED_VECTORS.keys()
+)
+def test_damaged_vectors_are_named_with_their_line(tmp_path, content, message):
+    file = tmp_path / "glove.txt"
+    file.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        text.vectors(file, {"good": 2, "bad": 3, "none": 4}, 2)
+    assert str(caught.value).startswith(f"{file}{message}")
+    assert "\n" not in str(caught.value)
 
 
 def test_points():

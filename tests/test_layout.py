@@ -348,10 +348,10 @@ def no_drawers_and_no_versions(root):
 
 @rule
 def setup_py_is_short(root):
-    """Keep setup.py under 270 lines."""
+    """Keep setup.py under 280 lines."""
     paths = under(root, "setup.py")
     counts = [(path, len(text(path).splitlines())) for path in paths]
-    return [f"{path.name} has {count} lines" for path, count in counts if count >= 270]
+    return [f"{path.name} has {count} lines" for path, count in counts if count >= 280]
 
 
 # --- what is written --------------------------------------------------------------------------
@@ -589,7 +589,7 @@ PLANTED = [
     (no_drawers_and_no_versions, "csrc/backends/cpu.h", ""),
     (no_drawers_and_no_versions, "dlkernels/ops/base.py", ""),
     (no_drawers_and_no_versions, "csrc/cpu/conv2d_v2.cpp", ""),
-    (setup_py_is_short, "setup.py", "\n" * 270),
+    (setup_py_is_short, "setup.py", "\n" * 280),
     (no_native_or_openmp_flags, "setup.py", f"flags = ['{FLAGS[0]}']"),
     (no_native_or_openmp_flags, ".ci/run", f"g++ {FLAGS[2]} x.cpp"),
     (no_native_or_openmp_flags, "pyproject.toml", f"flags = '{FLAGS[2]}'"),

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from dlkernels import cli, data, trainer
 from dlkernels.models import GAN, NETWORKS, AdversarialAutoEncoder, LeNet
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTATION = functools.cache(data.text._documentation)
 
 
 class Killed(BaseException):
@@ -49,8 +51,8 @@ def flat(path):
 
 def few(examples, train=96, test=20):
     return data.Examples(
-        examples.name, *(tensor[:train] for tensor in examples[1:3]),
-        *(tensor[:test] for tensor in examples[3:]),
+        examples.name, *(tensor[:train] for tensor in examples.tensors[:2]),
+        *(tensor[:test] for tensor in examples.tensors[2:]), examples.words,
     )  # fmt: skip
 
 
@@ -58,6 +60,7 @@ def few(examples, train=96, test=20):
 def small(monkeypatch):
     """Few of the examples: 96 to train on and 20 for the test."""
     load_for = data.load_for
+    monkeypatch.setattr(data.text, "_documentation", DOCUMENTATION)
     monkeypatch.setattr(data, "load_for", lambda *args, **kwargs: few(load_for(*args, **kwargs)))
 
 
@@ -181,6 +184,35 @@ def test_an_interrupt_ends_after_the_step_with_a_checkpoint(
     assert torch.load(f"{out}/last.pt", weights_only=True)["state"]["step"] == at
     assert cli.main([*argv, out, "--resume"]) == 0
     assert files(tmp_path / "broken") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("folds", [[], ["--folds", "3"]], ids=["folds known", "folds given"])
+@pytest.mark.parametrize("steps", [0, 3, 7], ids=["first fold", "second", "third"])
+def test_resumed_folds_have_the_settings_of_the_first(
+    tmp_path, monkeypatch, capsys, small, one_thread, steps, folds
+):
+    argv = ["train", "mlp256", "--folds", "3", "--epochs", "1", "--batch-size", "30"]
+    argv += ["--seed", "5", "--optimiser", "Adam", "--lr", "0.003", "--clip", "0.5"]
+    assert cli.main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    said = capsys.readouterr().out.replace("whole", "broken")
+    out = tmp_path / "broken"
+    with monkeypatch.context() as dying:
+        killed_after(steps, dying)
+        with pytest.raises(Killed):
+            cli.main([*argv, "--out", str(out)])
+    assert not (out / "fold3").exists() or steps == 7
+    capsys.readouterr()
+    assert cli.main(["train", "mlp256", "--resume", *folds, "--out", str(out)]) == 0
+    assert capsys.readouterr().out == said
+    for k in ("fold1", "fold2", "fold3"):
+        assert files(out / k) == files(tmp_path / "whole" / k)
+    for wrong, message in (
+        (["--folds", "4"], "with folds 3, not 4"),
+        (["--lr", "1"], "with lr 0.003, not 1.0"),
+    ):
+        assert cli.main(["train", "mlp256", "--resume", *wrong, "--out", str(out)]) == 2
+        err = capsys.readouterr().err
+        assert message in err and "fold1/last.pt" in err and err.count("\n") == 1
 
 
 def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch, capsys, small, one_thread):
@@ -332,34 +364,125 @@ def test_tensorboard_has_the_curves_and_the_picture(tmp_path, small, one_thread)
 
 
 def test_visdom_is_sent_the_curves_and_the_picture(tmp_path, monkeypatch, small, one_thread):
-    """A stand-in of the package: what is called, with what."""
-    calls = []
+    """A stand-in of the package: what is called, with what. Killed behind a checkpoint, resumed:
+    each point is there once."""
+    sent, windows, options = [], {}, []
 
     class Visdom:
-        def __init__(self, **options):
-            calls.append(("Visdom", options))
+        def __init__(self, **arguments):
+            options.append(arguments)
 
         def check_connection(self):
             return True
 
-        def line(self, **arguments):
-            calls.append((arguments["win"], arguments))
+        def close(self):
+            windows.clear()
 
-        def image(self, image, **arguments):
-            calls.append((arguments["win"], image.shape))
+        def line(self, X, Y, win, name, update, opts):
+            assert update == "append" and opts["title"] == win
+            windows.setdefault((win, name), []).extend(zip(X, Y, strict=True))
+
+        def image(self, image, win, opts):
+            sent.append((win, image.shape, opts["title"]))
 
     monkeypatch.setitem(sys.modules, "visdom", types.SimpleNamespace(Visdom=Visdom))
     out = tmp_path / "mine"
-    argv = ["train", "gan", "--log", "visdom", "--epochs", "1", "--batch-size", "96"]
-    assert cli.main([*argv, "--out", str(out)]) == 0
-    assert calls[0][1]["env"] == "mine"
-    lines = [arguments for window, arguments in calls if window == "training loss"]
-    assert [(line["name"], line["X"]) for line in lines] == [
-        ("loss", [1]), ("discriminator", [1]), ("generator", [1])
-    ]  # fmt: skip
-    assert ("samples", (1, 120, 240)) in calls
+    argv = ["train", "gan", "--log", "visdom", "--batch-size", "40", "--out"]
+    assert cli.main([*argv, str(out), "--epochs", "1"]) == 0
+    with monkeypatch.context() as dying:
+        killed_after(5, dying)
+        with pytest.raises(Killed):
+            cli.main([*argv, str(out), "--epochs", "3", "--resume"])
+    assert len(windows["training loss", "loss"]) == 8
+    assert cli.main([*argv, str(out), "--epochs", "3", "--resume"]) == 0
+    with open(out / "steps.csv") as lines:
+        rows = list(csv.DictReader(lines))
+    epochs = [json.loads(line) for line in (out / "epochs.jsonl").read_text().splitlines()]
+    wanted = {
+        ("training loss", name): [(int(row["step"]), float(row[name])) for row in rows]
+        for name in ("loss", "discriminator", "generator")
+    }
+    for name in ("train_loss", "validation_loss", "validation_binary_accuracy"):
+        window = "loss by epoch" if name.endswith("_loss") else name
+        wanted[window, name] = [(row["epoch"], row[name]) for row in epochs]
+    assert len(rows) == 9 and windows == wanted
+    assert sent[-1] == ("samples", (1, 120, 240), "samples, epoch 3")
+    # Of another run whose folder has the same name, another environment.
+    assert cli.main([*argv, str(tmp_path / "b" / "mine"), "--epochs", "1"]) == 0
+    environments = [arguments["env"] for arguments in options]
+    assert environments[0] == environments[2] and len(set(environments)) == 2
+    assert all("/" not in env and env.endswith("mine") for env in environments)
     monkeypatch.setattr(Visdom, "check_connection", lambda self: False)
-    assert cli.main([*argv, "--out", str(tmp_path / "other")]) == 2
+    assert cli.main([*argv, str(tmp_path / "other")]) == 2
+    assert not (tmp_path / "other").exists()
+
+
+def glove(path, words, size=100):
+    """A file of vectors (len(words), size), which it returns."""
+    vectors = torch.randn(len(words), size)
+    rows = (" ".join(map(repr, row)) for row in vectors.tolist())
+    path.write_text("".join(f"{word} {row}\n" for word, row in zip(words, rows, strict=True)))
+    return vectors
+
+
+def test_words_start_from_vectors(tmp_path, monkeypatch, capsys, small, one_thread):
+    """At a rate of 0 the embedding is what it started from."""
+    known = data.load_for(NETWORKS["sentiment_lstm"].recipe).words
+    vectors = glove(tmp_path / "glove.txt", ["nowhere,", "message", "string"])
+    argv = ["train", "sentiment_lstm", "--batch-size", "48", "--epochs"]
+    run = [*argv, "1", "--lr", "0", "--out", str(tmp_path / "run")]
+    assert cli.main([*run, "--vectors", str(tmp_path / "glove.txt")]) == 0
+    embedding = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    embedding = embedding["embedding.weight"]
+    torch.manual_seed(trainer.draw(0, "weights"))
+    wanted = NETWORKS["sentiment_lstm"]().embedding.weight.detach().clone()
+    wanted[[known["message"], known["string"]]] = vectors[1:]
+    assert torch.equal(embedding, wanted)
+
+    folds = [*argv, "1", "--folds", "2", "--out", str(tmp_path / "folds")]
+    with monkeypatch.context() as dying:
+        killed_after(0, dying)
+        with pytest.raises(Killed):
+            cli.main([*folds, "--vectors", str(tmp_path / "glove.txt")])
+    glove(tmp_path / "other.txt", ["message"])
+    glove(tmp_path / "short.txt", ["message"], 50)
+    capsys.readouterr()
+    for more, message in (
+        ([], f"{tmp_path}/folds/fold2 is still to begin: give its --vectors again"),
+        (["--vectors", str(tmp_path / "other.txt")], "fold1/last.pt: was trained with vectors"),
+        (
+            ["--vectors", str(tmp_path / "short.txt")],
+            "short.txt:1: 50 numbers for 'message', wanted",
+        ),
+    ):
+        assert cli.main([*folds, "--resume", *more]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+    assert cli.main([*run, "--resume"]) == 0  # it needs no file
+
+
+def test_lbfgs_evaluates_one_function_a_step(tmp_path, monkeypatch, small, one_thread):
+    """At a rate of 0, the second evaluation of a step is the first: the same noise, and
+    the same state, which is the step's before."""
+    losses, states = [], []
+    objective = trainer.objective
+
+    def noted(model, loss, turn, inputs, targets, carried, amp):
+        states.append(carried and carried.state)
+        value = objective(model, loss, turn, inputs, targets, carried, amp)
+        losses.append((turn, value.item()))
+        return value
+
+    monkeypatch.setattr(trainer, "objective", noted)
+    for network in ("sine_rnn", "gan"):
+        losses.clear(), states.clear()
+        argv = ["train", network, "--optimiser", "LBFGS", "--lr", "0", "--batch-size", "40"]
+        assert cli.main([*argv, "--epochs", "1", "--out", str(tmp_path / network)]) == 0
+        assert len(losses) >= 4 and losses[::2] == losses[1::2], network
+        if network == "sine_rnn":
+            assert states[0] is None and states[1] is None
+            for before, again in zip(states[2::2], states[3::2], strict=True):
+                assert before is not None and torch.equal(before, again)
 
 
 # ------------------------------------------------------------------------------------- processes
@@ -413,6 +536,15 @@ REFUSED = {  # id: arguments, what the line must say
     "momentum of Adam": (["lenet", "--optimiser", "Adam", "--momentum", "1"], "no momentum"),
     "all held out": (["lenet", "--validation", "1"], "wanted a number below 1"),
     "one fold": (["lenet", "--folds", "1"], "wanted 2 at least"),
+    "no folds to resume": (
+        ["lenet", "--resume", "--folds", "3"],
+        "no checkpoint runs/lenet/fold1/",
+    ),
+    "vectors of no words": (["lenet", "--vectors", "glove.txt"], "no --vectors for lenet"),
+    "no vectors": (
+        ["sentiment_lstm", "--vectors", "glove.txt"],
+        "No such file or directory: 'glove.txt'",
+    ),
     "more folds than points": (["linear_regression", "--folds", "9"], "9 folds of 3 examples"),
     "LBFGS in halves": (["lenet", "--optimiser", "LBFGS", "--amp"], "not with --amp"),
 }
@@ -502,6 +634,39 @@ def test_a_missing_log_package_is_named(tmp_path, monkeypatch, capsys, small, lo
     assert cli.main(["train", "lenet", "--log", log, "--out", str(out)]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"dlkernels train needs {log}: pip install ") and err.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["best.pt", "epochs.jsonl", "steps.csv", "samples.png"])
+@pytest.mark.parametrize("more", [[], ["--folds", "2"], ["--folds", "2", "--resume"]],
+                         ids=["new", "folds", "resumed folds"])  # fmt: skip
+def test_what_a_run_without_last_left_is_not_overwritten(
+    tmp_path, capsys, small, one_thread, name, more
+):
+    """The second fold's is found before the first begins, or goes on."""
+    argv = ["train", "gan", "--epochs", "1", "--out", str(tmp_path)]
+    if "--resume" in more:
+        assert cli.main([*argv, "--folds", "2"]) == 0
+        for path in (tmp_path / "fold2").iterdir():
+            path.unlink()
+    place = tmp_path / "fold2" if more else tmp_path
+    place.mkdir(exist_ok=True)
+    (place / name).write_text("mine")
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    assert cli.main([*argv, *more, "--epochs", "2"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and f"{place / name} is there, without last.pt" in err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_parts_of_other_files_stay(tmp_path, small, one_thread):
+    ours = [".last.pt.7.part", ".best.pt.7.part", ".samples.png.7.part"]
+    others = [".notes.part", ".thesis.tex.7.part", ".reconstructions.png.7.part"]
+    for name in ours + others:
+        (tmp_path / name).write_text("half")
+    assert cli.main(["train", "gan", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.glob(".*")) == sorted(others)
 
 
 def test_divergence_is_an_error_and_keeps_the_last_checkpoint(tmp_path, capsys, small, one_thread):

@@ -28,9 +28,14 @@ class Examples(NamedTuple):
     train_targets: torch.Tensor  # (N,) int64 classes, or (N, ...) float32
     test_inputs: torch.Tensor
     test_targets: torch.Tensor
+    words: dict[str, int] | None = None  # of texts: the number of each word
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self[1:5]
 
     def to(self, device: torch.device) -> "Examples":
-        return Examples(self.name, *(tensor.to(device) for tensor in self[1:]))
+        return Examples(self.name, *(tensor.to(device) for tensor in self.tensors), self.words)
 
 
 def load_for(recipe, path: Path | None = None, margin: bool = False) -> Examples:
@@ -81,7 +86,7 @@ def aimed(examples: Examples, target: str) -> Examples:
     """The examples with other targets: "inputs", themselves as rows; "real", ones (N, 1)."""
     if target == "label":
         return examples
-    x, _, test_x, _ = examples[1:]
+    x, _, test_x, _ = examples.tensors
     if target == "inputs":
         y, test_y = x.flatten(1), test_x.flatten(1)
     else:

@@ -9,6 +9,7 @@ be wrong is an error that names the file.
 """
 
 import io
+import lzma
 import pickle
 import tarfile
 import zlib
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from dlkernels.data import images
+from dlkernels.files import first_line
 
 CLASSES = 10
 SIDE = 32
@@ -65,8 +67,8 @@ def read_archive(path: Path) -> tuple[dict[str, bytes], Callable[[str], str]]:
                 name = member.name.rpartition("/")[2]
                 if member.isreg() and name.removesuffix(".bin") in wanted:
                     found[name] = archive.extractfile(member).read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: broken archive: {str(error).splitlines()[0]}") from error
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: broken archive: {first_line(error)}") from error
     return found, lambda name: f"{path}: {name}"
 
 

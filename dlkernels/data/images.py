@@ -1,9 +1,12 @@
 """One image from a file."""
 
 import struct
+import zlib
 from pathlib import Path
 
 import torch
+
+from dlkernels.files import first_line
 
 
 def read(path: Path, size: int | None = None) -> torch.Tensor:
@@ -16,10 +19,10 @@ def read(path: Path, size: int | None = None) -> torch.Tensor:
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error,
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
             Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG chunk  # fmt: skip
         kind = path.suffix[1:].upper()
-        raise ValueError(f"{path}: broken {kind} file: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: broken {kind} file: {first_line(error)}") from error
     if size is not None:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     # bytearray: a tensor on immutable bytes makes torch warn.

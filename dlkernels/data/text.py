@@ -6,6 +6,7 @@ training texts first; 1 is one that has no number, 0 stands behind the end of a 
 
 import ast
 import collections
+import math
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -26,15 +27,16 @@ _FEWEST, _MOST, _TEXTS = 8, 60, 600  # words of a docstring, and docstrings of a
 
 def load(
     folder: Path | None = None, words: int = 10_002, length: int = 400
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, int]]:
     """The embedded texts, or those of ``folder``, which is aclImdb: {train,test}/{pos,neg}/*.txt.
 
     Args:
         words: the numbers that there are, with 0 and 1.
         length: the most words of a text that are read.
 
-    Returns ``(train_inputs, train_targets, test_inputs, test_targets)``: int64 (N, T), float32
-    (N, 1), 1 for pos. Raises FileNotFoundError for a folder without such files.
+    Returns ``(train_inputs, train_targets, test_inputs, test_targets, vocabulary)``: int64 (N, T),
+    float32 (N, 1), 1 for pos; word -> number. Raises FileNotFoundError for a folder without such
+    files.
     """
     train, test = _documentation() if folder is None else map(_reviews, _parts(folder))
     known = vocabulary((text for text, _ in train), words)
@@ -46,7 +48,7 @@ def load(
             row[: len(numbers)] = torch.tensor(numbers)
         return inputs, torch.tensor([[float(label)] for _, label in texts])
 
-    return *numbered(train), *numbered(test)
+    return *numbered(train), *numbered(test), known
 
 
 def split(text: str) -> list[str]:
@@ -61,24 +63,37 @@ def vocabulary(texts: Iterable[list[str]], words: int) -> dict[str, int]:
     return {word: number for number, word in enumerate(ranked[: words - 2], 2)}
 
 
-def vectors(file: Path, known: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def vectors(file: Path, known: dict[str, int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The numbers (N,) of the words of a ``vocabulary`` that a GloVe file has, and their vectors
-    (N, size). Raises ValueError naming a line that is no word and numbers."""
-    numbers, rows = [], []
-    with open(file, encoding="utf-8") as lines:
+    (N, size).
+
+    Raises OSError; ValueError naming the line that is no word and ``size`` numbers, of the first
+    line and of those of known words, or a file with none of them.
+    """
+    rows = {}
+    with open(file, "rb") as lines:
         for at, line in enumerate(lines, 1):
-            line = line.rstrip("\n")
-            word, *values = line.split(" ")
-            if word not in known:
-                continue
             try:
-                rows.append([float(value) for value in values])
-            except ValueError:
-                raise ValueError(f"{file}, line {at}: {line[:50]!r} is no vector") from None
-            if not values or len(values) != len(rows[0]):
-                raise ValueError(f"{file}, line {at}: {len(values)} numbers for {word!r}")
-            numbers.append(known[word])
-    return torch.tensor(numbers, dtype=torch.int64), torch.tensor(rows)
+                word, *values = line.decode().rstrip("\r\n").split(" ")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file}:{at}: no UTF-8: {error.reason}") from None
+            if at > 1 and word not in known:
+                continue
+            if len(values) != size:
+                raise ValueError(
+                    f"{file}:{at}: {len(values)} numbers for {word[:50]!r}, wanted {size}"
+                )
+            try:
+                row = [float(value) for value in values]
+            except ValueError as error:
+                raise ValueError(f"{file}:{at}: {error}") from None
+            if not all(map(math.isfinite, row)):
+                raise ValueError(f"{file}:{at}: a number is not finite")
+            if word in known:
+                rows[known[word]] = row
+    if not rows:
+        raise ValueError(f"{file}: has none of the {len(known)} words")
+    return torch.tensor(list(rows)), torch.tensor(list(rows.values()))
 
 
 def _parts(folder: Path) -> tuple[Path, Path]:

@@ -53,6 +53,19 @@ class Recipe:
         return {"lr": self.lr, "weight_decay": self.weight_decay, **given}
 
     @property
+    def schedule(self) -> str:
+        """As ``dlkernels.train.schedule_of`` reads it."""
+        return f"multistep:{','.join(map(str, self.milestones))}" if self.milestones else ""
+
+    def epochs_on(self, embedded: bool) -> int:
+        """The epochs on the embedded data, or on the documented."""
+        return (self.embedded_epochs if embedded else None) or self.epochs
+
+    def batch_of(self, count: int, given: int | None = None) -> int:
+        """The size of a batch of ``count`` examples, or of the one that is ``given``."""
+        return min(given or self.batch_size or count, count)
+
+    @property
     def channels(self) -> int:
         """Of an image."""
         return len(self.mean) if isinstance(self.mean, tuple) else 1

@@ -30,15 +30,18 @@ class SentimentLSTM(torch.nn.Module):
         metric="binary accuracy",
         threshold=0.0,
     )
+    vector_size = 100  # of a word's vector
 
     def __init__(
         self, nn: ModuleType = dlkernels.nn, words: int = 10_002, packed: bool = True
     ) -> None:
         super().__init__()
         self.packed = packed
-        self.embedding = nn.Embedding(words, 100, padding_idx=0)
+        self.embedding = nn.Embedding(words, self.vector_size, padding_idx=0)
         self.dropout = nn.Dropout(0.5)
-        self.rnn = nn.LSTM(100, 256, 2, batch_first=True, dropout=0.5, bidirectional=True)
+        self.rnn = nn.LSTM(
+            self.vector_size, 256, 2, batch_first=True, dropout=0.5, bidirectional=True
+        )
         self.fc = nn.Linear(512, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -53,6 +56,6 @@ class SentimentLSTM(torch.nn.Module):
 
     @torch.no_grad()
     def copy_vectors(self, words: torch.Tensor, vectors: torch.Tensor) -> None:
-        """Starts the embedding of some ``words`` from ``vectors`` (len(words), 100), as of
+        """Starts the embedding of some ``words`` from ``vectors`` (len(words), vector_size), as of
         ``dlkernels.data.text.vectors``."""
         self.embedding.weight[words] = vectors.to(self.embedding.weight)
