@@ -681,7 +681,11 @@ inline void store_rounded(float* p, D a) {
   for (int64_t i = 0; i < D::size; ++i) p[i] = float(a.v[i]);
 }
 inline void to_doubles(F a, D (&halves)[2]) {
-  for (int64_t i = 0; i < F::size; ++i) halves[i / D::size].v[i % D::size] = double(a.v[i]);
+  for (D& half : halves) {
+    D::Native v{};
+    for (int64_t i = 0; i < D::size; ++i) v[i] = double(a.v[(&half - halves) * D::size + i]);
+    half = v;
+  }
 }
 
 #endif
