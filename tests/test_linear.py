@@ -253,6 +253,14 @@ def test_the_gradient_at_special_outputs_is_stocks(activation, own):
     torch.testing.assert_close(ours, wanted, equal_nan=True)
 
 
+@pytest.mark.parametrize(("rows", "outputs"), [(1, 5), (4, 3), (7, 2), (6, 9)])
+def test_long_sums_are_cut(rows, outputs, own):
+    """Numbers that are alike are rounded alike, which no sum of one piece survives: stock's."""
+    x, weight = torch.full((rows, 2**19), 0.1), torch.full((outputs, 2**19), 0.3)
+    exact = x[0].double() @ weight[0].double()
+    assert ((linear(x, weight).double() - exact) / exact).abs().max() < 1e-4
+
+
 def test_sums_of_float16_are_in_float32(own):
     """Partial sums are beyond float16's range, the sum is not."""
     x = torch.full((3, 64), 200.0, dtype=torch.float16)

@@ -76,7 +76,6 @@ constexpr int64_t kImages = 4;                  // whose windows are added in tu
 constexpr int64_t kMostChunks = 32;             // parts of a weight gradient behind a pool
 constexpr int64_t kWork = 1 << 18;              // multiply-adds worth a second thread
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // body(std::integral_constant<int64_t, n>), 1 ≤ n ≤ most.
@@ -340,11 +339,11 @@ inline void sum_taps(const Shape& s, Taps down, Taps across, const T* x, int64_t
   }
 }
 
-// The same for any weights, `outputs` a tap: a padding, where `inside` is 0, is no term.
+// The same for any weights, `outputs` a tap: a padding, where `inside` is 0, is no term. To memory:
+// the callers' sums of finite weights stay in registers.
 template <typename T>
 [[gnu::noinline]] void sum_inside(const Shape& s, int64_t outputs, const T* x, const T* inside,
-                                  int64_t row, int64_t plane, const T* w, const T* bias,
-                                  Vec<T>* to) {
+                                  int64_t row, int64_t plane, const T* w, const T* bias, T* to) {
   using V = Vec<T>;
   constexpr int64_t L = V::size;
   const int64_t most = channels_at_once(s);
@@ -363,7 +362,7 @@ template <typename T>
             }
         total = total + sum;
       }
-      to[k * 4 + p] = total;
+      store(to + (k * 4 + p) * L, total);
     }
 }
 
@@ -448,40 +447,45 @@ void convolve(const Shape& s, const Images<const S>& x, const Packed<T>& w, Acti
       with_constant<kChannels>(n, [&](auto constant) {
         constexpr int64_t K = constant;
         const T *weights = w.weights(k0), *biases = w.biases(k0);
-        for (int64_t i = 0; i < tiles.height; i += 2) {
-          const Taps down = taps_of(i, s.kernel_height, s.pad_y, tiles.down == 1 ? s.height : -1);
-          for (int64_t j = 0; j < tiles.width; j += 2) {
-            const Taps across =
-                taps_of(j, s.kernel_width, s.pad_x, tiles.across == 1 ? s.width : -1);
-            const int64_t corner = i * row + j * L;
-            V sum[K][4];
-            if (w.finite()) {
-              sum_taps<K>(s, down, across, input + corner, row, plane, weights, biases, sum);
-            } else {
-              V any[K * 4];
-              sum_inside(s, K, input + corner, inside + corner, row, plane, weights, biases, any);
-              for (int64_t k = 0; k < K; ++k) std::copy(any + k * 4, any + k * 4 + 4, sum[k]);
-            }
-            for (int64_t k = 0; k < K; ++k) {
-              if constexpr (pool) {
-                V best = sum[k][0], place(T(0));
-                for (int64_t p = 1; p < 4; ++p) {
-                  const auto higher = exceeds(sum[k][p], best);
-                  best = select(higher, sum[k][p], best);
-                  place = select(higher, V(T(p)), place);
-                }
-                const int64_t to = k * results + (i / 2 * (tiles.width / 2) + j / 2) * L;
-                store(values + to, activate(activation, best));
-                store(places + to, place);
+        const auto make = [&](auto finite) {
+          for (int64_t i = 0; i < tiles.height; i += 2) {
+            const Taps down = taps_of(i, s.kernel_height, s.pad_y, tiles.down == 1 ? s.height : -1);
+            for (int64_t j = 0; j < tiles.width; j += 2) {
+              const Taps across =
+                  taps_of(j, s.kernel_width, s.pad_x, tiles.across == 1 ? s.width : -1);
+              const int64_t corner = i * row + j * L;
+              V sum[K][4];
+              if constexpr (finite) {
+                sum_taps<K>(s, down, across, input + corner, row, plane, weights, biases, sum);
               } else {
-                for (int64_t p = 0; p < 4; ++p) {
-                  const int64_t to = k * results + ((i + p / 2) * tiles.width + j + p % 2) * L;
-                  store(values + to, activate(activation, sum[k][p]));
+                T sums[K * 4 * L];
+                sum_inside(s, K, input + corner, inside + corner, row, plane, weights, biases,
+                           sums);
+                for (int64_t k = 0; k < K; ++k)
+                  for (int64_t p = 0; p < 4; ++p) sum[k][p] = load(sums + (k * 4 + p) * L);
+              }
+              for (int64_t k = 0; k < K; ++k) {
+                if constexpr (pool) {
+                  V best = sum[k][0], place(T(0));
+                  for (int64_t p = 1; p < 4; ++p) {
+                    const auto higher = exceeds(sum[k][p], best);
+                    best = select(higher, sum[k][p], best);
+                    place = select(higher, V(T(p)), place);
+                  }
+                  const int64_t to = k * results + (i / 2 * (tiles.width / 2) + j / 2) * L;
+                  store(values + to, activate(activation, best));
+                  store(places + to, place);
+                } else {
+                  for (int64_t p = 0; p < 4; ++p) {
+                    const int64_t to = k * results + ((i + p / 2) * tiles.width + j + p % 2) * L;
+                    store(values + to, activate(activation, sum[k][p]));
+                  }
                 }
               }
             }
           }
-        }
+        };
+        w.finite() ? make(std::true_type{}) : make(std::false_type{});
       });
       for (int64_t k = 0; k < n; ++k) {
         scatter(values + k * results, y, k0 + k, pooled_height, pooled_width, tiles, group * L,

@@ -1,9 +1,9 @@
 // Matrix products: the one packing and the one micro-kernel of every op that has them.
 //
 //   C[m×n] = A[m×k]·B[k×n], A and B in any strides, elements float, double, bf16 or f16, sums in
-//   float (double for double). Each sum runs over k in order, in blocks of kFlush, so that its
-//   error grows with the root of their number: the same bits however threads share rows and
-//   columns.
+//   float (double for double). Each sum over k, or each of the lanes that share it, is cut into
+//   blocks of at most kFlush words, so that its error grows with the root of their number; by the
+//   shape alone: the same bits however threads share rows and columns.
 //
 // Tiling (Goto and van de Geijn, 2008, with A and B changed about, for an L1 that does not hold a
 // panel of B):
@@ -56,7 +56,7 @@ constexpr int64_t kFlush = 64;  // words that are summed before they join the su
 template <typename T>
 constexpr int64_t kColumns = kVectors * Vec<T>::size;
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+using dlkernels::round_up;
 
 // ------------------------------------------------------------------------------------------- words
 
@@ -299,8 +299,7 @@ void multiply_rows(int64_t n, bool second, const T* a, const T* b, int64_t depth
   kKernels[second][n - 1](a, b, depth, add, sums, pitch, ahead);
 }
 
-// ------------------------------------------------------------------------------------------
-// batched
+// ----------------------------------------------------------------------------------------- batched
 
 // The batched form, for many small products whose operands are made where they are used: A lies in
 // pieces of Vec::size words of k, row after row, B as packed panels do.
@@ -513,8 +512,8 @@ void dot_rows(const Matrix<A>& a, const Matrix<B>& b, int64_t j, int64_t columns
     // Past the last column its own is read once more.
     const B* column[kAtOnce];
     for (int q = 0; q < kAtOnce; ++q) column[q] = b.at(0, j + std::min(c + q, columns - 1));
-    V sum_of[rows][kAtOnce];
-    for (auto& row : sum_of) std::fill(row, row + kAtOnce, V(T(0)));
+    V total[rows][kAtOnce], sum_of[rows][kAtOnce];
+    for (auto& row : total) std::fill(row, row + kAtOnce, V(T(0)));
     const auto step = [&](int64_t p, int64_t lanes) {
       V x[rows];
 #pragma GCC unroll 4
@@ -526,12 +525,17 @@ void dot_rows(const Matrix<A>& a, const Matrix<B>& b, int64_t j, int64_t columns
         for (int r = 0; r < rows; ++r) sum_of[r][q] = fma(x[r], w, sum_of[r][q]);
       }
     };
-    int64_t p = 0;
-    for (; p + V::size <= k; p += V::size) step(p, V::size);
-    if (p < k) step(p, k - p);
+    for (int64_t p = 0; p < k;) {
+      for (auto& row : sum_of) std::fill(row, row + kAtOnce, V(T(0)));
+      const int64_t end = std::min(k, p + kFlush * V::size);
+      for (; p + V::size <= end; p += V::size) step(p, V::size);
+      if (p < end) step(p, end - p), p = end;
+      for (int r = 0; r < rows; ++r)
+        for (int q = 0; q < kAtOnce; ++q) total[r][q] = total[r][q] + sum_of[r][q];
+    }
     for (int r = 0; r < rows; ++r)
       for (int q = 0; q < kAtOnce && c + q < columns; ++q)
-        to[r * V::size + c + q] = sum(sum_of[r][q]);
+        to[r * V::size + c + q] = sum(total[r][q]);
   }
 }
 

@@ -17,6 +17,8 @@
 
 namespace dlkernels {
 
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 // Memory that a thread keeps for its next call.
 struct Kept {
   static constexpr std::align_val_t kLine{64};
@@ -70,10 +72,7 @@ class Aligned {
   Aligned& operator=(const Aligned&) = delete;
   T* get() const { return data_; }
   // What keeps arrays one after another in lines of their own.
-  static int64_t padded(int64_t n) {
-    constexpr int64_t kPerLine = 64 / sizeof(T);
-    return (n + kPerLine - 1) / kPerLine * kPerLine;
-  }
+  static int64_t padded(int64_t n) { return round_up(n, 64 / int64_t(sizeof(T))); }
 
  private:
   static constexpr int64_t kSmall = 64 << 10, kLarge = 8 << 20;
