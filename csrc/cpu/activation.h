@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -81,6 +82,23 @@ void before_activation(Activation activation, const S* g, const S* y, S* z, int6
   for_each_vector(n, z, [=](int64_t i, int64_t lanes) {
     return through(activation, load(g + i, lanes), load(y + i, lanes));
   });
+}
+
+// The same of tensors, in a layout of the output's.
+inline torch::stable::Tensor before_activation(
+    Activation activation, const torch::stable::Tensor& grad_output,
+    const torch::stable::Tensor& output,
+    torch::headeronly::MemoryFormat format = torch::headeronly::MemoryFormat::Contiguous) {
+  const auto g = torch::stable::contiguous(grad_output, format);
+  const auto y = torch::stable::contiguous(output, format);
+  const auto z = torch::stable::empty_like(g);
+  for_dtype<bf16, f16>(g.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    before_activation(activation, static_cast<const S*>(g.const_data_ptr()),
+                      static_cast<const S*>(y.const_data_ptr()),
+                      static_cast<S*>(z.mutable_data_ptr()), g.numel());
+  });
+  return z;
 }
 
 }  // namespace dlkernels

@@ -307,21 +307,6 @@ Tensor forward(const Settings& set, const Tensor& input, const Tensor& weight, c
   return output;
 }
 
-// Upstream gradient · act'(output), in the layout of the output.
-Tensor before_activation(const Tensor& grad_output, const Tensor& output, Activation act) {
-  const MemoryFormat format = format_of(output);
-  const Tensor grad = torch::stable::contiguous(grad_output, format),
-               y = torch::stable::contiguous(output, format);
-  const Tensor result = torch::stable::empty_like(grad);
-  for_dtype<bf16, f16>(grad.scalar_type(), [&](auto tag) {
-    using S = decltype(tag);
-    dlkernels::before_activation(act, static_cast<const S*>(grad.const_data_ptr()),
-                                 static_cast<const S*>(y.const_data_ptr()),
-                                 static_cast<S*>(result.mutable_data_ptr()), grad.numel());
-  });
-  return result;
-}
-
 struct Wanted {
   bool input, weight, bias;
 };
@@ -360,7 +345,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Settings& set, const Tensor& g
   const Direction to_input = set.transposed ? Direction::kForward : Direction::kInputGradient;
   const Algorithm for_input = choose(set, shape, dtype, to_input, format);
   const Algorithm for_weight = choose(set, shape, dtype, Direction::kWeightGradient, format);
-  const Tensor grad = output ? before_activation(grad_output, *output, act) : grad_output;
+  const Tensor grad =
+      output ? before_activation(act, grad_output, *output, format_of(*output)) : grad_output;
   const bool aten_input = want.input && for_input == Algorithm::kAten;
   const bool aten_weight = want.weight && for_weight == Algorithm::kAten;
   if (aten_input || aten_weight) {

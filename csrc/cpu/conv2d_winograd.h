@@ -1,9 +1,9 @@
 // 3×3 convolutions of stride 1 by Winograd's minimal filtering F(4×4, 3×3): 36 products in place of
 // 144 for each 4×4 tile of the output.
 //
-//   Y = Aᵀ[ (G g Gᵀ) ⊙ (Bᵀ d B) ]A                         d: 6×6 of the input, g: 3×3 of the
-//   weight dX: the same of dY and the weight turned by 180°, C and K changed about dg = Gᵀ[ Σ_tiles
-//   (A dY Aᵀ) ⊙ (Bᵀ d B) ]G               the transpose of the first in g
+//   Y  = Aᵀ[ (G g Gᵀ) ⊙ (Bᵀ d B) ]A             d: 6×6 of the input, g: 3×3 of the weight
+//   dg = Gᵀ[ Σ_tiles (A dY Aᵀ) ⊙ (Bᵀ d B) ]G    the transpose of the first in g
+//   dX: as Y, of dY and the weight turned by 180°, C and K changed about
 //
 // by the points 0, ±a, ±b, ∞ with a = 3/4, b = 3/2 (Toom and Cook's construction): errors of 2-3
 // times a direct sum's where the usual 0, ±1, ±2 have 5-25. Everything is float inside, also for

@@ -111,19 +111,6 @@ Tensor linear_forward(Tensor input, Tensor weight, Optional bias, Text activatio
   return output;
 }
 
-// Upstream gradient · act'(output), contiguous.
-Tensor before_activation(const Tensor& grad_output, const Tensor& output, Activation act) {
-  const Tensor grad = torch::stable::contiguous(grad_output), y = torch::stable::contiguous(output);
-  const Tensor result = torch::stable::empty_like(grad);
-  for_dtype<bf16, f16>(grad.scalar_type(), [&](auto tag) {
-    using S = decltype(tag);
-    dlkernels::before_activation(act, static_cast<const S*>(grad.const_data_ptr()),
-                                 static_cast<const S*>(y.const_data_ptr()),
-                                 static_cast<S*>(result.mutable_data_ptr()), grad.numel());
-  });
-  return result;
-}
-
 std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor input, Tensor weight,
                                                    Optional output, Text activation,
                                                    bool want_input, bool want_weight,
@@ -149,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor in
       torch::stable::new_empty(input, want_weight ? std::vector<int64_t>{n, k} : none);
   const Tensor grad_bias =
       torch::stable::new_empty(input, want_bias ? std::vector<int64_t>{n} : none);
-  const Tensor grad = output ? before_activation(grad_output, *output, act) : grad_output;
+  const Tensor grad = output ? before_activation(act, grad_output, *output) : grad_output;
   for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     using V = Vec<accumulate_t<S>>;
