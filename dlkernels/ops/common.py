@@ -147,21 +147,32 @@ def empty_gradients(input: Tensor, weight: Tensor, channels, wanted) -> tuple[Te
 def keep(ctx, input: Tensor, weight: Tensor, *others: Tensor | None) -> None:
     """Keeps what the wanted gradients of a product read, as stock does: no input for a frozen
     weight, and no weight, which may then be changed before the backward, for an input without a
-    gradient. Of what is not kept only the layout counts."""
+    gradient. Of what is not kept only shape and format count."""
+
+    def layout(x):
+        return x.shape, x.stride() if suggests_channels_last(x) else None
+
     of_input, of_weight, *_ = ctx.needs_input_grad
     ctx.set_materialize_grads(False)
-    ctx.of_input = None if of_weight else (input.shape, input.stride())
-    ctx.of_weight = None if of_input else (weight.shape, weight.stride())
+    ctx.of_input = None if of_weight else layout(input)
+    ctx.of_weight = None if of_input else layout(weight)
     ctx.save_for_backward(input if of_weight else None, weight if of_input else None, *others)
 
 
 def kept(ctx, grad_output: Tensor) -> list[Tensor | None]:
-    """Input, weight and the others, or what stands in for the first two."""
+    """Input, weight and the others, or what stands in for the first two: in memory only where a
+    format has to be seen."""
+
+    def stand_in(shape, stride):
+        if stride is None:
+            return grad_output.new_empty(()).expand(shape)
+        return grad_output.new_empty_strided(shape, stride)
+
     input, weight, *others = ctx.saved_tensors
     if input is None:
-        input = grad_output.new_empty_strided(*ctx.of_input)
+        input = stand_in(*ctx.of_input)
     if weight is None:
-        weight = grad_output.new_empty_strided(*ctx.of_weight)
+        weight = stand_in(*ctx.of_weight)
     return [input, weight, *others]
 
 

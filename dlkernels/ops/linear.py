@@ -29,6 +29,8 @@ from dlkernels.ops.common import (
     cast,
     is_plain,
     is_torchs,
+    keep,
+    kept,
     needs_gradient,
     not_differentiable,
     wanted_ones,
@@ -88,32 +90,18 @@ def linear_reference(input, weight, bias, activation):
 
 
 def _save(ctx, input, weight, output, activation):
-    """Keeps what the wanted gradients read, as stock does: no input for a frozen weight, and no
-    weight, which may then be changed before the backward, for an input without a gradient."""
-    of_input, of_weight, *_ = ctx.needs_input_grad
-    ctx.set_materialize_grads(False)
     ctx.activation = activation
-    ctx.save_for_backward(
-        input if of_weight else None,
-        weight if of_input else None,
-        output if activation != "none" else None,
-    )
+    keep(ctx, input, weight, output if activation != "none" else None)
 
 
 def _backward(ctx, grad_output):
     """The three gradients by the kernel; in torch ops where they are differentiated again."""
     if grad_output is None:
         return None, None, None
-    input, weight, output = ctx.saved_tensors
+    input, weight, output = kept(ctx, grad_output)
     wanted = ctx.needs_input_grad[:3]
     if is_torchs(grad_output) or grad_output.is_cuda:
         return _gradients(grad_output, input, weight, output, ctx.activation, wanted)
-    # Of what was not kept only the shape counts.
-    features = weight.shape[1] if weight is not None else 0 if input is None else input.shape[-1]
-    if input is None:
-        input = grad_output.new_empty(()).expand(*grad_output.shape[:-1], features)
-    if weight is None:
-        weight = grad_output.new_empty(()).expand(grad_output.shape[-1], features)
     with torch._C._AutoDispatchBelowAutograd():
         gradients = _ops.linear_backward(
             grad_output.contiguous(), input, weight, output, ctx.activation, *wanted
