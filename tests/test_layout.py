@@ -33,6 +33,7 @@ DEVICE = re.compile(
 FLAGS = ("-march=" + "native", "-mtune=" + "native", "-f" + "openmp")
 # An op that stands on others, and those that it knows.
 STANDS_ON = {
+    "conv2d_few_channels": ("conv2d",),
     "conv2d_max_pool2d": ("conv2d",),
     "linear_cross_entropy": ("cross_entropy",),
     "residual_block": ("batch_norm", "conv2d"),
