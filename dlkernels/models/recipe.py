@@ -54,7 +54,7 @@ class Recipe:
 
     @property
     def schedule(self) -> str:
-        """As ``dlkernels.train.schedule_of`` reads it."""
+        """As ``dlkernels.train.schedules_of`` reads it."""
         return f"multistep:{','.join(map(str, self.milestones))}" if self.milestones else ""
 
     def epochs_on(self, embedded: bool) -> int:
