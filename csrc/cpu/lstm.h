@@ -628,21 +628,24 @@ struct Forward {
       }
   }
 
-  // Rows [i0, i1) of a weight, k long, by `n` packed rows: turned sums, kBatch apart.
+  // Rows [i0, i1) of a weight, k long, by `n` packed rows: turned sums, kBatch apart. Meanwhile the
+  // rows of the next tile come nearer.
   void turned_product(const S* const* weight, int64_t i0, int64_t i1, int64_t k, const T* packed,
                       int64_t n, bool add, T* packed_a, T* sums) const {
     const int64_t depth = gemm::words<S>(k), tiles = parts(i1 - i0, gemm::kRows);
-    for (int64_t p = 0; p < depth; p += gemm::kDepth, add = true) {
-      const int64_t size = std::min(gemm::kDepth, depth - p);
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const Share rows(i1 - i0, tile, tiles);
-        const int64_t height = rows.end - rows.begin;
+    const int64_t steps = depth * parts(n, kColumns);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const Share rows(i1 - i0, tile, tiles);
+      const int64_t height = rows.end - rows.begin;
+      const auto* next = reinterpret_cast<const char*>(weight[std::min(i0 + rows.end, i1 - 1)]);
+      const int64_t step = parts(height * k * int64_t(sizeof(S)), steps);
+      for (int64_t p = 0; p < depth; p += gemm::kDepth) {
+        const int64_t size = std::min(gemm::kDepth, depth - p);
         gemm::pack_a(gemm::Rows<S>{weight}, i0 + rows.begin, height, p, size, k, packed_a);
-        for (int64_t c = 0; c < n; c += kColumns)
+        for (int64_t c = 0; c < n; c += kColumns, next += size * step)
           gemm::multiply_rows<T, Pieces<S>::kPair>(
-              height, n - c > kL, packed_a, packed + c * depth + p * kColumns, size, add,
-              sums + rows.begin * kBatch + c, kBatch,
-              gemm::Ahead{reinterpret_cast<const char*>(packed_a), 0},
+              height, n - c > kL, packed_a, packed + c * depth + p * kColumns, size, add || p > 0,
+              sums + rows.begin * kBatch + c, kBatch, gemm::Ahead{next, step},
               std::make_integer_sequence<int, int(gemm::kRows)>());
       }
     }
@@ -806,9 +809,11 @@ struct Backward {
     Pieces<S> gates[2], state;
   };
   struct Own {
-    T *tile, *product, *w_hh;  // w_hh: of one step a panel is packed where it is used, and goes
+    T *tile, *product, *panel;  // panel: of weights that are read in one step alone
   };
   bool once() const { return s.steps == 1; }
+  // A GRU's gradient of n meets W_ih alone: of one step it lies behind those that meet W_hh.
+  int64_t all_pieces() const { return meets + (s.mode == Mode::kGru && once() ? 1 : 0); }
 
   int64_t lay_out(Scratch& to, T* from) const {
     int64_t used = 0;
@@ -820,7 +825,7 @@ struct Backward {
     to.w_hh = take(once() ? 0 : parts(s.state, kColumns) * depth() * kColumns);
     to.w_hr =
         take(s.projected ? parts(s.hidden, kColumns) * gemm::words<S>(s.state) * kColumns : 0);
-    to.w_ih = take(want_input ? gemm::Packed<S>::size(s.inputs, own) : 0);
+    to.w_ih = take(want_input && !once() ? gemm::Packed<S>::size(s.inputs, own) : 0);
     to.carry = take(parts(s.hidden, kL) * s.batch * kL);
     const auto rows_of = [&](int64_t columns) {
       return reinterpret_cast<S*>(
@@ -829,8 +834,9 @@ struct Backward {
     to.grad_gates = rows_of(pitch);
     to.grad_state = rows_of(s.projected ? s.state : 0);
     to.full = rows_of(s.projected ? s.hidden : 0);
-    for (auto& pieces : to.gates)
-      pieces = {take(meets * Pieces<S>::size(s.hidden, s.batch | 1)), s.batch | 1};
+    const int64_t size = all_pieces() * Pieces<S>::size(s.hidden, s.batch | 1);
+    to.gates[0] = {take(once() ? 0 : size), s.batch | 1};
+    to.gates[1] = {take(size), s.batch | 1};
     to.state = {take(s.projected ? Pieces<S>::size(s.state, s.batch | 1) : 0), s.batch | 1};
     return used;
   }
@@ -883,7 +889,7 @@ struct Backward {
       return most <= 1024 ? gemm::scratch_size<S>(m, n, most) : deep;
     };
     int64_t size = 0;
-    if (want_input) size = gemm::Packed<S>(nullptr, s.inputs, own).scratch_size();
+    if (want_input && !once()) size = gemm::Packed<S>(nullptr, s.inputs, own).scratch_size();
     if (want_weights)
       size = std::max({size, of(own, gemm::round_up(s.inputs, kL) + s.state),
                        s.projected ? of(s.state, s.hidden) : 0});
@@ -894,14 +900,14 @@ struct Backward {
     const Weights<S>& w = weights[size_t(d)];
     const Share mine(parts(s.state, kColumns), at.mine(), at.all);
     for (int64_t p = mine.begin; !once() && p < mine.end; ++p)
-      pack_hidden(w, p, to.w_hh + p * depth() * kColumns);
+      pack_rows(w.hh, s.state, p, to.w_hh + p * depth() * kColumns);
     if (s.projected) {
       const Share panels(parts(s.hidden, kColumns), at.mine(), at.all);
       for (int64_t p = panels.begin; p < panels.end; ++p)
         pack_panel(gemm::Matrix<S>{w.hr, s.hidden, 1}, s.state, p * kColumns, s.hidden,
                    to.w_hr + p * gemm::words<S>(s.state) * kColumns);
     }
-    if (want_input) {
+    if (want_input && !once()) {
       const int64_t depth = gemm::words<S>(own), pitch = gemm::round_up(s.inputs, kColumns);
       const Share blocks(parts(depth, gemm::kDepth), at.mine(), at.all);
       const auto pack = [&](const auto& b) {
@@ -925,7 +931,7 @@ struct Backward {
         pieces.clear(rows.begin, rows.end, u * size);
     };
     if (!whole())
-      for (const auto& pieces : to.gates) clear(pieces, meets * gate_units());
+      for (int64_t i = once() ? 1 : 0; i < 2; ++i) clear(to.gates[i], all_pieces() * gate_units());
     if (s.projected) clear(to.state, s.state);
     const S* const from = s.mode == Mode::kLstm ? grad_c_n : grad_h_n;
     const Share share(parts(s.hidden, kL), at.part, at.parts);
@@ -937,11 +943,11 @@ struct Backward {
                    : V(T(0)));
   }
 
-  // Panel p of W_hh.
-  void pack_hidden(const Weights<S>& w, int64_t p, T* to) const {
+  // Panel p of W_hh or W_ih, whose rows have `columns`.
+  void pack_rows(const S* w, int64_t columns, int64_t p, T* to) const {
     for (int64_t g = 0; g < meets; ++g)
-      pack_panel(gemm::Matrix<S>{w.hh + g * s.hidden * s.state, s.state, 1}, s.hidden, p * kColumns,
-                 s.state, to + g * gemm::words<S>(s.hidden) * kColumns);
+      pack_panel(gemm::Matrix<S>{w + g * s.hidden * columns, columns, 1}, s.hidden, p * kColumns,
+                 columns, to + g * gemm::words<S>(s.hidden) * kColumns);
   }
 
   // The row of W_ih that column i of the gradients of the gates meets.
@@ -1019,7 +1025,7 @@ struct Backward {
                         : load(hx + (at.d * s.batch + row) * s.state + at.unit, lanes);
       store(at.to.carry + (at.unit / kL * s.batch + row) * kL, dh * z);
       const V dn = dh * (one - z) * (one - n * n);
-      put_gate(at, row, 0, -1, dn);
+      put_gate(at, row, 0, once() ? 3 : -1, dn);
       put_gate(at, row, 1, 0, dn * hidden * (r * (one - r)));
       put_gate(at, row, 2, 1, dh * (old - n) * (z * (one - z)));
       put_gate(at, row, 3, 2, dn * r);
@@ -1114,6 +1120,33 @@ struct Backward {
                       b + g * gemm::words<S>(s.hidden) * kColumns, g > 0, sums);
   }
 
+  // Columns of a weight, panels of which are packed where they are used, once.
+  struct Passing {
+    const S* w;
+    int64_t columns, begin, end;  // panels
+    bool is_input;
+  };
+
+  // Of the only step: the gradients of the gates of rows [row, row + m) by panel p, in `packed`,
+  // into sums. Of the panel after it, which begins at `next` in rows of next_columns, a part comes
+  // nearer, part r of n.
+  void multiply_once(const Pieces<S>& pieces, int64_t row, int64_t m, const Passing& by,
+                     const T* packed, const S* next, int64_t next_columns, int64_t r, int64_t n,
+                     T* sums) const {
+    constexpr int64_t kUnits = 2 * gemm::kFlush * (Pieces<S>::kPair ? 2 : 1);
+    const bool turns = by.is_input && s.mode == Mode::kGru;
+    for (int64_t g = 0; g < meets; ++g)
+      for (int64_t u = 0; u < s.hidden; u += kUnits) {
+        const int64_t k = std::min(kUnits, s.hidden - u), piece = turns && g == 2 ? 3 : g;
+        for (int64_t i = k * r / n; next && i < k * (r + 1) / n; ++i)
+          for (int64_t c = 0; c < kColumns; c += 64 / int64_t(sizeof(S)))
+            __builtin_prefetch(next + (g * s.hidden + u + i) * next_columns + c, 0, 2);
+        pieces.multiply(row, m, piece * gate_units() + u, k,
+                        packed + (g * gemm::words<S>(s.hidden) + gemm::words<S>(u)) * kColumns,
+                        g > 0 || u > 0, sums);
+      }
+  }
+
   void direction(Team& team, const Place& at, int64_t d, const Scratch& to, const Own& mem) const {
     const Share rows = rows_of(s, at.row_part, at.row_parts);
     const Share mine(parts(s.state, kColumns), at.part, at.parts);
@@ -1127,20 +1160,23 @@ struct Backward {
       const Pieces<S>&from = to.gates[q % 2], &pieces = to.gates[(q + 1) % 2];
       const int64_t begin = q / chunk * chunk, last = std::min(s.steps, begin + chunk);
       if (q < s.steps) first = s.offset(d == 0 ? s.steps - last : begin);
-      for (int64_t p = mine.begin; p < mine.end; ++p) {
-        const T* const w_hh = once() ? mem.w_hh : to.w_hh + p * depth() * kColumns;
-        if (once() && q == 1) pack_hidden(weights[size_t(d)], p, mem.w_hh);
+      const auto finish_panel = [&](int64_t p, const auto& product) {
         for (int64_t row = rows.begin; row < end; row += kStepRows) {
           const int64_t m = std::min(kStepRows, end - row);
           const int64_t n = std::clamp<int64_t>(later - row, 0, m);
-          for (int64_t r = 0; r < n; r += gemm::kRows) {
-            const int64_t height = std::min(gemm::kRows, n - r);
-            if (!s.projected) prefetch(d, t, row + r, height, active, p * kColumns);
-            multiply(from, row + r, height, w_hh, mem.tile + r * kColumns);
-          }
+          for (int64_t r = 0; r < n; r += gemm::kRows)
+            product(row + r, std::min(gemm::kRows, n - r), mem.tile + r * kColumns);
           finish(d, t, row, m, later, active, first, p, mem.tile, to, pieces);
         }
-      }
+      };
+      if (once() && q == 1)
+        last_products(at, d, rows, from, mem, finish_panel);
+      else
+        for (int64_t p = mine.begin; p < mine.end; ++p)
+          finish_panel(p, [&](int64_t row, int64_t m, T* sums) {
+            if (!s.projected) prefetch(d, t, row, m, active, p * kColumns);
+            multiply(from, row, m, to.w_hh + p * depth() * kColumns, sums);
+          });
       if (s.projected) {
         team.wait(0, at.first(), at.parts, at.me);
         project(at, d, t, rows, later, active, first, to, pieces, mem.tile);
@@ -1158,6 +1194,41 @@ struct Backward {
     }
   }
 
+  // Of the only step: the gradients of the state and of the input, panel by panel.
+  template <typename FinishPanel>
+  void last_products(const Place& at, int64_t d, const Share& rows, const Pieces<S>& gates_of,
+                     const Own& mem, const FinishPanel& finish_panel) const {
+    const Weights<S>& w = weights[size_t(d)];
+    const Share state(parts(s.state, kColumns), at.part, at.parts);
+    const Share input(want_input ? parts(s.inputs, kColumns) : 0, at.part, at.parts);
+    const int64_t tiles = parts(rows.end - rows.begin, gemm::kRows);
+    const Passing hh{w.hh, s.state, state.begin, state.end, false};
+    const Passing ih{w.ih, s.inputs, input.begin, input.end, true};
+    const auto pass = [&](const Passing& by, const Passing& after, const auto& finished) {
+      for (int64_t p = by.begin; p < by.end; ++p) {
+        const Passing& then = p + 1 < by.end ? by : after;
+        const int64_t at_next = p + 1 < by.end ? p + 1 : after.begin;
+        const S* const next = at_next < then.end ? then.w + at_next * kColumns : nullptr;
+        pack_rows(by.w, by.columns, p, mem.panel);
+        finished(p, [&](int64_t row, int64_t m, T* sums) {
+          multiply_once(gates_of, row, m, by, mem.panel, next, then.columns,
+                        (row - rows.begin) / gemm::kRows, tiles, sums);
+        });
+      }
+    };
+    if (grad_hx) pass(hh, ih, finish_panel);
+    pass(ih, {nullptr, 0, 0, 0, true}, [&](int64_t p, const auto& product) {
+      for (int64_t row = rows.begin; row < rows.end; row += gemm::kRows) {
+        const int64_t m = std::min(gemm::kRows, rows.end - row);
+        product(row, m, mem.tile);
+        for (int64_t r = 0; r < m; ++r)
+          for (int64_t v = 0; v < std::min(kColumns, s.inputs - p * kColumns); v += kL)
+            store(products[size_t(d)].grad_input + (row + r) * s.inputs + p * kColumns + v,
+                  load(mem.tile + r * kColumns + v), std::min(kL, s.inputs - p * kColumns - v));
+      }
+    });
+  }
+
   // `rows` of A·B, whose sums are no longer than a panel is deep, straight to where they belong.
   void short_product(const gemm::Matrix<S>& a, const gemm::Rows<S>& b, const Share& rows,
                      int64_t columns, int64_t k, T* scratch, T* to) const {
@@ -1167,6 +1238,9 @@ struct Backward {
       const int64_t n = std::min(gemm::kBlockColumns, columns - j);
       T* const packed_a = scratch + depth * gemm::round_up(n, kColumns);
       T* const tile = packed_a + kBlock * gemm::kPitch;
+      // Bytes of the next rows for each k, that are to come nearer.
+      const int64_t step = parts(gemm::kRows * columns * int64_t(sizeof(T)),
+                                 std::max<int64_t>(1, depth) * parts(n, kColumns));
       gemm::pack_b(b, 0, depth, k, j, n, scratch);
       for (int64_t block = rows.begin; block < rows.end; block += kBlock) {
         const int64_t end = std::min(rows.end, block + kBlock);
@@ -1180,7 +1254,9 @@ struct Backward {
             gemm::multiply_rows<T, Pieces<S>::kPair>(
                 height, lanes > kL, packed_a + (i - block) * gemm::kPitch, scratch + c * depth,
                 depth, false, whole ? out : tile, whole ? columns : kColumns,
-                gemm::Ahead{reinterpret_cast<const char*>(tile), 0},
+                gemm::Ahead{reinterpret_cast<const char*>(to + (i + height) * columns) +
+                                c / kColumns * depth * step,
+                            step},
                 std::make_integer_sequence<int, int(gemm::kRows)>());
             for (int64_t y = 0; !whole && y < height; ++y)
               for (int64_t v = 0; v < lanes; v += kL)
@@ -1197,7 +1273,7 @@ struct Backward {
                       const Scratch& to, T* scratch) const {
     const Products& sums = products[size_t(d)];
     const gemm::Matrix<S> z{to.grad_gates, pitch, 1};  // of a GRU n r z meet x
-    if (want_input) {
+    if (want_input && !once()) {
       const gemm::Packed<S> w(to.w_ih, s.inputs, own);
       const Share mine(parts(n, gemm::kRows), at.mine(), at.all);
       const int64_t end = std::min(n, mine.end * gemm::kRows);
