@@ -69,6 +69,20 @@ int64_t odd_lines(int64_t n) {
   return (parts(n * int64_t(sizeof(S)), 64) | 1) * 64 / int64_t(sizeof(S));
 }
 
+// Arrays one after another from `from` on, each in lines of its own and a line from the next; null:
+// only how much they use.
+template <typename T>
+struct Layout {
+  T* from;
+  int64_t used = 0;
+
+  T* take(int64_t n) {
+    T* const at = from ? from + used : nullptr;
+    used += Aligned<T>::padded(n) + 64 / int64_t(sizeof(T));
+    return at;
+  }
+};
+
 // -------------------------------------------------------------------------------------- operands
 
 // rows × units as multiply_pieces reads them; an odd number of rows, as of odd_lines.
@@ -212,6 +226,16 @@ struct Share {
 struct Plan {
   int64_t threads, row_parts;  // of one direction
   bool apart;                  // directions on halves of the team
+
+  int64_t members() const { return threads * (apart ? 2 : 1); }
+  // Of member `me`.
+  Place place(int64_t directions, int64_t me) const {
+    const int64_t d = apart ? me / threads : 0, first = d * threads,
+                  unit_parts = threads / row_parts;
+    const int64_t rank = me - first;
+    return {d,         apart ? 1 : directions, first,     threads, me, rank / unit_parts,
+            row_parts, rank % unit_parts,      unit_parts};
+  }
 };
 
 // Cycles of a step on `threads` of one direction, in parts of the batch. `bytes` of weights want to
@@ -306,12 +330,8 @@ struct Forward {
 
   // Lays out scratch from `from` on, null to measure it; its size.
   int64_t lay_out(Scratch& to, T* from) const {
-    int64_t used = 0;
-    const auto take = [&](int64_t n) {
-      T* const at = from + used;
-      used += Aligned<T>::padded(n) + 64 / int64_t(sizeof(T));
-      return at;
-    };
+    Layout<T> layout{from};
+    const auto take = [&](int64_t n) { return layout.take(n); };
     const int64_t panels = groups.all_panels(), rows = s.batch;
     to.w_ih = take(once ? 0 : panels * depth_ih() * kColumns);
     to.w_hh = take(once ? 0 : panels * depth_hh() * kColumns);
@@ -325,15 +345,11 @@ struct Forward {
     to.h_once = take(once && !few ? depth_hh() * packed_rows() : 0);
     for (auto& h : to.h) h = {take(once ? 0 : Pieces<S>::size(s.state, rows | 1)), rows | 1};
     to.full = {take(s.projected ? Pieces<S>::size(s.hidden, rows | 1) : 0), rows | 1};
-    return used;
+    return layout.used;
   }
   int64_t lay_out(Own& to, T* from) const {
-    int64_t used = 0;
-    const auto take = [&](int64_t n) {
-      T* const at = from + used;
-      used += Aligned<T>::padded(n);
-      return at;
-    };
+    Layout<T> layout{from};
+    const auto take = [&](int64_t n) { return layout.take(n); };
     const auto words = [](int64_t n) { return parts(n * 8, int64_t(sizeof(T))); };
     to.packed_a = take(gemm::kBlockRows * gemm::kPitch);
     to.tile = take(kStepRows * kColumns);
@@ -342,7 +358,7 @@ struct Forward {
     to.turned = take(once && !few ? (groups.panels() + 1) * kColumns * kBatch : 0);
     to.rows = reinterpret_cast<const S**>(take(words(chunk * s.batch)));
     to.starts = reinterpret_cast<int64_t*>(take(words(chunk)));
-    return used;
+    return layout.used;
   }
 
   Plan plan(int64_t team) const {
@@ -353,10 +369,10 @@ struct Forward {
 
   void run() {
     const int64_t most = std::max<int64_t>(1, torch::stable::get_num_threads());
-    Plan wanted = plan(most);
+    const Plan wanted = plan(most);
     const int64_t work = s.rows() * s.gates() * s.hidden * (s.inputs + s.state);
-    int64_t threads = wanted.threads * (wanted.apart ? 2 : 1);
-    threads = std::clamp<int64_t>(work * s.directions / gemm::kGrain, 1, threads);
+    const int64_t threads =
+        std::clamp<int64_t>(work * s.directions / gemm::kGrain, 1, wanted.members());
     Scratch measure;
     Own measure_own;
     const int64_t shared = lay_out(measure, nullptr), own = lay_out(measure_own, nullptr);
@@ -365,14 +381,9 @@ struct Forward {
       Own mine;
       lay_out(mine, memory.get() + s.directions * shared + me * own);
       const Plan p = plan(team.size());
-      const int64_t d0 = p.apart ? me / p.threads : 0;
-      if (me >= p.threads * (p.apart ? 2 : 1)) return;
-      const int64_t first = p.apart ? d0 * p.threads : 0, rank = me - first;
-      const int64_t unit_parts = p.threads / p.row_parts;
-      const Place at{d0,        p.apart ? 1 : s.directions, first,       p.threads,
-                     me,        rank / unit_parts,          p.row_parts, rank % unit_parts,
-                     unit_parts};
-      for (int64_t d = d0; d < d0 + at.directions; ++d) {
+      if (me >= p.members()) return;
+      const Place at = p.place(s.directions, me);
+      for (int64_t d = at.direction; d < at.direction + at.directions; ++d) {
         Scratch scratch;
         lay_out(scratch, memory.get() + d * shared);
         direction(team, at, d, scratch, mine);
@@ -816,12 +827,8 @@ struct Backward {
   int64_t all_pieces() const { return meets + (s.mode == Mode::kGru && once() ? 1 : 0); }
 
   int64_t lay_out(Scratch& to, T* from) const {
-    int64_t used = 0;
-    const auto take = [&](int64_t n) {
-      T* const at = from + used;
-      used += Aligned<T>::padded(n) + 64 / int64_t(sizeof(T));
-      return at;
-    };
+    Layout<T> layout{from};
+    const auto take = [&](int64_t n) { return layout.take(n); };
     to.w_hh = take(once() ? 0 : parts(s.state, kColumns) * depth() * kColumns);
     to.w_hr =
         take(s.projected ? parts(s.hidden, kColumns) * gemm::words<S>(s.state) * kColumns : 0);
@@ -838,7 +845,7 @@ struct Backward {
     to.gates[0] = {take(once() ? 0 : size), s.batch | 1};
     to.gates[1] = {take(size), s.batch | 1};
     to.state = {take(s.projected ? Pieces<S>::size(s.state, s.batch | 1) : 0), s.batch | 1};
-    return used;
+    return layout.used;
   }
 
   // The gates of a unit are whole pieces apart.
@@ -853,10 +860,9 @@ struct Backward {
 
   void run() {
     const int64_t most = std::max<int64_t>(1, torch::stable::get_num_threads());
-    Plan wanted = plan(most);
-    int64_t threads = wanted.threads * (wanted.apart ? 2 : 1);
-    threads =
-        std::clamp<int64_t>(s.rows() * depth() * s.state * s.directions / gemm::kGrain, 1, threads);
+    const Plan wanted = plan(most);
+    const int64_t work = s.rows() * depth() * s.state * s.directions;
+    const int64_t threads = std::clamp<int64_t>(work / gemm::kGrain, 1, wanted.members());
     Scratch measure;
     const int64_t shared = lay_out(measure, nullptr);
     const int64_t tile = kStepRows * kColumns, product = Aligned<T>::padded(product_scratch());
@@ -864,15 +870,10 @@ struct Backward {
     const Aligned<T> memory(s.directions * shared + threads * each);
     Team::run(threads, [&](Team& team, int64_t me) {
       const Plan p = plan(team.size());
-      if (me >= p.threads * (p.apart ? 2 : 1)) return;
-      const int64_t d0 = p.apart ? me / p.threads : 0;
-      const int64_t first = p.apart ? d0 * p.threads : 0, rank = me - first;
-      const int64_t unit_parts = p.threads / p.row_parts;
-      const Place at{d0,        p.apart ? 1 : s.directions, first,       p.threads,
-                     me,        rank / unit_parts,          p.row_parts, rank % unit_parts,
-                     unit_parts};
+      if (me >= p.members()) return;
+      const Place at = p.place(s.directions, me);
       T* const mine = memory.get() + s.directions * shared + me * each;
-      for (int64_t d = d0; d < d0 + at.directions; ++d) {
+      for (int64_t d = at.direction; d < at.direction + at.directions; ++d) {
         Scratch scratch;
         lay_out(scratch, memory.get() + d * shared);
         direction(team, at, d, scratch, {mine, mine + tile, mine + tile + product});
