@@ -1235,6 +1235,8 @@ struct Backward {
                      int64_t columns, int64_t k, T* scratch, T* to) const {
     constexpr int64_t kBlock = 4 * gemm::kRows;  // whole vectors of A
     const int64_t depth = gemm::words<S>(k);
+    // Stock sums step by step: sums over steps are cut as short.
+    const int64_t part = once() ? depth : gemm::kFlush;
     for (int64_t j = 0; j < columns; j += gemm::kBlockColumns) {
       const int64_t n = std::min(gemm::kBlockColumns, columns - j);
       T* const packed_a = scratch + depth * gemm::round_up(n, kColumns);
@@ -1252,13 +1254,14 @@ struct Backward {
             const int64_t lanes = std::min(kColumns, n - c);
             const bool whole = lanes == kColumns;
             T* const out = to + i * columns + j + c;
-            gemm::multiply_rows<T, Pieces<S>::kPair>(
-                height, lanes > kL, packed_a + (i - block) * gemm::kPitch, scratch + c * depth,
-                depth, false, whole ? out : tile, whole ? columns : kColumns,
-                gemm::Ahead{reinterpret_cast<const char*>(to + (i + height) * columns) +
-                                c / kColumns * depth * step,
-                            step},
-                std::make_integer_sequence<int, int(gemm::kRows)>());
+            const char* next = reinterpret_cast<const char*>(to + (i + height) * columns);
+            next += c / kColumns * depth * step;
+            for (int64_t p = 0; p < depth; p += part, next += part * step)
+              gemm::multiply_rows<T, Pieces<S>::kPair>(
+                  height, lanes > kL, packed_a + (i - block) * gemm::kPitch + p,
+                  scratch + c * depth + p * kColumns, std::min(part, depth - p), p > 0,
+                  whole ? out : tile, whole ? columns : kColumns, gemm::Ahead{next, step},
+                  std::make_integer_sequence<int, int(gemm::kRows)>());
             for (int64_t y = 0; !whole && y < height; ++y)
               for (int64_t v = 0; v < lanes; v += kL)
                 store(out + y * columns + v, load(tile + y * kColumns + v),

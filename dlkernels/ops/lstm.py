@@ -714,9 +714,7 @@ def lstm(
 
     Returns:
         The output (T, B, D·P), (B, T, D·P) or (S, D·P), and the last states, of the shapes of
-        ``hx``; of the input's dtype, under autocast of that which torch's have. In float32 the
-        weights' gradients, sums over all steps at once, may be off by up to 3 times as much as
-        torch's.
+        ``hx``; of the input's dtype, under autocast of that which torch's have.
 
     Raises:
         What torch raises, with its words. NotImplementedError under
