@@ -1042,16 +1042,17 @@ def test_which_kernel_is_recorded():
 
 def test_a_small_cell_is_stocks():
     """By its multiply-adds, of which fewer pay for a gradient."""
-    for batch, graded, wanted in (
-        (2, False, "stock"),
-        (2, True, "stock"),
-        (20, False, "stock"),
-        (20, True, dlkernels.config.owner("cpu")),
-        (400, False, dlkernels.config.owner("cpu")),
+    ours = dlkernels.config.owner("cpu")
+    for batch, size, graded, wanted in (
+        (2, 64, False, "stock"),
+        (2, 16, True, "stock"),
+        (20, 64, False, "stock"),
+        (2, 64, True, ours),
+        (400, 64, False, ours),
     ):
-        cell = made(nn, "lstm", 64, 64, dtype=torch.float32, cell=True).requires_grad_(graded)
+        cell = made(nn, "lstm", size, size, dtype=torch.float32, cell=True).requires_grad_(graded)
         with dlkernels.config.recording() as choices:
-            cell(torch.randn(batch, 64))
+            cell(torch.randn(batch, size))
         assert [choice.kernel for choice in choices] == [wanted]
 
 

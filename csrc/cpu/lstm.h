@@ -301,7 +301,7 @@ struct Forward {
   T* cells;
 
   const Groups<T> groups{s.mode, s.hidden};
-  const bool once = s.steps == 1 && s.inputs > 0, few = once && s.batch <= gemm::kFewRows;
+  const bool once = s.steps == 1 && s.inputs > 0, few = once && s.batch <= 2 * gemm::kFewRows;
   static constexpr int64_t kBatch = 4 * kColumns;  // rows of one step whose sums are in L2
   // Steps of a chunk.
   const int64_t chunk = std::clamp<int64_t>(256 / std::max<int64_t>(1, s.batch), 1, s.steps);
@@ -689,23 +689,26 @@ struct Forward {
                  to.h[0]);
       };
       if (few) {
-        const gemm::Matrix<S> rows_x{x + batch.begin * row_stride, row_stride, 1};
-        const gemm::Matrix<S> rows_h{hx + (d * s.batch + batch.begin) * s.state, s.state, 1};
-        for (int64_t i = 0; i < strips; ++i) {
-          T of_x[gemm::kFewRows * kL] = {}, of_h[gemm::kFewRows * kL] = {};
-          if (n && lanes[i]) {
-            gemm::few_rows(rows_x, gemm::Matrix<S>{w.ih, 1, s.inputs}, n, row[i], lanes[i],
-                           s.inputs, of_x);
-            gemm::few_rows(rows_h, gemm::Matrix<S>{w.hh, 1, s.state}, n, row[i], lanes[i], s.state,
-                           of_h);
+        const S* const from_x = x + batch.begin * row_stride;
+        const S* const from_h = hx + (d * s.batch + batch.begin) * s.state;
+        for (int64_t i = 0; i < strips; ++i)
+          for (int64_t r0 = 0; r0 < n; r0 += gemm::kFewRows) {
+            const int64_t m = std::min(gemm::kFewRows, n - r0);
+            T of_x[gemm::kFewRows * kL] = {}, of_h[gemm::kFewRows * kL] = {};
+            if (lanes[i]) {
+              gemm::few_rows(gemm::Matrix<S>{from_x + r0 * row_stride, row_stride, 1},
+                             gemm::Matrix<S>{w.ih, 1, s.inputs}, m, row[i], lanes[i], s.inputs,
+                             of_x);
+              gemm::few_rows(gemm::Matrix<S>{from_h + r0 * s.state, s.state, 1},
+                             gemm::Matrix<S>{w.hh, 1, s.state}, m, row[i], lanes[i], s.state, of_h);
+            }
+            const bool is_apart = gru && i >= 4;
+            for (int64_t r = 0; r < m; ++r) {
+              const V by_x = load(of_x + r * kL), by_h = load(of_h + r * kL);
+              store(sums_of(i) + (r0 + r) * kColumns, is_apart ? by_x : by_x + by_h);
+              if (is_apart) store(apart(i) + (r0 + r) * kColumns, by_h);
+            }
           }
-          const bool is_apart = gru && i >= 4;
-          for (int64_t r = 0; r < n; ++r) {
-            const V by_x = load(of_x + r * kL), by_h = load(of_h + r * kL);
-            store(sums_of(i) + r * kColumns, is_apart ? by_x : by_x + by_h);
-            if (is_apart) store(apart(i) + r * kColumns, by_h);
-          }
-        }
         finish(0, n);
         continue;
       }
