@@ -1030,6 +1030,23 @@ def test_the_kernels_check_again():
         ops.lstm_forward(packed, torch.tensor([3, 2, 2], dtype=torch.int32), *good[2:])
 
 
+def test_steps_without_rows(poisoned):
+    """No packed sequence of torch's has them; the kernels do: a part of the products is empty."""
+    layer = made(nn, "lstm", 33, 40)
+    weights = [weight.detach() for weight in layer.parameters()]
+    packed, states, results = torch.randn(6, 33).double(), states_of(layer, 3), []
+    for tail in ([], [0] * 600):
+        call = packed, torch.tensor([3, 2, 1, *tail]), *states, weights
+        output, _, _, gates, cells = ops.lstm_forward(*call, "lstm", True, True)
+        grads = torch.ones_like(output), None, None
+        *others, of_weights = ops.lstm_backward(
+            *grads, *call, output, gates, cells, "lstm", True, True, True, True
+        )
+        results.append([output, *others, *of_weights])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_which_kernel_is_recorded():
     layer, x = made(nn, "lstm", 100, 64), torch.randn(20, 8, 100).double()
     cell = made(nn, "gru", 100, 64, cell=True)

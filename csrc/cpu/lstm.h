@@ -1299,7 +1299,7 @@ struct Backward {
     const Share mine(parts(own, gemm::kRows), at.mine(), at.all);
     const int64_t i0 = mine.begin * gemm::kRows, i1 = std::min(own, mine.end * gemm::kRows);
     const gemm::Rows<S> xs{x.data() + first}, hs{sums.h.data() + first};
-    if (fresh && gemm::words<S>(n) <= gemm::kDepth) {
+    if (fresh && n > 0 && gemm::words<S>(n) <= gemm::kDepth) {
       // Of a GRU the rows for n come first.
       const int64_t cut = s.mode == Mode::kGru ? std::clamp(s.hidden, i0, i1) : i0;
       const gemm::Matrix<S> for_h{to.grad_gates + (width - own), 1, pitch};
