@@ -47,15 +47,30 @@ void check_tensor(const char* op, const char* argument, const Tensor& tensor, Sc
   check_shape(op, argument, tensor, shape);
 }
 
-// Of a layer: its shape, checked, with everything contiguous that is not the input. `hold` keeps
-// what is copied.
+// What is contiguous does not take the way through the dispatcher.
+Tensor compact(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Of a layer: its shape, checked, with everything contiguous that is not the input. A cell is a
+// layer of one step and one direction, without the dimensions of those.
 struct Layer {
   const char* op;
+  bool cell;
   Shape shape{};
   ScalarType dtype;
   bool biases = false;
   Tensor input, hx, cx, sizes;
   Tensors weights;
+
+  // The shapes of a state, and of rows of all steps.
+  Ints state_of(int64_t units) const {
+    return cell ? Ints{shape.batch, units} : Ints{shape.directions, shape.batch, units};
+  }
+  Ints rows_of(int64_t columns) const {
+    return cell || shape.sizes ? Ints{shape.rows(), columns}
+                               : Ints{shape.steps, shape.batch, columns};
+  }
 
   int64_t per_direction() const { return 2 + (biases ? 2 : 0) + (shape.projected ? 1 : 0); }
   const Tensor& weight(int64_t d, int64_t i) const {
@@ -84,19 +99,22 @@ Layer make_layer(const char* op, const Tensor& input, const Optional& batch_size
                  const Optional& cx, const Tensors& weights, const std::string& mode) {
   Layer layer;
   layer.op = op;
+  layer.cell = op == kCell;
   Shape& s = layer.shape;
   s.mode = parse_mode(op, mode);
   check_cpu(op, "input", input);
   check_floating(op, "input", input);
   const ScalarType dtype = layer.dtype = input.scalar_type();
-  const int64_t dim = batch_sizes ? 2 : 3;
+  const int64_t dim = layer.cell || batch_sizes ? 2 : 3, states = layer.cell ? 2 : 3;
   DLK_CHECK(input.dim() == dim, op, ": expected input with ", dim, " dimensions, got shape ",
             shape_string(input.sizes()));
-  DLK_CHECK(hx.dim() == 3 && hx.size(0) >= 1 && hx.size(0) <= 2, op,
+  DLK_CHECK(hx.dim() == states, op, ": expected hx with ", states, " dimensions, got shape ",
+            shape_string(hx.sizes()));
+  s.directions = layer.cell ? 1 : hx.size(0);
+  DLK_CHECK(s.directions >= 1 && s.directions <= 2, op,
             ": expected hx of 1 or 2 directions, got shape ", shape_string(hx.sizes()));
-  s.directions = hx.size(0);
-  s.batch = hx.size(1);
-  s.state = hx.size(2);
+  s.batch = hx.size(states - 2);
+  s.state = hx.size(states - 1);
   s.inputs = input.size(dim - 1);
   const int64_t count = int64_t(weights.size()), each = count / s.directions;
   DLK_CHECK(count == each * s.directions && each >= 2 && each <= 5, op,
@@ -108,8 +126,8 @@ Layer make_layer(const char* op, const Tensor& input, const Optional& batch_size
             ": expected cx of an lstm, and only of one");
   s.hidden = s.projected ? (cx->dim() == 3 ? cx->size(2) : -1) : s.state;
   const int64_t gates = s.gates() * s.hidden;
-  check_tensor(op, "hx", hx, dtype, Ints{s.directions, s.batch, s.state});
-  if (cx) check_tensor(op, "cx", *cx, dtype, Ints{s.directions, s.batch, s.hidden});
+  check_tensor(op, "hx", hx, dtype, layer.state_of(s.state));
+  if (cx) check_tensor(op, "cx", *cx, dtype, layer.state_of(s.hidden));
   DLK_CHECK(s.hidden >= 1 && s.state >= 1, op, ": expected a hidden state, got hx of shape ",
             shape_string(hx.sizes()));
   for (int64_t i = 0; i < count; ++i) {
@@ -120,34 +138,36 @@ Layer make_layer(const char* op, const Tensor& input, const Optional& batch_size
                        : layer.biases && at <= 3 ? Ints{gates}
                                                  : Ints{s.state, s.hidden};
     check_tensor(op, "weights", w, dtype, shape);
-    layer.weights.push_back(torch::stable::contiguous(w));
+    layer.weights.push_back(compact(w));
   }
   if (batch_sizes) {
     check_cpu(op, "batch_sizes", *batch_sizes);
     check_dtype(op, "batch_sizes", *batch_sizes, ScalarType::Long);
     DLK_CHECK(batch_sizes->dim() == 1, op, ": expected batch_sizes with 1 dimension, got shape ",
               shape_string(batch_sizes->sizes()));
-    layer.sizes = torch::stable::contiguous(*batch_sizes);
+    layer.sizes = compact(*batch_sizes);
     s.steps = layer.sizes.size(0);
     s.sizes = static_cast<const int64_t*>(layer.sizes.const_data_ptr());
     s.offsets.push_back(0);
     for (int64_t t = 0; t < s.steps; ++t) {
-      DLK_CHECK(s.sizes[t] >= 0 && s.sizes[t] <= (t ? s.sizes[t - 1] : s.batch), op,
-                ": expected batch_sizes that do not grow, of at most ", s.batch, ", got ",
-                s.sizes[t], " at ", t);
+      // Rows of hx without a step would have no last state.
+      DLK_CHECK(t || s.sizes[t] == s.batch, op, ": expected batch_sizes that begin with ", s.batch,
+                " as hx has, got ", s.sizes[t]);
+      DLK_CHECK(s.sizes[t] >= 0 && (t == 0 || s.sizes[t] <= s.sizes[t - 1]), op,
+                ": expected batch_sizes that do not grow, got ", s.sizes[t], " at ", t);
       s.offsets.push_back(s.offsets.back() + s.sizes[t]);
     }
     DLK_CHECK(s.offsets.back() == input.size(0), op, ": expected ", s.offsets.back(),
               " rows of input by batch_sizes, got ", input.size(0));
   } else {
-    s.steps = input.size(0);
-    DLK_CHECK(input.size(1) == s.batch, op, ": expected a batch of ", s.batch,
+    s.steps = layer.cell ? 1 : input.size(0);
+    DLK_CHECK(input.size(dim - 2) == s.batch, op, ": expected a batch of ", s.batch,
               " as hx has, got input of shape ", shape_string(input.sizes()));
   }
   layer.input =
       s.inputs <= 1 || input.stride(dim - 1) == 1 ? input : torch::stable::contiguous(input);
-  layer.hx = torch::stable::contiguous(hx);
-  if (cx) layer.cx = torch::stable::contiguous(*cx);
+  layer.hx = compact(hx);
+  if (cx) layer.cx = compact(*cx);
   return layer;
 }
 
@@ -202,7 +222,8 @@ std::vector<const S*> state_rows(const Layer& layer, int64_t d, const S* output)
 
 // --------------------------------------------------------------------------------------- forward
 
-// Outputs of a layer: contiguous, cells and gates without elements where they are not saved.
+// Outputs of a layer: contiguous, cells and gates without elements where they are not saved. Of a
+// cell output is h_n, and c_n the cells.
 struct Outputs {
   Tensor output, h_n, c_n, gates, cells;
 };
@@ -222,19 +243,19 @@ void forward(const Layer& layer, const Outputs& to) {
         std::copy_n(data_of<S>(layer.cx), layer.cx.numel(), write_to<S>(to.c_n));
       return;
     }
-    const bool packed = s.sizes != nullptr;
+    const int64_t dim = layer.input.dim();
     lstm::Forward<S> run{s,
                          layer.template of<S>(),
                          data_of<S>(layer.input),
-                         packed ? 0 : layer.input.stride(0),
-                         layer.input.stride(packed ? 0 : 1),
+                         dim == 2 ? 0 : layer.input.stride(0),
+                         layer.input.stride(dim - 2),
                          data_of<S>(layer.hx),
                          s.mode == Mode::kLstm ? data_of<S>(layer.cx) : nullptr,
                          write_to<S>(to.output),
-                         write_to<S>(to.h_n),
+                         layer.cell ? nullptr : write_to<S>(to.h_n),
                          written(to.c_n),
                          written(to.gates),
-                         to.cells.numel() ? write_to<T>(to.cells) : nullptr};
+                         !layer.cell && to.cells.numel() ? write_to<T>(to.cells) : nullptr};
     run.run();
   });
 }
@@ -249,9 +270,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(Tensor input, Op
   const bool is_lstm = s.mode == Mode::kLstm, keeps = save && s.kept();
   const int64_t columns = s.directions * s.state;
   const Outputs to{
-      make(input, layer.dtype, s.sizes ? Ints{s.rows(), columns} : Ints{s.steps, s.batch, columns}),
-      make(input, layer.dtype, {s.directions, s.batch, s.state}),
-      make(input, layer.dtype, is_lstm ? Ints{s.directions, s.batch, s.hidden} : none),
+      make(input, layer.dtype, layer.rows_of(columns)),
+      make(input, layer.dtype, layer.state_of(s.state)),
+      make(input, layer.dtype, is_lstm ? layer.state_of(s.hidden) : none),
       make(input, layer.dtype, keeps ? Ints{s.directions, s.rows(), s.kept() * s.hidden} : none),
       make(input, sums_dtype(layer.dtype),
            keeps && is_lstm ? Ints{s.directions, s.rows(), s.hidden} : none)};
@@ -272,14 +293,13 @@ Gradients backward(const Layer& layer, const Optional& grad_output, const Option
                    const Tensor& cells, bool want_input, bool want_states, bool want_weights) {
   const Shape& s = layer.shape;
   const bool is_lstm = s.mode == Mode::kLstm;
-  const Ints none{0};
-  const Ints input_shape = s.sizes ? Ints{s.rows(), s.inputs} : Ints{s.steps, s.batch, s.inputs};
+  const Ints none{0}, input_shape = layer.rows_of(s.inputs);
   const auto empty = [&](bool wanted, const Ints& shape) {
     return make(layer.hx, layer.dtype, wanted ? shape : none);
   };
   Gradients to{empty(want_input, input_shape),
-               empty(want_states, {s.directions, s.batch, s.state}),
-               empty(want_states && is_lstm, {s.directions, s.batch, s.hidden}),
+               empty(want_states, layer.state_of(s.state)),
+               empty(want_states && is_lstm, layer.state_of(s.hidden)),
                {}};
   if (want_weights)
     for (const Tensor& weight : layer.weights) {
@@ -386,7 +406,7 @@ Gradients backward(const Layer& layer, const Optional& grad_output, const Option
 void check_gradient(const Layer& layer, const char* argument, Optional& grad, const Ints& shape) {
   if (!grad) return;
   check_tensor(layer.op, argument, *grad, layer.dtype, shape);
-  grad = torch::stable::contiguous(*grad);
+  grad = compact(*grad);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensors> lstm_backward(
@@ -395,20 +415,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> lstm_backward(
     bool, bool want_input, bool want_states, bool want_weights) {
   const Layer layer = make_layer(kOp, input, batch_sizes, hx, cx, weights, mode);
   const Shape& s = layer.shape;
-  const int64_t columns = s.directions * s.state;
-  const Ints shape = s.sizes ? Ints{s.rows(), columns} : Ints{s.steps, s.batch, columns};
+  const Ints shape = layer.rows_of(s.directions * s.state);
   check_gradient(layer, "grad_output", grad_output, shape);
-  check_gradient(layer, "grad_h_n", grad_h_n, {s.directions, s.batch, s.state});
-  check_gradient(layer, "grad_c_n", grad_c_n, {s.directions, s.batch, s.hidden});
+  check_gradient(layer, "grad_h_n", grad_h_n, layer.state_of(s.state));
+  check_gradient(layer, "grad_c_n", grad_c_n, layer.state_of(s.hidden));
   check_tensor(kOp, "output", output, layer.dtype, shape);
   if (s.kept())
     check_tensor(kOp, "gates", gates, layer.dtype, {s.directions, s.rows(), s.kept() * s.hidden});
   if (s.mode == Mode::kLstm)
     check_tensor(kOp, "cells", cells, sums_dtype(layer.dtype), {s.directions, s.rows(), s.hidden});
-  Gradients grads =
-      backward(layer, grad_output, grad_h_n, grad_c_n, torch::stable::contiguous(output),
-               torch::stable::contiguous(gates), torch::stable::contiguous(cells), want_input,
-               want_states, want_weights);
+  Gradients grads = backward(layer, grad_output, grad_h_n, grad_c_n, compact(output),
+                             compact(gates), compact(cells), want_input, want_states, want_weights);
   return {grads.input, grads.hx, grads.cx, std::move(grads.weights)};
 }
 
@@ -417,16 +434,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> lstm_backward(
 Layer make_cell(const Tensor& input, const Tensor& hx, const Optional& cx, const Tensor& w_ih,
                 const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh,
                 const std::string& mode) {
-  DLK_CHECK(input.dim() == 2, kCell, ": expected input with 2 dimensions, got shape ",
-            shape_string(input.sizes()));
-  DLK_CHECK(hx.dim() == 2, kCell, ": expected hx with 2 dimensions, got shape ",
-            shape_string(hx.sizes()));
   DLK_CHECK(b_ih.has_value() == b_hh.has_value(), kCell, ": expected both biases or none");
   Tensors weights{w_ih, w_hh};
   if (b_ih) weights.push_back(*b_ih), weights.push_back(*b_hh);
-  const auto step = [](const Tensor& tensor) { return torch::stable::unsqueeze(tensor, 0); };
-  return make_layer(kCell, step(input), std::nullopt, step(hx),
-                    cx ? Optional(step(*cx)) : std::nullopt, weights, mode);
+  return make_layer(kCell, input, std::nullopt, hx, cx, weights, mode);
 }
 
 std::tuple<Tensor, Tensor, Tensor> lstm_cell_forward(Tensor input, Tensor hx, Optional cx,
@@ -434,13 +445,11 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_forward(Tensor input, Tensor hx, Op
                                                      Optional b_hh, Text mode, bool save, bool) {
   const Layer layer = make_cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh, mode);
   const Shape& s = layer.shape;
-  const Ints none{0}, state{s.batch, s.hidden};
-  const Tensor h_n = make(input, layer.dtype, state);
-  const Outputs to{
-      make(input, layer.dtype, state), h_n,
-      make(input, layer.dtype, s.mode == Mode::kLstm ? state : none),
-      make(input, layer.dtype, save && s.kept() ? Ints{s.batch, s.kept() * s.hidden} : none),
-      make(input, layer.dtype, none)};
+  const Ints none{0}, state = layer.state_of(s.hidden);
+  Outputs to;
+  to.output = make(input, layer.dtype, state);
+  to.c_n = make(input, layer.dtype, s.mode == Mode::kLstm ? state : none);
+  to.gates = make(input, layer.dtype, save && s.kept() ? layer.rows_of(s.kept() * s.hidden) : none);
   forward(layer, to);
   return {to.output, to.c_n, to.gates};
 }
@@ -451,32 +460,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_cell_bac
     bool want_input, bool want_states, bool want_weights) {
   const Layer layer = make_cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh, mode);
   const Shape& s = layer.shape;
-  const Ints state{s.batch, s.hidden};
+  const Ints state = layer.state_of(s.hidden);
   check_gradient(layer, "grad_h", grad_h, state);
   check_gradient(layer, "grad_c", grad_c, state);
   check_tensor(kCell, "h", h, layer.dtype, state);
-  if (s.kept()) check_tensor(kCell, "gates", gates, layer.dtype, {s.batch, s.kept() * s.hidden});
+  if (s.kept()) check_tensor(kCell, "gates", gates, layer.dtype, layer.rows_of(4 * s.hidden));
   Tensor cells = c;
   if (s.mode == Mode::kLstm) {
     check_tensor(kCell, "c", c, layer.dtype, state);
-    cells = torch::stable::to(c, sums_dtype(layer.dtype));
+    const ScalarType dtype = sums_dtype(layer.dtype);
+    cells = compact(dtype == layer.dtype ? c : torch::stable::to(c, dtype));
   }
-  Gradients grads = backward(layer, std::nullopt, grad_h, grad_c, torch::stable::contiguous(h),
-                             torch::stable::contiguous(gates), torch::stable::contiguous(cells),
+  Gradients grads = backward(layer, std::nullopt, grad_h, grad_c, compact(h), compact(gates), cells,
                              want_input, want_states, want_weights);
-  const auto shaped = [](const Tensor& tensor, const Ints& shape) {
-    return tensor.dim() == 1 ? tensor : torch::stable::view(tensor, shape);
-  };
   const auto weight = [&](size_t i) {
     return i < grads.weights.size() ? grads.weights[i] : make(input, layer.dtype, {0});
   };
-  return {shaped(grads.input, {s.batch, s.inputs}),
-          shaped(grads.hx, state),
-          shaped(grads.cx, state),
-          weight(0),
-          weight(1),
-          weight(2),
-          weight(3)};
+  return {grads.input, grads.hx, grads.cx, weight(0), weight(1), weight(2), weight(3)};
 }
 
 }  // namespace

@@ -3,7 +3,9 @@
 // Forward. Hidden units go in groups of one or two vectors; the weights of a group, all gates, are
 // packed once, in panels of kColumns. For each chunk of steps one product gives x·W_ihᵀ; then, step
 // by step, h·W_hhᵀ is summed on top of it, and the gates follow while the sums are in L1. h lies in
-// the pieces that gemm::multiply_pieces reads.
+// the pieces that gemm::multiply_pieces reads. Of one step, and so of a cell, whose weights nobody
+// reads twice, x and h are packed instead, and the weights' rows are those of A: the sums are
+// turned when they are done. A few rows of x and h are multiplied by the weights as they lie.
 // Backward. For each step the product of the following step's gradient of the gates with W_hh gives
 // that of h, unit by unit, and with it the gates'. What does not depend on the order of steps (the
 // gradients of input and weights) is for large products afterwards.
@@ -66,6 +68,20 @@ template <typename S>
 int64_t odd_lines(int64_t n) {
   return (parts(n * int64_t(sizeof(S)), 64) | 1) * 64 / int64_t(sizeof(S));
 }
+
+// Arrays one after another from `from` on, each in lines of its own and a line from the next; null:
+// only how much they use.
+template <typename T>
+struct Layout {
+  T* from;
+  int64_t used = 0;
+
+  T* take(int64_t n) {
+    T* const at = from ? from + used : nullptr;
+    used += Aligned<T>::padded(n) + 64 / int64_t(sizeof(T));
+    return at;
+  }
+};
 
 // -------------------------------------------------------------------------------------- operands
 
@@ -202,6 +218,7 @@ struct Place {
 // [begin, end) of n things for part `part` of `parts`.
 struct Share {
   int64_t begin, end;
+  Share(int64_t begin, int64_t end) : begin(begin), end(end) {}
   Share(int64_t n, int64_t part, int64_t parts)
       : begin(n * part / parts), end(n * (part + 1) / parts) {}
 };
@@ -209,6 +226,16 @@ struct Share {
 struct Plan {
   int64_t threads, row_parts;  // of one direction
   bool apart;                  // directions on halves of the team
+
+  int64_t members() const { return threads * (apart ? 2 : 1); }
+  // Of member `me`.
+  Place place(int64_t directions, int64_t me) const {
+    const int64_t d = apart ? me / threads : 0, first = d * threads,
+                  unit_parts = threads / row_parts;
+    const int64_t rank = me - first;
+    return {d,         apart ? 1 : directions, first,     threads, me, rank / unit_parts,
+            row_parts, rank % unit_parts,      unit_parts};
+  }
 };
 
 // Cycles of a step on `threads` of one direction, in parts of the batch. `bytes` of weights want to
@@ -270,38 +297,41 @@ struct Forward {
   const S* x;
   int64_t step_stride, row_stride;  // of x
   const S *hx, *cx;
-  S *output, *h_n, *c_n, *gates;  // gates, cells: null where nothing is saved
+  S *output, *h_n, *c_n, *gates;  // h_n: null of a cell; gates, cells: where nothing is saved
   T* cells;
 
   const Groups<T> groups{s.mode, s.hidden};
-  // Of one step a group's weights are packed where they are used, and go.
-  const bool once = s.steps == 1 && s.inputs > 0;
+  const bool once = s.steps == 1 && s.inputs > 0, few = once && s.batch <= 2 * gemm::kFewRows;
+  static constexpr int64_t kBatch = 4 * kColumns;  // rows of one step whose sums are in L2
   // Steps of a chunk.
   const int64_t chunk = std::clamp<int64_t>(256 / std::max<int64_t>(1, s.batch), 1, s.steps);
 
   // Scratch of one direction.
   struct Scratch {
-    T *w_ih, *w_hh, *w_hr, *bias, *b_hn, *sums, *c;
-    Pieces<S> h[2], full, x;  // x: of the only step
+    T *w_ih, *w_hh, *w_hr, *bias, *b_hn, *sums, *c, *x_once, *h_once;  // once: packed
+    Pieces<S> h[2], full;
   };
   // Of a thread.
   struct Own {
-    T *packed_a, *tile, *w_ih, *w_hh;  // the weights of a group
+    T *packed_a, *tile, *sums, *turned;  // sums: of a group in the only step, turned or not
     const S** rows;
     int64_t* starts;
   };
 
   int64_t depth_ih() const { return gemm::words<S>(s.inputs); }
   int64_t depth_hh() const { return gemm::words<S>(s.state); }
+  // Of the only step, packed: each part of the batch has panels of its own.
+  int64_t packed_rows() const {
+    return s.batch + kColumns * std::max<int64_t>(1, torch::stable::get_num_threads());
+  }
+  static int64_t first_packed(const Place& at, const Share& rows) {
+    return rows.begin + kColumns * at.row_part;
+  }
 
   // Lays out scratch from `from` on, null to measure it; its size.
   int64_t lay_out(Scratch& to, T* from) const {
-    int64_t used = 0;
-    const auto take = [&](int64_t n) {
-      T* const at = from + used;
-      used += Aligned<T>::padded(n) + 64 / int64_t(sizeof(T));
-      return at;
-    };
+    Layout<T> layout{from};
+    const auto take = [&](int64_t n) { return layout.take(n); };
     const int64_t panels = groups.all_panels(), rows = s.batch;
     to.w_ih = take(once ? 0 : panels * depth_ih() * kColumns);
     to.w_hh = take(once ? 0 : panels * depth_hh() * kColumns);
@@ -309,28 +339,26 @@ struct Forward {
         take(s.projected ? parts(s.state, kColumns) * gemm::words<S>(s.hidden) * kColumns : 0);
     to.bias = take(panels * kColumns);
     to.b_hn = take(groups.count() * groups.units());
-    to.sums = take(panels * chunk * rows * kColumns);
+    to.sums = take(once ? 0 : panels * chunk * rows * kColumns);
     to.c = take(s.mode == Mode::kLstm ? parts(s.hidden, kL) * rows * kL : 0);
-    for (auto& h : to.h) h = {take(Pieces<S>::size(s.state, rows | 1)), rows | 1};
+    to.x_once = take(once && !few ? depth_ih() * packed_rows() : 0);
+    to.h_once = take(once && !few ? depth_hh() * packed_rows() : 0);
+    for (auto& h : to.h) h = {take(once ? 0 : Pieces<S>::size(s.state, rows | 1)), rows | 1};
     to.full = {take(s.projected ? Pieces<S>::size(s.hidden, rows | 1) : 0), rows | 1};
-    to.x = {take(once ? Pieces<S>::size(s.inputs, rows | 1) : 0), rows | 1};
-    return used;
+    return layout.used;
   }
   int64_t lay_out(Own& to, T* from) const {
-    int64_t used = 0;
-    const auto take = [&](int64_t n) {
-      T* const at = from + used;
-      used += Aligned<T>::padded(n);
-      return at;
-    };
+    Layout<T> layout{from};
+    const auto take = [&](int64_t n) { return layout.take(n); };
     const auto words = [](int64_t n) { return parts(n * 8, int64_t(sizeof(T))); };
-    to.packed_a = take(once ? 0 : gemm::kBlockRows * gemm::kPitch);
-    to.w_ih = take(once ? groups.panels() * depth_ih() * kColumns : 0);
-    to.w_hh = take(once ? groups.panels() * depth_hh() * kColumns : 0);
+    to.packed_a = take(gemm::kBlockRows * gemm::kPitch);
     to.tile = take(kStepRows * kColumns);
+    to.sums = take(once ? groups.panels() * kStepRows * kColumns : 0);
+    // A GRU's W_hn·h behind the others.
+    to.turned = take(once && !few ? (groups.panels() + 1) * kColumns * kBatch : 0);
     to.rows = reinterpret_cast<const S**>(take(words(chunk * s.batch)));
     to.starts = reinterpret_cast<int64_t*>(take(words(chunk)));
-    return used;
+    return layout.used;
   }
 
   Plan plan(int64_t team) const {
@@ -341,10 +369,10 @@ struct Forward {
 
   void run() {
     const int64_t most = std::max<int64_t>(1, torch::stable::get_num_threads());
-    Plan wanted = plan(most);
+    const Plan wanted = plan(most);
     const int64_t work = s.rows() * s.gates() * s.hidden * (s.inputs + s.state);
-    int64_t threads = wanted.threads * (wanted.apart ? 2 : 1);
-    threads = std::clamp<int64_t>(work * s.directions / gemm::kGrain, 1, threads);
+    const int64_t threads =
+        std::clamp<int64_t>(work * s.directions / gemm::kGrain, 1, wanted.members());
     Scratch measure;
     Own measure_own;
     const int64_t shared = lay_out(measure, nullptr), own = lay_out(measure_own, nullptr);
@@ -353,14 +381,9 @@ struct Forward {
       Own mine;
       lay_out(mine, memory.get() + s.directions * shared + me * own);
       const Plan p = plan(team.size());
-      const int64_t d0 = p.apart ? me / p.threads : 0;
-      if (me >= p.threads * (p.apart ? 2 : 1)) return;
-      const int64_t first = p.apart ? d0 * p.threads : 0, rank = me - first;
-      const int64_t unit_parts = p.threads / p.row_parts;
-      const Place at{d0,        p.apart ? 1 : s.directions, first,       p.threads,
-                     me,        rank / unit_parts,          p.row_parts, rank % unit_parts,
-                     unit_parts};
-      for (int64_t d = d0; d < d0 + at.directions; ++d) {
+      if (me >= p.members()) return;
+      const Place at = p.place(s.directions, me);
+      for (int64_t d = at.direction; d < at.direction + at.directions; ++d) {
         Scratch scratch;
         lay_out(scratch, memory.get() + d * shared);
         direction(team, at, d, scratch, mine);
@@ -408,9 +431,24 @@ struct Forward {
       }
     };
     const S* const h0 = hx + d * s.batch * s.state;
-    fill(to.h[0], h0, s.state, s.state);
-    if (s.steps > 1) fill(to.h[1], h0, s.state, s.state);
-    if (once) fill(to.x, x, row_stride, s.inputs);
+    const auto pack = [&](const S* from, int64_t stride, int64_t units, T* packed) {
+      const gemm::Matrix<S> turned{from + rows.begin * stride, 1, stride};
+      const int64_t depth = gemm::words<S>(units), n = rows.end - rows.begin;
+      const Share share(parts(depth, kL), at.part, at.parts);
+      const int64_t p = share.begin * kL;
+      packed += first_packed(at, rows) * depth;
+      for (int64_t r = 0; r < gemm::round_up(n, kColumns); r += kL)
+        gemm::pack_columns(turned, p, std::min(depth, share.end * kL) - p, units, r,
+                           std::clamp<int64_t>(n - r, 0, kL),
+                           packed + r / kColumns * kColumns * depth + p * kColumns + r % kColumns);
+    };
+    if (!once) {
+      fill(to.h[0], h0, s.state, s.state);
+      if (s.steps > 1) fill(to.h[1], h0, s.state, s.state);
+    } else if (!few) {
+      pack(x, row_stride, s.inputs, to.x_once);
+      pack(h0, s.state, s.state, to.h_once);
+    }
     if (s.projected) fill(to.full, nullptr, 0, s.hidden);
     if (s.mode == Mode::kLstm) {
       const Share share(parts(s.hidden, kL), at.part, at.parts);
@@ -455,13 +493,13 @@ struct Forward {
 
   // Rows [row, row + n) of a step and one vector of units, from its sums.
   struct Tile {
-    int64_t d, t, row, n, unit;
+    int64_t d, t, row, n;
     T* sums;
-    const T* hidden;       // a GRU's W_hn·h
-    int64_t panel;         // from one panel's sums to the next
-    int64_t v;             // of the group's vectors
-    const T *bias, *b_hn;  // of the group
-    int64_t ends;          // rows from here on have no further step
+    const T* hidden;                           // a GRU's W_hn·h
+    int64_t panel;                             // from one panel's sums to the next
+    int64_t ends;                              // rows from here on have no further step
+    int64_t v = 0, unit = 0;                   // which of the group's vectors, and its first unit
+    const T *bias = nullptr, *b_hn = nullptr;  // of the group
   };
 
   void put_state(const Tile& at, const Scratch& to, const Pieces<S>& h, int64_t r, V value,
@@ -476,9 +514,9 @@ struct Forward {
 
   void put_output(int64_t d, int64_t t, int64_t row, int64_t unit, int64_t ends, const Pieces<S>& h,
                   V value, int64_t lanes) const {
-    h.put(row, unit, value, lanes);
+    if (!once) h.put(row, unit, value, lanes);
     store(output + ((s.offset(t) + row) * s.directions + d) * s.state + unit, value, lanes);
-    if (row >= ends) store(h_n + (d * s.batch + row) * s.state + unit, value, lanes);
+    if (h_n && row >= ends) store(h_n + (d * s.batch + row) * s.state + unit, value, lanes);
   }
 
   void lstm_gates(const Tile& at, const Scratch& to, const Pieces<S>& h) const {
@@ -539,7 +577,8 @@ struct Forward {
       const V reset = one / (one + x[0]), z = one / (one + x[1]);
       const V hidden = load(at.hidden + r * kColumns + at.v * kL) + bias_hn;
       const V n = tanh(fma(reset, hidden, load(sums + 2 * at.panel) + bias_n));
-      const V old = before.get(at.row + r, at.unit, lanes);
+      const V old = once ? load(hx + (at.d * s.batch + at.row + r) * s.state + at.unit, lanes)
+                         : before.get(at.row + r, at.unit, lanes);
       put_state(at, to, h, r, fma(z, old - n, n), lanes);
       if (gates) {
         S* const to_gates = gates + (at.d * s.rows() + first + r) * 4 * s.hidden + at.unit;
@@ -561,55 +600,137 @@ struct Forward {
     }
   }
 
+  // Group g of the rows of a tile.
+  void gates_of(Tile at, int64_t g, const Scratch& to, const Pieces<S>& h,
+                const Pieces<S>& before) const {
+    at.bias = to.bias + g * groups.panels() * kColumns;
+    at.b_hn = to.b_hn + g * groups.units();
+    for (at.v = 0; at.v < groups.vectors(); ++at.v) {
+      at.unit = g * groups.units() + at.v * kL;
+      if (at.unit >= s.hidden) break;
+      switch (s.mode) {
+        case Mode::kLstm:
+          lstm_gates(at, to, h);
+          break;
+        case Mode::kGru:
+          gru_gates(at, to, h, before);
+          break;
+        default:
+          rnn_gate(at, to, h);
+      }
+    }
+  }
+
   // Step t of rows [row0, row0 + n), whose sums of x begin at `sums`.
   void step(int64_t d, int64_t t, int64_t row0, int64_t n, int64_t ends, const Share& mine,
             const Scratch& to, const Own& own, T* sums, int64_t pitch, const Pieces<S>& from,
             const Pieces<S>& h) const {
     const int64_t panels = groups.panels(), depth = depth_hh();
-    for (int64_t g = mine.begin; g < mine.end; ++g) {
-      const T* const w_hh = once ? own.w_hh : to.w_hh + g * panels * depth * kColumns;
-      for (int64_t p = 0; once && p < panels; ++p) {
-        pack_gates(weights[size_t(d)].ih, s.inputs, groups, g * panels + p,
-                   own.w_ih + p * depth_ih() * kColumns);
-        pack_gates(weights[size_t(d)].hh, s.state, groups, g * panels + p,
-                   own.w_hh + p * depth * kColumns);
-      }
+    for (int64_t g = mine.begin; g < mine.end; ++g)
       for (int64_t r = 0; r < n; r += kStepRows) {
         const int64_t m = std::min(kStepRows, n - r);
         T* const first = sums + (g * panels * pitch + r) * kColumns;
         for (int64_t p = 0; p < panels; ++p) {
           const bool apart = s.mode == Mode::kGru && p == 2;
-          if (once)
-            to.x.multiply(row0 + r, m, 0, s.inputs, own.w_ih + p * depth_ih() * kColumns, false,
-                          first + p * pitch * kColumns);
-          from.multiply(row0 + r, m, 0, s.state, w_hh + p * depth * kColumns, !apart,
-                        apart ? own.tile : first + p * pitch * kColumns);
+          from.multiply(row0 + r, m, 0, s.state, to.w_hh + (g * panels + p) * depth * kColumns,
+                        !apart, apart ? own.tile : first + p * pitch * kColumns);
         }
-        for (int64_t v = 0; v < groups.vectors(); ++v) {
-          const int64_t unit = g * groups.units() + v * kL;
-          if (unit >= s.hidden) break;
-          const Tile at{d,
-                        t,
-                        row0 + r,
-                        m,
-                        unit,
-                        first,
-                        own.tile,
-                        pitch * kColumns,
-                        v,
-                        to.bias + g * panels * kColumns,
-                        to.b_hn + g * groups.units(),
-                        ends};
-          switch (s.mode) {
-            case Mode::kLstm:
-              lstm_gates(at, to, h);
-              break;
-            case Mode::kGru:
-              gru_gates(at, to, h, from);
-              break;
-            default:
-              rnn_gate(at, to, h);
+        gates_of({d, t, row0 + r, m, first, own.tile, pitch * kColumns, ends}, g, to, h, from);
+      }
+  }
+
+  // Rows [i0, i1) of a weight, k long, by `n` packed rows: turned sums, kBatch apart. Meanwhile the
+  // rows of the next tile come nearer.
+  void turned_product(const S* const* weight, int64_t i0, int64_t i1, int64_t k, const T* packed,
+                      int64_t n, bool add, T* packed_a, T* sums) const {
+    const int64_t depth = gemm::words<S>(k), tiles = parts(i1 - i0, gemm::kRows);
+    const int64_t steps = depth * parts(n, kColumns);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const Share rows(i1 - i0, tile, tiles);
+      const int64_t height = rows.end - rows.begin;
+      const auto* next = reinterpret_cast<const char*>(weight[std::min(i0 + rows.end, i1 - 1)]);
+      const int64_t step = parts(height * k * int64_t(sizeof(S)), steps);
+      for (int64_t p = 0; p < depth; p += gemm::kDepth) {
+        const int64_t size = std::min(gemm::kDepth, depth - p);
+        gemm::pack_a(gemm::Rows<S>{weight}, i0 + rows.begin, height, p, size, k, packed_a);
+        for (int64_t c = 0; c < n; c += kColumns, next += size * step)
+          gemm::multiply_rows<T, Pieces<S>::kPair>(
+              height, n - c > kL, packed_a, packed + c * depth + p * kColumns, size, add || p > 0,
+              sums + rows.begin * kBatch + c, kBatch, gemm::Ahead{next, step},
+              std::make_integer_sequence<int, int(gemm::kRows)>());
+      }
+    }
+  }
+
+  // The only step, of the rows `batch`.
+  void step_once(const Place& at, int64_t d, const Share& batch, const Share& mine,
+                 const Scratch& to, const Own& own) const {
+    const Weights<S>& w = weights[size_t(d)];
+    const int64_t strips = groups.panels() * gemm::kVectors, n = batch.end - batch.begin;
+    const bool gru = s.mode == Mode::kGru;
+    constexpr int64_t kStrips = 6, kPanel = kStepRows * kColumns;
+    for (int64_t g = mine.begin; g < mine.end; ++g) {
+      // The group's rows of the weights, strip after strip.
+      const S *ih[kStrips * kL], *hh[kStrips * kL];
+      int64_t row[kStrips], lanes[kStrips], starts[kStrips + 1] = {0};
+      for (int64_t i = 0; i < strips; ++i) {
+        row[i] = groups.row(g, i, lanes[i]);
+        starts[i + 1] = starts[i] + lanes[i];
+        for (int64_t l = 0; l < lanes[i]; ++l) {
+          ih[starts[i] + l] = w.ih + (row[i] + l) * s.inputs;
+          hh[starts[i] + l] = w.hh + (row[i] + l) * s.state;
+        }
+      }
+      const int64_t all = starts[strips], common = gru ? starts[4] : all;
+      const auto sums_of = [&](int64_t i) { return own.sums + i / 2 * kPanel + i % 2 * kL; };
+      const auto apart = [&](int64_t i) { return own.tile + (i - 4) * kL; };
+      const auto finish = [&](int64_t r, int64_t m) {
+        gates_of({d, 0, batch.begin + r, m, own.sums, own.tile, kPanel, 0}, g, to, to.h[1],
+                 to.h[0]);
+      };
+      if (few) {
+        const S* const from_x = x + batch.begin * row_stride;
+        const S* const from_h = hx + (d * s.batch + batch.begin) * s.state;
+        for (int64_t i = 0; i < strips; ++i)
+          for (int64_t r0 = 0; r0 < n; r0 += gemm::kFewRows) {
+            const int64_t m = std::min(gemm::kFewRows, n - r0);
+            T of_x[gemm::kFewRows * kL] = {}, of_h[gemm::kFewRows * kL] = {};
+            if (lanes[i]) {
+              gemm::few_rows(gemm::Matrix<S>{from_x + r0 * row_stride, row_stride, 1},
+                             gemm::Matrix<S>{w.ih, 1, s.inputs}, m, row[i], lanes[i], s.inputs,
+                             of_x);
+              gemm::few_rows(gemm::Matrix<S>{from_h + r0 * s.state, s.state, 1},
+                             gemm::Matrix<S>{w.hh, 1, s.state}, m, row[i], lanes[i], s.state, of_h);
+            }
+            const bool is_apart = gru && i >= 4;
+            for (int64_t r = 0; r < m; ++r) {
+              const V by_x = load(of_x + r * kL), by_h = load(of_h + r * kL);
+              store(sums_of(i) + (r0 + r) * kColumns, is_apart ? by_x : by_x + by_h);
+              if (is_apart) store(apart(i) + (r0 + r) * kColumns, by_h);
+            }
           }
+        finish(0, n);
+        continue;
+      }
+      for (int64_t c = 0; c < n; c += kBatch) {
+        const int64_t m = std::min(kBatch, n - c), first = first_packed(at, batch) + c;
+        const T *const xs = to.x_once + first * depth_ih(), *const hs =
+                                                                to.h_once + first * depth_hh();
+        T* const hidden = own.turned + all * kBatch;
+        turned_product(ih, 0, all, s.inputs, xs, m, false, own.packed_a, own.turned);
+        turned_product(hh, 0, common, s.state, hs, m, true, own.packed_a, own.turned);
+        if (gru) turned_product(hh, common, all, s.state, hs, m, false, own.packed_a, hidden);
+        for (int64_t r = 0; r < m; r += kStepRows) {
+          const int64_t height = std::min(kStepRows, m - r);
+          const auto turn = [&](const T* from, int64_t columns, T* sums) {
+            gemm::pack_columns(gemm::Matrix<T>{from + r, 1, kBatch}, 0, height, height, 0, columns,
+                               sums);
+          };
+          for (int64_t i = 0; i < strips; ++i)
+            turn(own.turned + starts[i] * kBatch, lanes[i], sums_of(i));
+          for (int64_t i = 4; gru && i < strips; ++i)
+            turn(hidden + (starts[i] - common) * kBatch, lanes[i], apart(i));
+          finish(c + r, height);
         }
       }
     }
@@ -644,17 +765,17 @@ struct Forward {
     for (int64_t q0 = 0; q0 < s.steps; q0 += chunk) {
       const int64_t q1 = std::min(s.steps, q0 + chunk);
       const int64_t t0 = d == 0 ? q0 : s.steps - q1;
-      if (once)
-        own.starts[0] = 0;
-      else
-        input_product(rows, mine, t0, t0 + q1 - q0, to, own, sums, pitch);
+      if (!once) input_product(rows, mine, t0, t0 + q1 - q0, to, own, sums, pitch);
       for (int64_t q = q0; q < q1; ++q) {
         const int64_t t = d == 0 ? q : s.steps - 1 - q;
         const int64_t n = std::max<int64_t>(0, std::min(rows.end, s.active(t)) - rows.begin);
         const int64_t ends = d == 0 ? s.active(t + 1) : t == 0 ? 0 : s.batch;
         const Pieces<S>&from = to.h[q % 2], &h = to.h[(q + 1) % 2];
-        step(d, t, rows.begin, n, ends, mine, to, own, sums + own.starts[t - t0] * kColumns, pitch,
-             from, h);
+        if (once)
+          step_once(at, d, rows, mine, to, own);
+        else
+          step(d, t, rows.begin, n, ends, mine, to, own, sums + own.starts[t - t0] * kColumns,
+               pitch, from, h);
         if (s.projected) {
           team.wait(0, at.first(), at.parts, at.me);
           project(d, t, rows.begin, n, ends, at, to, own, h);
@@ -702,21 +823,19 @@ struct Backward {
     Pieces<S> gates[2], state;
   };
   struct Own {
-    T *tile, *product, *w_hh;  // w_hh: of one step a panel is packed where it is used, and goes
+    T *tile, *product, *panel;  // panel: of weights that are read in one step alone
   };
   bool once() const { return s.steps == 1; }
+  // A GRU's gradient of n meets W_ih alone: of one step it lies behind those that meet W_hh.
+  int64_t all_pieces() const { return meets + (s.mode == Mode::kGru && once() ? 1 : 0); }
 
   int64_t lay_out(Scratch& to, T* from) const {
-    int64_t used = 0;
-    const auto take = [&](int64_t n) {
-      T* const at = from + used;
-      used += Aligned<T>::padded(n) + 64 / int64_t(sizeof(T));
-      return at;
-    };
+    Layout<T> layout{from};
+    const auto take = [&](int64_t n) { return layout.take(n); };
     to.w_hh = take(once() ? 0 : parts(s.state, kColumns) * depth() * kColumns);
     to.w_hr =
         take(s.projected ? parts(s.hidden, kColumns) * gemm::words<S>(s.state) * kColumns : 0);
-    to.w_ih = take(want_input ? gemm::Packed<S>::size(s.inputs, own) : 0);
+    to.w_ih = take(want_input && !once() ? gemm::Packed<S>::size(s.inputs, own) : 0);
     to.carry = take(parts(s.hidden, kL) * s.batch * kL);
     const auto rows_of = [&](int64_t columns) {
       return reinterpret_cast<S*>(
@@ -725,10 +844,11 @@ struct Backward {
     to.grad_gates = rows_of(pitch);
     to.grad_state = rows_of(s.projected ? s.state : 0);
     to.full = rows_of(s.projected ? s.hidden : 0);
-    for (auto& pieces : to.gates)
-      pieces = {take(meets * Pieces<S>::size(s.hidden, s.batch | 1)), s.batch | 1};
+    const int64_t size = all_pieces() * Pieces<S>::size(s.hidden, s.batch | 1);
+    to.gates[0] = {take(once() ? 0 : size), s.batch | 1};
+    to.gates[1] = {take(size), s.batch | 1};
     to.state = {take(s.projected ? Pieces<S>::size(s.state, s.batch | 1) : 0), s.batch | 1};
-    return used;
+    return layout.used;
   }
 
   // The gates of a unit are whole pieces apart.
@@ -743,10 +863,9 @@ struct Backward {
 
   void run() {
     const int64_t most = std::max<int64_t>(1, torch::stable::get_num_threads());
-    Plan wanted = plan(most);
-    int64_t threads = wanted.threads * (wanted.apart ? 2 : 1);
-    threads =
-        std::clamp<int64_t>(s.rows() * depth() * s.state * s.directions / gemm::kGrain, 1, threads);
+    const Plan wanted = plan(most);
+    const int64_t work = s.rows() * depth() * s.state * s.directions;
+    const int64_t threads = std::clamp<int64_t>(work / gemm::kGrain, 1, wanted.members());
     Scratch measure;
     const int64_t shared = lay_out(measure, nullptr);
     const int64_t tile = kStepRows * kColumns, product = Aligned<T>::padded(product_scratch());
@@ -754,15 +873,10 @@ struct Backward {
     const Aligned<T> memory(s.directions * shared + threads * each);
     Team::run(threads, [&](Team& team, int64_t me) {
       const Plan p = plan(team.size());
-      if (me >= p.threads * (p.apart ? 2 : 1)) return;
-      const int64_t d0 = p.apart ? me / p.threads : 0;
-      const int64_t first = p.apart ? d0 * p.threads : 0, rank = me - first;
-      const int64_t unit_parts = p.threads / p.row_parts;
-      const Place at{d0,        p.apart ? 1 : s.directions, first,       p.threads,
-                     me,        rank / unit_parts,          p.row_parts, rank % unit_parts,
-                     unit_parts};
+      if (me >= p.members()) return;
+      const Place at = p.place(s.directions, me);
       T* const mine = memory.get() + s.directions * shared + me * each;
-      for (int64_t d = d0; d < d0 + at.directions; ++d) {
+      for (int64_t d = at.direction; d < at.direction + at.directions; ++d) {
         Scratch scratch;
         lay_out(scratch, memory.get() + d * shared);
         direction(team, at, d, scratch, {mine, mine + tile, mine + tile + product});
@@ -779,7 +893,7 @@ struct Backward {
       return most <= 1024 ? gemm::scratch_size<S>(m, n, most) : deep;
     };
     int64_t size = 0;
-    if (want_input) size = gemm::Packed<S>(nullptr, s.inputs, own).scratch_size();
+    if (want_input && !once()) size = gemm::Packed<S>(nullptr, s.inputs, own).scratch_size();
     if (want_weights)
       size = std::max({size, of(own, gemm::round_up(s.inputs, kL) + s.state),
                        s.projected ? of(s.state, s.hidden) : 0});
@@ -790,14 +904,14 @@ struct Backward {
     const Weights<S>& w = weights[size_t(d)];
     const Share mine(parts(s.state, kColumns), at.mine(), at.all);
     for (int64_t p = mine.begin; !once() && p < mine.end; ++p)
-      pack_hidden(w, p, to.w_hh + p * depth() * kColumns);
+      pack_rows(w.hh, s.state, p, to.w_hh + p * depth() * kColumns);
     if (s.projected) {
       const Share panels(parts(s.hidden, kColumns), at.mine(), at.all);
       for (int64_t p = panels.begin; p < panels.end; ++p)
         pack_panel(gemm::Matrix<S>{w.hr, s.hidden, 1}, s.state, p * kColumns, s.hidden,
                    to.w_hr + p * gemm::words<S>(s.state) * kColumns);
     }
-    if (want_input) {
+    if (want_input && !once()) {
       const int64_t depth = gemm::words<S>(own), pitch = gemm::round_up(s.inputs, kColumns);
       const Share blocks(parts(depth, gemm::kDepth), at.mine(), at.all);
       const auto pack = [&](const auto& b) {
@@ -821,7 +935,7 @@ struct Backward {
         pieces.clear(rows.begin, rows.end, u * size);
     };
     if (!whole())
-      for (const auto& pieces : to.gates) clear(pieces, meets * gate_units());
+      for (int64_t i = once() ? 1 : 0; i < 2; ++i) clear(to.gates[i], all_pieces() * gate_units());
     if (s.projected) clear(to.state, s.state);
     const S* const from = s.mode == Mode::kLstm ? grad_c_n : grad_h_n;
     const Share share(parts(s.hidden, kL), at.part, at.parts);
@@ -833,11 +947,11 @@ struct Backward {
                    : V(T(0)));
   }
 
-  // Panel p of W_hh.
-  void pack_hidden(const Weights<S>& w, int64_t p, T* to) const {
+  // Panel p of W_hh or W_ih, whose rows have `columns`.
+  void pack_rows(const S* w, int64_t columns, int64_t p, T* to) const {
     for (int64_t g = 0; g < meets; ++g)
-      pack_panel(gemm::Matrix<S>{w.hh + g * s.hidden * s.state, s.state, 1}, s.hidden, p * kColumns,
-                 s.state, to + g * gemm::words<S>(s.hidden) * kColumns);
+      pack_panel(gemm::Matrix<S>{w + g * s.hidden * columns, columns, 1}, s.hidden, p * kColumns,
+                 columns, to + g * gemm::words<S>(s.hidden) * kColumns);
   }
 
   // The row of W_ih that column i of the gradients of the gates meets.
@@ -915,7 +1029,7 @@ struct Backward {
                         : load(hx + (at.d * s.batch + row) * s.state + at.unit, lanes);
       store(at.to.carry + (at.unit / kL * s.batch + row) * kL, dh * z);
       const V dn = dh * (one - z) * (one - n * n);
-      put_gate(at, row, 0, -1, dn);
+      put_gate(at, row, 0, once() ? 3 : -1, dn);
       put_gate(at, row, 1, 0, dn * hidden * (r * (one - r)));
       put_gate(at, row, 2, 1, dh * (old - n) * (z * (one - z)));
       put_gate(at, row, 3, 2, dn * r);
@@ -1010,6 +1124,33 @@ struct Backward {
                       b + g * gemm::words<S>(s.hidden) * kColumns, g > 0, sums);
   }
 
+  // Columns of a weight, panels of which are packed where they are used, once.
+  struct Passing {
+    const S* w;
+    int64_t columns, begin, end;  // panels
+    bool is_input;
+  };
+
+  // Of the only step: the gradients of the gates of rows [row, row + m) by panel p, in `packed`,
+  // into sums. Of the panel after it, which begins at `next` in rows of next_columns, a part comes
+  // nearer, part r of n.
+  void multiply_once(const Pieces<S>& pieces, int64_t row, int64_t m, const Passing& by,
+                     const T* packed, const S* next, int64_t next_columns, int64_t r, int64_t n,
+                     T* sums) const {
+    constexpr int64_t kUnits = 2 * gemm::kFlush * (Pieces<S>::kPair ? 2 : 1);
+    const bool turns = by.is_input && s.mode == Mode::kGru;
+    for (int64_t g = 0; g < meets; ++g)
+      for (int64_t u = 0; u < s.hidden; u += kUnits) {
+        const int64_t k = std::min(kUnits, s.hidden - u), piece = turns && g == 2 ? 3 : g;
+        for (int64_t i = k * r / n; next && i < k * (r + 1) / n; ++i)
+          for (int64_t c = 0; c < kColumns; c += 64 / int64_t(sizeof(S)))
+            __builtin_prefetch(next + (g * s.hidden + u + i) * next_columns + c, 0, 2);
+        pieces.multiply(row, m, piece * gate_units() + u, k,
+                        packed + (g * gemm::words<S>(s.hidden) + gemm::words<S>(u)) * kColumns,
+                        g > 0 || u > 0, sums);
+      }
+  }
+
   void direction(Team& team, const Place& at, int64_t d, const Scratch& to, const Own& mem) const {
     const Share rows = rows_of(s, at.row_part, at.row_parts);
     const Share mine(parts(s.state, kColumns), at.part, at.parts);
@@ -1023,20 +1164,23 @@ struct Backward {
       const Pieces<S>&from = to.gates[q % 2], &pieces = to.gates[(q + 1) % 2];
       const int64_t begin = q / chunk * chunk, last = std::min(s.steps, begin + chunk);
       if (q < s.steps) first = s.offset(d == 0 ? s.steps - last : begin);
-      for (int64_t p = mine.begin; p < mine.end; ++p) {
-        const T* const w_hh = once() ? mem.w_hh : to.w_hh + p * depth() * kColumns;
-        if (once() && q == 1) pack_hidden(weights[size_t(d)], p, mem.w_hh);
+      const auto finish_panel = [&](int64_t p, const auto& product) {
         for (int64_t row = rows.begin; row < end; row += kStepRows) {
           const int64_t m = std::min(kStepRows, end - row);
           const int64_t n = std::clamp<int64_t>(later - row, 0, m);
-          for (int64_t r = 0; r < n; r += gemm::kRows) {
-            const int64_t height = std::min(gemm::kRows, n - r);
-            if (!s.projected) prefetch(d, t, row + r, height, active, p * kColumns);
-            multiply(from, row + r, height, w_hh, mem.tile + r * kColumns);
-          }
+          for (int64_t r = 0; r < n; r += gemm::kRows)
+            product(row + r, std::min(gemm::kRows, n - r), mem.tile + r * kColumns);
           finish(d, t, row, m, later, active, first, p, mem.tile, to, pieces);
         }
-      }
+      };
+      if (once() && q == 1)
+        last_products(at, d, rows, from, mem, finish_panel);
+      else
+        for (int64_t p = mine.begin; p < mine.end; ++p)
+          finish_panel(p, [&](int64_t row, int64_t m, T* sums) {
+            if (!s.projected) prefetch(d, t, row, m, active, p * kColumns);
+            multiply(from, row, m, to.w_hh + p * depth() * kColumns, sums);
+          });
       if (s.projected) {
         team.wait(0, at.first(), at.parts, at.me);
         project(at, d, t, rows, later, active, first, to, pieces, mem.tile);
@@ -1054,13 +1198,89 @@ struct Backward {
     }
   }
 
+  // Of the only step: the gradients of the state and of the input, panel by panel.
+  template <typename FinishPanel>
+  void last_products(const Place& at, int64_t d, const Share& rows, const Pieces<S>& gates_of,
+                     const Own& mem, const FinishPanel& finish_panel) const {
+    const Weights<S>& w = weights[size_t(d)];
+    const Share state(parts(s.state, kColumns), at.part, at.parts);
+    const Share input(want_input ? parts(s.inputs, kColumns) : 0, at.part, at.parts);
+    const int64_t tiles = parts(rows.end - rows.begin, gemm::kRows);
+    const Passing hh{w.hh, s.state, state.begin, state.end, false};
+    const Passing ih{w.ih, s.inputs, input.begin, input.end, true};
+    const auto pass = [&](const Passing& by, const Passing& after, const auto& finished) {
+      for (int64_t p = by.begin; p < by.end; ++p) {
+        const Passing& then = p + 1 < by.end ? by : after;
+        const int64_t at_next = p + 1 < by.end ? p + 1 : after.begin;
+        const S* const next = at_next < then.end ? then.w + at_next * kColumns : nullptr;
+        pack_rows(by.w, by.columns, p, mem.panel);
+        finished(p, [&](int64_t row, int64_t m, T* sums) {
+          multiply_once(gates_of, row, m, by, mem.panel, next, then.columns,
+                        (row - rows.begin) / gemm::kRows, tiles, sums);
+        });
+      }
+    };
+    if (grad_hx) pass(hh, ih, finish_panel);
+    pass(ih, {nullptr, 0, 0, 0, true}, [&](int64_t p, const auto& product) {
+      for (int64_t row = rows.begin; row < rows.end; row += gemm::kRows) {
+        const int64_t m = std::min(gemm::kRows, rows.end - row);
+        product(row, m, mem.tile);
+        for (int64_t r = 0; r < m; ++r)
+          for (int64_t v = 0; v < std::min(kColumns, s.inputs - p * kColumns); v += kL)
+            store(products[size_t(d)].grad_input + (row + r) * s.inputs + p * kColumns + v,
+                  load(mem.tile + r * kColumns + v), std::min(kL, s.inputs - p * kColumns - v));
+      }
+    });
+  }
+
+  // `rows` of A·B, whose sums are no longer than a panel is deep, straight to where they belong.
+  void short_product(const gemm::Matrix<S>& a, const gemm::Rows<S>& b, const Share& rows,
+                     int64_t columns, int64_t k, T* scratch, T* to) const {
+    constexpr int64_t kBlock = 4 * gemm::kRows;  // whole vectors of A
+    const int64_t depth = gemm::words<S>(k);
+    // Stock sums step by step: sums over steps are cut as short.
+    const int64_t part = once() ? depth : gemm::kFlush;
+    for (int64_t j = 0; j < columns; j += gemm::kBlockColumns) {
+      const int64_t n = std::min(gemm::kBlockColumns, columns - j);
+      T* const packed_a = scratch + depth * gemm::round_up(n, kColumns);
+      T* const tile = packed_a + kBlock * gemm::kPitch;
+      // Bytes of the next rows for each k, that are to come nearer.
+      const int64_t step = parts(gemm::kRows * columns * int64_t(sizeof(T)),
+                                 std::max<int64_t>(1, depth) * parts(n, kColumns));
+      gemm::pack_b(b, 0, depth, k, j, n, scratch);
+      for (int64_t block = rows.begin; block < rows.end; block += kBlock) {
+        const int64_t end = std::min(rows.end, block + kBlock);
+        gemm::pack_a(a, block, end - block, 0, depth, k, packed_a);
+        for (int64_t i = block; i < end; i += gemm::kRows)
+          for (int64_t c = 0; c < n; c += kColumns) {
+            const int64_t height = std::min(gemm::kRows, end - i);
+            const int64_t lanes = std::min(kColumns, n - c);
+            const bool whole = lanes == kColumns;
+            T* const out = to + i * columns + j + c;
+            const char* next = reinterpret_cast<const char*>(to + (i + height) * columns);
+            next += c / kColumns * depth * step;
+            for (int64_t p = 0; p < depth; p += part, next += part * step)
+              gemm::multiply_rows<T, Pieces<S>::kPair>(
+                  height, lanes > kL, packed_a + (i - block) * gemm::kPitch + p,
+                  scratch + c * depth + p * kColumns, std::min(part, depth - p), p > 0,
+                  whole ? out : tile, whole ? columns : kColumns, gemm::Ahead{next, step},
+                  std::make_integer_sequence<int, int(gemm::kRows)>());
+            for (int64_t y = 0; !whole && y < height; ++y)
+              for (int64_t v = 0; v < lanes; v += kL)
+                store(out + y * columns + v, load(tile + y * kColumns + v),
+                      std::min(kL, lanes - v));
+          }
+      }
+    }
+  }
+
   // My share of what a chunk, `n` rows from `first` on, gives to the gradients of the input and of
   // the weights; `fresh` where it is the first.
   void large_products(const Place& at, int64_t d, int64_t first, int64_t n, bool fresh,
                       const Scratch& to, T* scratch) const {
     const Products& sums = products[size_t(d)];
     const gemm::Matrix<S> z{to.grad_gates, pitch, 1};  // of a GRU n r z meet x
-    if (want_input) {
+    if (want_input && !once()) {
       const gemm::Packed<S> w(to.w_ih, s.inputs, own);
       const Share mine(parts(n, gemm::kRows), at.mine(), at.all);
       const int64_t end = std::min(n, mine.end * gemm::kRows);
@@ -1079,7 +1299,16 @@ struct Backward {
     const Share mine(parts(own, gemm::kRows), at.mine(), at.all);
     const int64_t i0 = mine.begin * gemm::kRows, i1 = std::min(own, mine.end * gemm::kRows);
     const gemm::Rows<S> xs{x.data() + first}, hs{sums.h.data() + first};
-    if (s.mode == Mode::kGru) {
+    if (fresh && n > 0 && gemm::words<S>(n) <= gemm::kDepth) {
+      // Of a GRU the rows for n come first.
+      const int64_t cut = s.mode == Mode::kGru ? std::clamp(s.hidden, i0, i1) : i0;
+      const gemm::Matrix<S> for_h{to.grad_gates + (width - own), 1, pitch};
+      for (const Share& rows : {Share{i0, cut}, Share{cut, i1}})
+        if (rows.begin < rows.end)
+          short_product(z.transposed(), xs, rows, s.inputs, n, scratch,
+                        sums.w_ih + (gate(rows.begin) - rows.begin) * s.inputs);
+      short_product(for_h, hs, Share{i0, i1}, s.state, n, scratch, sums.w_hh);
+    } else if (s.mode == Mode::kGru) {
       gemm::run(z.transposed(), xs, i0, i1, 0, s.inputs, n, scratch,
                 [&](int64_t i, int64_t j, int64_t lanes, V value) {
                   add(sums.w_ih + gate(i) * s.inputs + j, value, lanes);

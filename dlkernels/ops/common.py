@@ -199,7 +199,16 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 @torch.compiler.assume_constant_result
 def has_kernel(op: str, device: str) -> bool:
     """Whether a raw op has a kernel on a type of device: on a GPU some are Triton's."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"dlkernels::{op}", device.upper())
+    if (op, device) in _with_kernel:
+        return True
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"dlkernels::{op}", device.upper()):
+        _with_kernel.add((op, device))
+        return True
+    return False
+
+
+# What has_kernel has found: asking takes a tenth of a small call. A kernel never goes.
+_with_kernel: set[tuple[str, str]] = set()
 
 
 def is_batched(gradient: Tensor | None) -> bool:

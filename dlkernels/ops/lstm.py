@@ -59,7 +59,7 @@ _STOCK_CELL = {mode: getattr(torch._VF, f"{mode}_cell") for mode in GATES}
 # Below this many multiply-adds of a cell stock is done before our way through Python, without and
 # with a gradient (benchmarks: "what calling costs"). Whole sequences are ours: stock's own overhead
 # is by the step.
-_SMALL = {False: 2**20, True: 2**18}
+_SMALL = {False: 2**20, True: 2**15}
 
 # ------------------------------------------------------------------------------------------ schemas
 
@@ -714,9 +714,7 @@ def lstm(
 
     Returns:
         The output (T, B, D·P), (B, T, D·P) or (S, D·P), and the last states, of the shapes of
-        ``hx``; of the input's dtype, under autocast of that which torch's have. In float32 the
-        weights' gradients, sums over all steps at once, may be off by up to 3 times as much as
-        torch's.
+        ``hx``; of the input's dtype, under autocast of that which torch's have.
 
     Raises:
         What torch raises, with its words. NotImplementedError under
@@ -849,37 +847,31 @@ def lstm_cell(
     return _cell("lstm", input, h, c, w_ih, w_hh, b_ih, b_hh)
 
 
-def gru_cell(
-    input: Tensor,
-    hx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    """``torch.gru_cell``: as ``lstm_cell``, of one state and the gates r, z, n; the new state."""
-    return _cell("gru", input, hx, None, w_ih, w_hh, b_ih, b_hh)
+def _one_state_cell(mode, text):
+    def function(
+        input: Tensor,
+        hx: Tensor,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Tensor:
+        return _cell(mode, input, hx, None, w_ih, w_hh, b_ih, b_hh)
+
+    function.__name__ = function.__qualname__ = f"{mode}_cell"
+    function.__doc__ = text
+    return function
 
 
-def rnn_tanh_cell(
-    input: Tensor,
-    hx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    """``torch.rnn_tanh_cell``: as ``lstm_cell``, of one state and no gates; the new state."""
-    return _cell("rnn_tanh", input, hx, None, w_ih, w_hh, b_ih, b_hh)
-
-
-def rnn_relu_cell(
-    input: Tensor,
-    hx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    """``torch.rnn_relu_cell``: as ``rnn_tanh_cell``, with a ReLU."""
-    return _cell("rnn_relu", input, hx, None, w_ih, w_hh, b_ih, b_hh)
+gru_cell = _one_state_cell(
+    "gru",
+    """``torch.gru_cell``: as ``lstm_cell``, of one state and the gates r, z, n; the new state.""",
+)
+rnn_tanh_cell = _one_state_cell(
+    "rnn_tanh",
+    """``torch.rnn_tanh_cell``: as ``lstm_cell``, of one state and no gates; the new state.""",
+)
+rnn_relu_cell = _one_state_cell(
+    "rnn_relu",
+    """``torch.rnn_relu_cell``: as ``rnn_tanh_cell``, with a ReLU.""",
+)
