@@ -191,7 +191,8 @@ few_channels::Shape few_channels_shape(const Shape& shape) {
 
 // ------------------------------------------------------------------------------------------ choice
 
-// An output that ends before the input does (output_padding beyond the stride) is torch's.
+// An output that ends before the input does (output_padding beyond the stride) is torch's, `own` or
+// not: where that is to be an error the public function has raised it.
 Algorithm choose(const Settings& set, const Shape& shape, ScalarType dtype, Direction direction,
                  MemoryFormat output) {
   const bool whole =
