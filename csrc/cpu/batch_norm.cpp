@@ -105,10 +105,7 @@ Tensor empty(const Sizes& sizes, ScalarType dtype, MemoryFormat format = MemoryF
 }
 Tensor empty_like(const Tensor& input, MemoryFormat format) {
   const auto sizes = input.sizes();
-  const Tensor made = empty(Sizes(sizes.begin(), sizes.end()), input.scalar_type(), format);
-  const int64_t bytes = made.numel() * int64_t(made.element_size());
-  if (bytes >= 2 << 20) advise_huge_pages(made.mutable_data_ptr(), size_t(bytes));
-  return made;
+  return in_huge_pages(empty(Sizes(sizes.begin(), sizes.end()), input.scalar_type(), format));
 }
 Tensor of_channels(const Tensor& input, bool wanted = true) {
   return empty({wanted ? input.size(1) : 0}, computed(input.scalar_type()));

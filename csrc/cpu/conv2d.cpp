@@ -145,12 +145,6 @@ const S* channels_last(const Tensor& x, Tensor& keep) {
   return static_cast<const S*>(keep.const_data_ptr());
 }
 
-template <typename S>
-Tensor huge_pages(const Tensor& x) {
-  advise_huge_pages(x.mutable_data_ptr(), size_t(x.numel()) * sizeof(S));
-  return x;
-}
-
 // An image in `format` that a kernel writes in NHWC: into it, or beside it first.
 template <typename S>
 class Result {
@@ -158,7 +152,6 @@ class Result {
   Result(const Tensor& like, const Sizes& sizes, MemoryFormat format)
       : tensor_(empty(like, sizes, format)), written_(tensor_) {
     if (!layout::is_nhwc(tensor_)) written_ = empty(like, sizes, MemoryFormat::ChannelsLast);
-    huge_pages<S>(tensor_), huge_pages<S>(written_);
   }
   S* data() const { return static_cast<S*>(written_.mutable_data_ptr()); }
   Tensor finish() const {
@@ -286,7 +279,7 @@ Tensor forward(const Settings& set, const Tensor& input, const Tensor& weight, c
       b = static_cast<const S*>(flat_bias.const_data_ptr());
     }
     if (algorithm == Algorithm::kFewChannels) {
-      output = huge_pages<S>(empty(input, sizes, format));
+      output = empty(input, sizes, format);
       const auto few = few_channels_shape(shape);
       const auto w = images<const S>(weight);
       if (set.transposed)
@@ -363,7 +356,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Settings& set, const Tensor& g
     using S = decltype(tag);
     const auto few = few_channels_shape(shape);
     if (few_input) {
-      grad_input = huge_pages<S>(empty_gradient(input));
+      grad_input = empty_gradient(input);
       const auto from = images<const S>(grad), w = images<const S>(weight);
       if (set.transposed)
         few_channels::forward<S>(few, from, w, nullptr, Activation::kNone, images<S>(grad_input));

@@ -51,9 +51,9 @@ inline MemoryFormat output_format(const Tensor& input, const Tensor& weight) {
 }
 
 inline Tensor empty(const Sizes& sizes, torch::headeronly::ScalarType dtype, MemoryFormat format) {
-  return torch::stable::empty(sizes, dtype, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                              std::nullopt, format);
+  return in_huge_pages(torch::stable::empty(
+      sizes, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+      std::nullopt, format));
 }
 inline Tensor empty(const Tensor& like, const Sizes& sizes, MemoryFormat format) {
   return empty(sizes, like.scalar_type(), format);
@@ -163,14 +163,12 @@ void transpose(const S* from, S* to, int64_t count, int64_t rows, int64_t column
       });
 }
 
-// x in `format`: a copy, in large pages, since the faults of small ones take longer than the copy;
-// itself, or torch's copy, where it is no dense image in the other format.
+// x in `format`: a copy; itself, or torch's copy, where it is no dense image in the other format.
 template <typename S>
 Tensor copied(const Tensor& x, MemoryFormat format) {
   const bool last = format == MemoryFormat::ChannelsLast;
   if (!(last ? is_nchw(x) : is_nhwc(x))) return torch::stable::contiguous(x, format);
   const Tensor made = empty(x, sizes_of(x), format);
-  advise_huge_pages(made.mutable_data_ptr(), size_t(made.numel()) * sizeof(S));
   const int64_t pixels = x.size(2) * x.size(3), channels = x.size(1);
   transpose(static_cast<const S*>(x.const_data_ptr()), static_cast<S*>(made.mutable_data_ptr()),
             x.size(0), last ? channels : pixels, last ? pixels : channels);

@@ -13,6 +13,7 @@
 #include "../check.h"
 #include "activation.h"
 #include "gemm.h"
+#include "memory.h"
 #include "sums.h"
 
 namespace dlkernels {
@@ -87,7 +88,7 @@ std::vector<int64_t> output_shape(const Tensor& input, const Tensor& weight) {
 Tensor linear_forward(Tensor input, Tensor weight, Optional bias, Text activation) {
   check_arguments(input, weight, bias);
   const Activation act = parse_activation(kOp, activation);
-  const Tensor output = torch::stable::new_empty(input, output_shape(input, weight));
+  const Tensor output = in_huge_pages(torch::stable::new_empty(input, output_shape(input, weight)));
   const int64_t m = rows_of(input), n = weight.size(0), k = weight.size(1);
   if (m == 0 || n == 0) return output;
   for_dtype<bf16, f16>(input.scalar_type(), [&](auto tag) {
@@ -131,9 +132,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output, Tensor in
   const int64_t m = rows_of(input), n = weight.size(0), k = weight.size(1);
   const auto size = input.sizes();
   const std::vector<int64_t> input_shape(size.begin(), size.end());
-  const Tensor grad_input = torch::stable::new_empty(input, want_input ? input_shape : none);
-  const Tensor grad_weight =
-      torch::stable::new_empty(input, want_weight ? std::vector<int64_t>{n, k} : none);
+  const Tensor grad_input =
+      in_huge_pages(torch::stable::new_empty(input, want_input ? input_shape : none));
+  const Tensor grad_weight = in_huge_pages(
+      torch::stable::new_empty(input, want_weight ? std::vector<int64_t>{n, k} : none));
   const Tensor grad_bias =
       torch::stable::new_empty(input, want_bias ? std::vector<int64_t>{n} : none);
   const Tensor grad = output ? before_activation(act, grad_output, *output) : grad_output;

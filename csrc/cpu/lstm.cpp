@@ -185,10 +185,7 @@ const S* data_of(const Optional& tensor) {
 }
 
 Tensor make(const Tensor& like, ScalarType dtype, const Ints& shape) {
-  const Tensor made = torch::stable::new_empty(like, shape, dtype);
-  const int64_t bytes = made.numel() * int64_t(made.element_size());
-  if (bytes >= 2 << 20) advise_huge_pages(made.mutable_data_ptr(), size_t(bytes));
-  return made;
+  return in_huge_pages(torch::stable::new_empty(like, shape, dtype));
 }
 
 // Rows of the input, and of the state before each step of direction d.

@@ -94,5 +94,10 @@ inline void advise_huge_pages(void* data, size_t bytes) {
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
+// For a tensor that nobody has written yet.
+inline torch::stable::Tensor in_huge_pages(const torch::stable::Tensor& made) {
+  advise_huge_pages(made.mutable_data_ptr(), size_t(made.numel()) * made.element_size());
+  return made;
+}
 
 }  // namespace dlkernels

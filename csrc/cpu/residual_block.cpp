@@ -80,9 +80,7 @@ Tensor channels_last(const Tensor& x) {
 }
 
 Tensor empty_image(const Tensor& like, const Ints& sizes) {
-  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                              std::nullopt, MemoryFormat::ChannelsLast);
+  return layout::empty(like, {sizes[0], sizes[1], sizes[2], sizes[3]}, MemoryFormat::ChannelsLast);
 }
 Tensor empty_image(const Tensor& like) {
   return empty_image(like, {like.size(0), like.size(1), like.size(2), like.size(3)});
@@ -102,9 +100,7 @@ const T* data_of(const Optional& x) {
 }
 template <typename T>
 T* to_write(const Tensor& x) {
-  T* const data = static_cast<T*>(x.mutable_data_ptr());
-  advise_huge_pages(data, size_t(x.numel()) * sizeof(T));
-  return data;
+  return static_cast<T*>(x.mutable_data_ptr());
 }
 
 // ------------------------------------------------------------------------------------ convolutions
