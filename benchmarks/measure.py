@@ -34,6 +34,9 @@ from benchmarks import machine
 
 # The profiler counts the bytes; its log lines would stand between the rows. Read at its first use.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+# Of a compiled call only the forward is in the key of torch's cache: a backward from there may call
+# ops by arguments that they had in an earlier version.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 STEADY = 1.15
 ALONE = 0.1  # cores that others may use during a batch
