@@ -102,8 +102,8 @@ FAULTS = {
     ),
     "last_terms_of_a_dot_product": (
         "gemm.h",
-        "    if (p < k) step(p, k - p);",
-        "    if (p < k) step(p, k - p + 1);",
+        "if (p < end) step(p, end - p), p = end;",
+        "if (p < end) step(p, end - p + 1), p = end;",
         "test_shapes and below_a_tile and float32 and no_bias",
         "ERROR: AddressSanitizer: heap-buffer-overflow",
     ),
