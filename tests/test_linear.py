@@ -774,7 +774,7 @@ def test_refusals_of_raw_ops():
 
 
 def test_choice():
-    x, weight, bias = problem((256, 512), 256, torch.float32)
+    x, weight, bias = problem((512, 512), 256, torch.float32)
     ours = dlkernels.config.owner("cpu")
 
     def chosen(kernels, *tensors, **keywords):
@@ -793,7 +793,7 @@ def test_choice():
     assert chosen("auto", x[:1, :3], weight[:2, :3], activation="tanh") == ("reference", small)
     assert chosen("stock", x, weight, bias) == ("stock", forced)
     assert chosen("stock", x, weight, bias, activation="tanh") == ("reference", forced)
-    vector = "weight of shape (512,) for input of (256, 512)"
+    vector = "weight of shape (512,) for input of (512, 512)"
     assert chosen("auto", x, weight[0]) == ("stock", vector)
     dlkernels.config.kernels = "own"
     with dlkernels.config.recording() as choices:

@@ -425,21 +425,35 @@ def _algorithms(input, weight, *settings):
     return _ops.conv2d_algorithm(image, weight, None, *settings).split(", ")
 
 
-def _refuse_torchs(op, algorithms, input, weight):
-    """Under "own": an error where torch would do what is asked for."""
+def _may_ask(input, own):
+    """Whether the algorithms are asked for: nobody traces, or somebody wants to know."""
+    if torch.compiler.is_compiling():
+        return False
+    if own or config.is_recording():
+        return True
+    is_real = type(input) in (Tensor, torch.nn.Parameter)
+    return is_real and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _hand_over(op, algorithms, input, weight, own):
+    """Whether torch does all that is asked for. Under "own" an error where it does any of it."""
     graded = torch.is_grad_enabled()
     asked = (True, graded and input.requires_grad, graded and weight.requires_grad)
-    torchs = [
-        what
+    torchs = {
+        what: algorithm == "aten"
         for what, algorithm, wanted in zip(_DIRECTIONS, algorithms, asked, strict=True)
-        if wanted and algorithm == "aten"
-    ]
-    if torchs:
-        raise NotImplementedError(f"{op}: no kernel of ours: torch does the {', '.join(torchs)}")
+        if wanted
+    }
+    if own and any(torchs.values()):
+        which = ", ".join(what for what, by_torch in torchs.items() if by_torch)
+        raise NotImplementedError(f"{op}: no kernel of ours: torch does the {which}")
+    return all(torchs.values())
 
 
 def _note(op, device, algorithms):
     """Records who does what: a forward by torch is no kernel of ours."""
+    if not config.is_recording():
+        return
     reason = ", ".join(
         f"{what}: {algorithm}" for what, algorithm in zip(_DIRECTIONS, algorithms, strict=True)
     )
@@ -536,6 +550,7 @@ def conv2d(
     if reason is not None:
         config.record(_OP, torchs, reason)
         return refused(_OP, reason, stocks)
+    arguments = input, weight, bias, stride, padding, dilation, groups
     if behind != (0, 0):
         input = F.pad(input, (0, behind[0], 0, behind[1]))
     given = weight
@@ -543,11 +558,12 @@ def conv2d(
     device = input.device.type
     own = config.forced() == "own"
     settings = (*settings, activation, is_exact(device), own)
-    if not torch.compiler.is_compiling() and (own or config.is_recording()):
+    if _may_ask(input, own):
         algorithms = _algorithms(input, weight, *settings)
-        if own:
-            _refuse_torchs(_OP, algorithms, input, weight)
+        all_by_torch = _hand_over(_OP, algorithms, input, weight, own)
         _note(_OP, device, algorithms)
+        if all_by_torch and activation == "none":  # without our way around it
+            return F.conv2d(*arguments)
     forward = _forward
     if prepared is not None and weight is given:
 
@@ -604,10 +620,11 @@ def conv_transpose2d(
     if reason is not None:
         config.record(_TRANSPOSE, "stock", reason)
         return refused(_TRANSPOSE, reason, stocks)
+    arguments = input, weight, bias, stride, padding, output_padding, groups, dilation
     input, weight, bias = cast(input, weight, bias)
     device = input.device.type
     own, exact = config.forced() == "own", is_exact(device)
-    if not torch.compiler.is_compiling() and (own or config.is_recording()):
+    if _may_ask(input, own):
         # As the convolution of an image of the output's size: its gradient is our forward.
         stride, padding, _, groups, dilation = settings
         batch = input if input.dim() == 4 else input.unsqueeze(0)
@@ -616,9 +633,10 @@ def conv_transpose2d(
             image, weight, stride, padding, dilation, groups, "none", exact, own
         )
         algorithms = forward, gradient, of_weight
-        if own:
-            _refuse_torchs(_TRANSPOSE, algorithms, input, weight)
+        all_by_torch = _hand_over(_TRANSPOSE, algorithms, input, weight, own)
         _note(_TRANSPOSE, device, algorithms)
+        if all_by_torch:
+            return F.conv_transpose2d(*arguments)
     return run_kernel(
         _ops.conv_transpose2d,
         _ConvTranspose2d,

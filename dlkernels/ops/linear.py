@@ -41,9 +41,9 @@ _CUBLAS = "cuBLAS does the product"
 
 # Below this many multiply-adds stock is done before our way through Python, of 10 µs forward and 50
 # with a gradient (benchmarks: "what calling costs"). A compromise: where MKL is at 0.9 of the
-# multiply-add peak there is nothing to win that would pay for them before 2^27; where it is at a
-# third, 2^22 is enough.
-_SMALL = 2**24
+# multiply-add peak there is nothing to win that would pay for them before 2^27 (at 2^24 a training
+# step of the documented MLPs takes a tenth longer); where it is at a third, 2^22 is enough.
+_SMALL = 2**26
 
 # ------------------------------------------------------------------------------------------ schemas
 
