@@ -169,7 +169,7 @@ def _compiled(model: torch.nn.Module) -> torch.nn.Module:
     """A copy whose calls are compiled; of a network that is trained in turns, its parts'."""
     model = copy.deepcopy(model)
     for module in model.children() if hasattr(model, "turns") else [model]:
-        module.compile(dynamic=False)
+        module.compile(dynamic=False, options={"fallback_random": True})  # draws as eager does
     return model
 
 
@@ -206,7 +206,6 @@ def _call(model, loss, pair: Pair, batch: Batch, work: str) -> Callable:
 def providers(case: Case, row: Row, device: str) -> list[Provider]:
     """Stock, of images in both layouts, stock compiled, ours, and ours compiled."""
     torch.compiler.reset()
-    torch._inductor.config.fallback_random = True  # draws as eager does
     pair = case.make()
     pair = pair._replace(batch={name: x.to(device) for name, x in pair.batch.items()})
     stock, ours = (_without_dropout(model.to(device)) for model in pair.models)

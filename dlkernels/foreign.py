@@ -185,20 +185,21 @@ class ResNetLayer(nn.Fused):
         return Parts(pairs, shortcut)
 
 
+_SHORTCUTS = ("shortcut", "extra", "downsample")  # names of what is around the convolutions
+
+
 class NamedBlock(nn.Fused):
     """A block of somebody's own, of modules named conv1, bn1, conv2, bn2 (, conv3, bn3), and a
     shortcut, extra or downsample, whose forward does with them what a residual block does."""
-
-    _around = ("shortcut", "extra", "downsample")
 
     def parts(self) -> Parts | str:
         """Of the module as it is; it may be stock."""
         layers = _numbered(self)
         known = [f"{kind}{at}" for at in range(1, len(layers) + 1) for kind in ("conv", "bn")]
         idle = [n for n, m in self.named_children() if type(m) in (torch.nn.ReLU, *_IDLE)]
-        if reason := _strangers(self, (*known, *NamedBlock._around, *idle)):
+        if reason := _strangers(self, (*known, *_SHORTCUTS, *idle)):
             return reason
-        around = [name for name in NamedBlock._around if getattr(self, name, None) is not None]
+        around = [name for name in _SHORTCUTS if getattr(self, name, None) is not None]
         if len(around) > 1:
             return f"both {around[0]} and {around[1]}"
         shortcut = _around(self, *around) if around else None
@@ -222,7 +223,7 @@ def _another(block: torch.nn.Module, parts: Parts) -> str | None:
     wanted, around = "input", "input"
     for at, (conv, norm) in enumerate(parts.layers):
         wanted = names[norm], (names[conv], ("relu", wanted) if at else wanted)
-    for name in NamedBlock._around:
+    for name in _SHORTCUTS:
         if type(getattr(block, name, None)) not in _IDLE:
             around = name, "input"
     for training in (True, False):

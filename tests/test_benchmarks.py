@@ -22,6 +22,7 @@ from benchmarks import (
     linear,
     machine,
     measure,
+    models,
     records,
     report,
     run,
@@ -663,6 +664,19 @@ def test_the_report_writes_between_its_comments(results, tmp_path):
     assert (tmp_path / "a-machine.png").read_bytes().startswith(b"\x89PNG")
     assert report.main([str(results), "--readme", str(readme)]) == 0
     assert readme.read_text() == text
+
+
+@pytest.mark.parametrize("name", ["diabetes_mlp", "sine_rnn forward", "adversarial_autoencoder"])
+def test_a_row_of_a_whole_model(name):
+    """Every eager way gives what stock gives, of work that was counted."""
+    (row,) = (row for row in models.rows("cpu") if row.name == name)
+    found = {one.name: one for one in row.providers()}
+    assert row.bytes > 0 and row.flops > 0
+    wanted, _ = measure._first_call(found["stock"], row)
+    for ours in ("own", "auto"):
+        got, kernel = measure._first_call(found[ours], row)
+        assert measure.difference(got, wanted) < 1e-4
+        assert ours == "auto" or kernel.startswith("cpu/")
 
 
 def test_the_report_shows_rows_that_there_are():

@@ -5,6 +5,7 @@ Where a faster algorithm than a sum of products may run, in float32 with 3×3 we
 the rule of tests/compare.py is 4 × stock's error, 5 × in the gradient of the weight.
 """
 
+import copy
 import itertools
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from threads import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._prims_common import suggest_memory_format
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -1195,6 +1197,21 @@ def chosen(function, kernels, *tensors, **keywords):
         function(*tensors, **keywords)
     assert len(choices) == 1 and choices[0].op == function.__name__
     return choices[0].kernel, choices[0].reason
+
+
+@pytest.mark.parametrize("module", [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
+def test_what_torch_does_alone_is_called_directly(module):
+    """Without our function around it; also where some directions are not asked for."""
+    stock = module(64, 64, 3, stride=2, dtype=torch.float32)
+    ours = dlkernels.swap(copy.deepcopy(stock))
+    x = torch.randn(8, 64, 31, 32, requires_grad=True)
+    y, wanted = ours(x), stock(x)
+    assert y.grad_fn.name() == wanted.grad_fn.name() and torch.equal(y, wanted)
+    winograd = dlkernels.nn.Conv2d(64, 64, 3, padding=1)
+    assert "_Conv2d" in winograd(x).grad_fn.name()
+    with FakeTensorMode():  # nobody to ask
+        traced = type(ours)(64, 64, 3, stride=2)
+        assert traced(torch.randn(8, 64, 31, 32)).shape == wanted.shape
 
 
 def test_choice():

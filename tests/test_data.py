@@ -409,6 +409,13 @@ def test_a_broken_cifar10_archive_is_named(tmp_path, damage):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def raising(error):
+    def broken(*args):
+        raise error
+
+    return broken
+
+
 @pytest.mark.parametrize(
     "error", [lzma.LZMAError("Corrupt input data"), zlib.error(), EOFError(), tarfile.ReadError()]
 )
@@ -416,10 +423,7 @@ def test_an_archive_that_breaks_within_a_file_is_named(tmp_path, monkeypatch, er
     path = tmp_path / "cifar-10-binary.tar.gz"
     write_archive(path, "cifar-10-batches-bin", batches(binary)[0])
 
-    def broken(*args):
-        raise error
-
-    monkeypatch.setattr(tarfile.ExFileObject, "read", broken)
+    monkeypatch.setattr(tarfile.ExFileObject, "read", raising(error))
     with pytest.raises(ValueError) as caught:
         cifar10.load(path)
     assert str(caught.value) == f"{path}: broken archive: {str(error) or type(error).__name__}"
@@ -551,10 +555,7 @@ def test_an_image_that_breaks_with_few_words_is_named(tmp_path, monkeypatch, err
     path = tmp_path / "1.png"
     Image.new("RGB", (4, 4)).save(path)
 
-    def broken(*args):
-        raise error
-
-    monkeypatch.setattr(Image.Image, "convert", broken)
+    monkeypatch.setattr(Image.Image, "convert", raising(error))
     with pytest.raises(ValueError) as caught:
         images.read(path)
     assert str(caught.value) == f"{path}: broken PNG file: {str(error) or type(error).__name__}"

@@ -425,12 +425,15 @@ def _algorithms(input, weight, *settings):
     return _ops.conv2d_algorithm(image, weight, None, *settings).split(", ")
 
 
-def _may_ask(input, own):
-    """Whether the algorithms are asked for: nobody traces, or somebody wants to know."""
+def _may_ask(input, weight, stride, own):
+    """Whether the algorithms are asked for, which takes 10 µs: nobody traces, and they may all be
+    torch's; or somebody wants to know."""
     if torch.compiler.is_compiling():
         return False
     if own or config.is_recording():
         return True
+    if weight.shape[2:] == (3, 3) and stride == (1, 1):  # Winograd's
+        return False
     is_real = type(input) in (Tensor, torch.nn.Parameter)
     return is_real and torch._C._len_torch_dispatch_stack() == 0
 
@@ -526,7 +529,8 @@ def conv2d(
         autocast, of autocast's. In float32 a 3×3 convolution of stride 1 may be off by up to 4
         times the error of a sum of products (5 in the weight's gradient) unless
         ``torch.backends.mkldnn.conv.fp32_precision`` is ``"ieee"`` or ``dlkernels.config.winograd``
-        ``"off"``.
+        ``"off"``: errors are relative to the largest value of a tile of 6×6 pixels, and an infinity
+        makes all outputs of its tiles NaN.
 
     Raises:
         What torch raises, with its words: RuntimeError for shapes and dtypes, TypeError for no
@@ -558,7 +562,7 @@ def conv2d(
     device = input.device.type
     own = config.forced() == "own"
     settings = (*settings, activation, is_exact(device), own)
-    if _may_ask(input, own):
+    if _may_ask(input, weight, settings[0], own):
         algorithms = _algorithms(input, weight, *settings)
         all_by_torch = _hand_over(_OP, algorithms, input, weight, own)
         _note(_OP, device, algorithms)
@@ -624,7 +628,7 @@ def conv_transpose2d(
     input, weight, bias = cast(input, weight, bias)
     device = input.device.type
     own, exact = config.forced() == "own", is_exact(device)
-    if _may_ask(input, own):
+    if _may_ask(input, weight, settings[0], own):
         # As the convolution of an image of the output's size: its gradient is our forward.
         stride, padding, _, groups, dilation = settings
         batch = input if input.dim() == 4 else input.unsqueeze(0)
