@@ -1214,6 +1214,45 @@ def test_what_torch_does_alone_is_called_directly(module):
         assert traced(torch.randn(8, 64, 31, 32)).shape == wanted.shape
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_same_call_is_asked_about_once(transposed, monkeypatch):
+    """A call differs by shapes, strides, what is differentiated, and what the user allows."""
+    module = dlkernels.ops.conv2d
+    asked = []
+    answer = module._algorithms
+    monkeypatch.setattr(module, "_torchs", {})
+    monkeypatch.setattr(module, "_algorithms", lambda *a: asked.append(a) or answer(*a))
+    function = conv_transpose2d if transposed else conv2d
+    x, weight = torch.randn(8, 64, 16, 16), torch.randn(64, 64, 3, 3)
+    calls = {
+        "winograd's": lambda: function(x, weight, padding=1),
+        "torch's": lambda: function(x, weight, stride=2),
+        "of pairs": lambda: function(x, weight, stride=(2, 1)),
+        "of other strides": lambda: function(x.to(memory_format=torch.channels_last), weight),
+        "of a weight with a gradient": lambda: function(x, weight.clone().requires_grad_()),
+        "below torch.no_grad": torch.no_grad()(
+            lambda: function(x, weight.clone().requires_grad_(), padding=1)
+        ),
+        "of another dtype": lambda: function(x.double(), weight.double()),
+    }
+    for name, call in calls.items():
+        before = len(asked)
+        first = call()
+        assert len(asked) == before + (name != "below torch.no_grad"), name
+        assert torch.equal(call(), first), name
+        assert len(asked) == before + (name != "below torch.no_grad"), name
+    assert function(x, weight, stride=[2, 2]).shape == calls["torch's"]().shape  # no key of a list
+    before, dlkernels.config.winograd = len(asked), "off"
+    calls["winograd's"]()
+    assert len(asked) == before + 1
+    with dlkernels.config.recording() as choices:
+        calls["torch's"]()
+    assert [choice.kernel for choice in choices] == ["stock"]
+    monkeypatch.setattr(module, "_MOST_KEYS", len(module._torchs))
+    function(x[:4], weight, stride=2)
+    assert len(module._torchs) == 1
+
+
 def test_choice():
     x, weight, bias = problem(Shape((8, 16, 30, 30), 40, THREE), torch.float32)
     ours, small = dlkernels.config.owner("cpu"), "too small for our call overhead"

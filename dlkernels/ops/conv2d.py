@@ -425,17 +425,46 @@ def _algorithms(input, weight, *settings):
     return _ops.conv2d_algorithm(image, weight, None, *settings).split(", ")
 
 
-def _may_ask(input, weight, stride, own):
-    """Whether the algorithms are asked for, which takes 10 µs: nobody traces, and they may all be
-    torch's; or somebody wants to know."""
+# Key of a call -> whether torch does all of it. To ask takes 60 µs, a key 4.
+_torchs: dict[tuple, bool] = {}
+_MOST_KEYS = 4096
+_REAL = (Tensor, torch.nn.Parameter)
+
+
+def _key(op, input, weight, *settings):
+    """What the choice depends on; None where it is not to be remembered: somebody traces, listens,
+    or has forced it."""
+    if torch.compiler.is_compiling() or config.forced() != "auto" or config.is_recording():
+        return None
+    if type(input) not in _REAL or type(weight) not in _REAL:
+        return None
+    if torch._C._len_torch_dispatch_stack() or active_transform():
+        return None
+    device, graded = input.device, torch.is_grad_enabled()
+    key = (
+        op, input.shape, input.stride(), input.dtype, device, weight.shape, weight.stride(),
+        graded and input.requires_grad, graded and weight.requires_grad,
+        torch.is_autocast_enabled(device.type), is_exact(device.type), *settings,
+    )  # fmt: skip
+    try:
+        hash(key)
+    except TypeError:  # a list for a pair
+        return None
+    return key
+
+
+def _remember(key, torchs):
+    if key is not None:
+        if len(_torchs) >= _MOST_KEYS:
+            _torchs.clear()
+        _torchs[key] = torchs
+
+
+def _may_ask(key, own):
+    """Whether the algorithms are asked for: they may all be torch's; or somebody wants to know."""
     if torch.compiler.is_compiling():
         return False
-    if own or config.is_recording():
-        return True
-    if weight.shape[2:] == (3, 3) and stride == (1, 1):  # Winograd's
-        return False
-    is_real = type(input) in (Tensor, torch.nn.Parameter)
-    return is_real and torch._C._len_torch_dispatch_stack() == 0
+    return own or config.is_recording() or (key is not None and key not in _torchs)
 
 
 def _hand_over(op, algorithms, input, weight, own):
@@ -543,9 +572,15 @@ def conv2d(
     def stocks():
         return conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation)
 
+    key = None
+    if activation == "none":
+        key = _key(_OP, input, weight, stride, padding, dilation, groups)
+        if _torchs.get(key):
+            return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if is_small(input, weight, stride):
         if config.is_recording():
             config.record(_OP, torchs, "too small for our call overhead")
+        _remember(key, True)
         return stocks()
     if reason := torchs_reason():
         config.record(_OP, torchs, reason)
@@ -562,10 +597,11 @@ def conv2d(
     device = input.device.type
     own = config.forced() == "own"
     settings = (*settings, activation, is_exact(device), own)
-    if _may_ask(input, weight, settings[0], own):
+    if _may_ask(key, own):
         algorithms = _algorithms(input, weight, *settings)
         all_by_torch = _hand_over(_OP, algorithms, input, weight, own)
         _note(_OP, device, algorithms)
+        _remember(key, all_by_torch)
         if all_by_torch and activation == "none":  # without our way around it
             return F.conv2d(*arguments)
     forward = _forward
@@ -611,9 +647,13 @@ def conv_transpose2d(
             input, weight, bias, stride, padding, output_padding, groups, dilation
         )
 
+    key = _key(_TRANSPOSE, input, weight, stride, padding, output_padding, groups, dilation)
+    if _torchs.get(key):
+        return stocks()
     if is_small(input, weight, stride, transposed=True):
         if config.is_recording():
             config.record(_TRANSPOSE, "stock", "too small for our call overhead")
+        _remember(key, True)
         return stocks()
     if reason := torchs_reason():
         config.record(_TRANSPOSE, "stock", reason)
@@ -628,7 +668,7 @@ def conv_transpose2d(
     input, weight, bias = cast(input, weight, bias)
     device = input.device.type
     own, exact = config.forced() == "own", is_exact(device)
-    if _may_ask(input, weight, settings[0], own):
+    if _may_ask(key, own):
         # As the convolution of an image of the output's size: its gradient is our forward.
         stride, padding, _, groups, dilation = settings
         batch = input if input.dim() == 4 else input.unsqueeze(0)
@@ -639,6 +679,7 @@ def conv_transpose2d(
         algorithms = forward, gradient, of_weight
         all_by_torch = _hand_over(_TRANSPOSE, algorithms, input, weight, own)
         _note(_TRANSPOSE, device, algorithms)
+        _remember(key, all_by_torch)
         if all_by_torch:
             return F.conv_transpose2d(*arguments)
     return run_kernel(
