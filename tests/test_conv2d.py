@@ -117,6 +117,12 @@ SHAPES = {
     "groups_of_17": Shape((1, 34, 5, 6), 34, THREE, padding=1, groups=2),
     "depthwise": Shape((2, 19, 8, 7), 19, THREE, padding=1, groups=19),
     "depthwise_stride_2": Shape((2, 16, 8, 9), 16, (5, 5), 2, 2, groups=16),
+    # A whole strip, one that overlaps it, and half a one, of 1 block of channels and of 2.
+    "depthwise_wide": Shape((1, 21, 4, 23), 21, THREE, padding=1, groups=21),
+    "depthwise_of_two_blocks": Shape((1, 275, 3, 6), 275, THREE, padding=1, groups=275),
+    "depthwise_seven": Shape((1, 17, 8, 15), 17, (7, 7), padding=3, groups=17),
+    "depthwise_stride_2_wide": Shape((1, 18, 6, 29), 18, THREE, 2, 1, groups=18),
+    "depthwise_dilation": Shape((2, 9, 9, 17), 9, THREE, 1, 2, 2, groups=9),
     "depthwise_multiplied": Shape((2, 7, 8, 7), 21, THREE, padding=1, groups=7),
 }
 

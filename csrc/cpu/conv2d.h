@@ -70,9 +70,13 @@ inline Algorithm suited(const Shape& shape, ScalarType dtype, Direction directio
 // less what tiles beyond the edge and lanes beyond the last channel take, pay for the transforms
 // and for its way here. torch's bf16 products run at twice the rate of float's, where the processor
 // has them; its direct algorithms are at the multiply-add peak.
-inline bool pays(const Shape& shape, ScalarType dtype, Direction direction, Algorithm ours) {
+inline bool pays(const Shape& shape, ScalarType dtype, Direction direction, const Call& call,
+                 Algorithm ours) {
   const bool of_weight = direction == Direction::kWeightGradient;
   const bool of_input = direction == Direction::kInputGradient;
+  if (ours == Algorithm::kDepthwise)  // torch's of 5×5 and more is 4 to 7 times as slow
+    return dtype == ScalarType::Float && of_weight && call.channels_last &&
+           shape.multiply_adds() >= (shape.r * shape.s > 9 ? 1 << 23 : 1 << 25);
   if (ours == Algorithm::kFewChannels)
     return dtype == ScalarType::Float && (of_input ? shape.c <= 6 : shape.c == 1 && shape.k <= 16);
   if (ours != Algorithm::kWinograd) return false;
@@ -95,7 +99,7 @@ inline bool pays(const Shape& shape, ScalarType dtype, Direction direction, Algo
 inline Algorithm choose(const Shape& shape, ScalarType dtype, Direction direction,
                         const Call& call) {
   const Algorithm ours = suited(shape, dtype, direction, call);
-  return call.own || pays(shape, dtype, direction, ours) ? ours : Algorithm::kAten;
+  return call.own || pays(shape, dtype, direction, call, ours) ? ours : Algorithm::kAten;
 }
 
 namespace detail {
