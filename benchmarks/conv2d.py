@@ -215,6 +215,13 @@ _DIRECT = [
         groups=128,
     ),
     *case_of(
+        (16, 96, 56, 56, 96, 7, 7),
+        "depthwise: ConvNeXt",
+        works=DIRECTIONS,
+        label="depthwise",
+        groups=96,
+    ),
+    *case_of(
         (16, 128, 28, 28, 128, 3, 3),
         "ResNeXt: 32 groups of 4 channels",
         works=DIRECTIONS,
