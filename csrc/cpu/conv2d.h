@@ -14,6 +14,7 @@
 #include "conv2d_depthwise.h"
 #include "conv2d_direct.h"
 #include "conv2d_shape.h"
+#include "conv2d_small.h"
 #include "conv2d_winograd.h"
 #include "memory.h"
 #include "simd.h"
@@ -22,7 +23,7 @@ namespace dlkernels::conv2d {
 
 using torch::headeronly::ScalarType;
 
-enum class Algorithm { kAten, kDirect, kWinograd, kDepthwise, kFewChannels };
+enum class Algorithm { kAten, kDirect, kWinograd, kDepthwise, kFewChannels, kSmall };
 enum class Direction { kForward, kInputGradient, kWeightGradient };
 
 // What is asked for beyond the shape.
@@ -51,6 +52,14 @@ inline bool may_be_winograd(const Shape& shape, ScalarType dtype) {
          enough && dtype != ScalarType::Double;
 }
 
+// Small images, whose pairs of a pixel and a tap are few enough to have a product each, of as many
+// rows as there are images.
+inline bool is_small(const Shape& shape) {
+  constexpr int64_t kImages = 8, kPixels = 64;
+  return shape.groups == 1 && shape.n >= kImages && shape.h * shape.w <= kPixels &&
+         shape.p * shape.q <= kPixels;
+}
+
 // Which of ours suits the geometry.
 inline Algorithm suited(const Shape& shape, ScalarType dtype, Direction direction,
                         const Call& call) {
@@ -61,7 +70,12 @@ inline Algorithm suited(const Shape& shape, ScalarType dtype, Direction directio
   const bool few = tiles < (direction == Direction::kWeightGradient ? 64 : 4);
   if (shape.groups > 1 && shape.groups == shape.c && shape.groups == shape.k)
     return Algorithm::kDepthwise;
-  if (may_be_winograd(shape, dtype) && !call.exact && !few) return Algorithm::kWinograd;
+  const bool winograd = may_be_winograd(shape, dtype) && !call.exact && !few;
+  // Products for an image: where they are as many as a sum's, that has no transforms.
+  if (is_small(shape) &&
+      !(winograd && small::meetings(shape) * shape.n > winograd::kPoints * tiles))
+    return Algorithm::kSmall;
+  if (winograd) return Algorithm::kWinograd;
   if (suits_few_channels(shape, direction, call)) return Algorithm::kFewChannels;
   return Algorithm::kDirect;
 }
@@ -75,6 +89,7 @@ inline bool pays(const Shape& shape, ScalarType dtype, Direction direction, Algo
   const bool of_input = direction == Direction::kInputGradient;
   if (ours == Algorithm::kFewChannels)
     return dtype == ScalarType::Float && (of_input ? shape.c <= 6 : shape.c == 1 && shape.k <= 16);
+  if (ours == Algorithm::kSmall) return dtype == ScalarType::Float;
   if (ours != Algorithm::kWinograd) return false;
   const int64_t outputs = of_input ? shape.c : shape.k;
   const winograd::Tiles tiles = of_input ? winograd::Tiles(shape.n, shape.h, shape.w)
@@ -170,6 +185,7 @@ template <typename S, typename Epilogue>
 void forward(const Shape& shape, Algorithm algorithm, const S* x, Weight<const S> w, S* y,
              const Epilogue& epilogue, const float* prepared = nullptr) {
   if (algorithm == Algorithm::kDepthwise) return depthwise::forward(shape, x, w, y, epilogue);
+  if (algorithm == Algorithm::kSmall) return small::forward(shape, x, w, y, epilogue);
   if constexpr (detail::has_winograd<S>)
     if (algorithm == Algorithm::kWinograd)
       return winograd_forward(shape, winograd::Pixels<S>{x, shape.c}, w, y, epilogue, prepared);
@@ -182,6 +198,7 @@ void input_gradient(const Shape& shape, Algorithm algorithm, const S* dy, Weight
                     const Epilogue& epilogue) {
   if (algorithm == Algorithm::kDepthwise)
     return depthwise::input_gradient(shape, dy, w, dx, epilogue);
+  if (algorithm == Algorithm::kSmall) return small::input_gradient(shape, dy, w, dx, epilogue);
   if constexpr (detail::has_winograd<S>)
     if (algorithm == Algorithm::kWinograd)
       return winograd_input_gradient(shape, winograd::Pixels<S>{dy, shape.k}, w, dx, epilogue);
@@ -192,6 +209,7 @@ template <typename S>
 void weight_gradient(const Shape& shape, Algorithm algorithm, const S* dy, const S* x,
                      Weight<S> dw) {
   if (algorithm == Algorithm::kDepthwise) return depthwise::weight_gradient(shape, dy, x, dw);
+  if (algorithm == Algorithm::kSmall) return small::weight_gradient(shape, dy, x, dw);
   if constexpr (detail::has_winograd<S>)
     if (algorithm == Algorithm::kWinograd)
       return winograd_weight_gradient(shape, winograd::Pixels<S>{dy, shape.k},
