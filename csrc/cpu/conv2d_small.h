@@ -16,12 +16,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "conv2d_shape.h"
 #include "gemm.h"
-#include "layout.h"
 #include "memory.h"
 #include "simd.h"
 
@@ -29,7 +29,8 @@ namespace dlkernels::conv2d::small {
 
 using gemm::kDepth, gemm::kPitch, gemm::kRows;
 
-// -------------------------------------------------------------------------------------------- pairs
+// --------------------------------------------------------------------------------------------
+// pairs
 
 // Along one axis: how many outputs and taps meet a pixel.
 inline int64_t meetings(const Shape& shape, int axis) {
@@ -70,7 +71,8 @@ inline std::vector<Term> terms(const Shape& shape, bool of_input) {
   return made;
 }
 
-// ------------------------------------------------------------------------------------------ packing
+// ------------------------------------------------------------------------------------------
+// packing
 
 // For each pixel a matrix of rows × k as gemm's panels of A; of short rows several pixels' side by
 // side.
@@ -89,17 +91,16 @@ class Panels {
         memory_(chunks() * groups_ * rows * kPitch) {
     advise_huge_pages(memory_.get(), size_t(chunks() * groups_ * rows * kPitch) * sizeof(T));
     const int64_t blocks = (rows + gemm::kBlockRows - 1) / gemm::kBlockRows;
-    torch::stable::parallel_for(
-        0, chunks() * pixels * blocks, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t at = begin; at < end; ++at) {
-            const int64_t row = at % blocks * gemm::kBlockRows, pixel = at / blocks % pixels;
-            const int64_t chunk = at / blocks / pixels;
-            gemm::Matrix<S> matrix = first;
-            matrix.data += pixel * step;
-            gemm::pack_a(matrix, row, std::min(gemm::kBlockRows, rows - row), chunk * kDepth,
-                         depth(chunk), k, place(pixel, chunk) + row * kPitch);
-          }
-        });
+    torch::stable::parallel_for(0, chunks() * pixels * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t row = at % blocks * gemm::kBlockRows, pixel = at / blocks % pixels;
+        const int64_t chunk = at / blocks / pixels;
+        gemm::Matrix<S> matrix = first;
+        matrix.data += pixel * step;
+        gemm::pack_a(matrix, row, std::min(gemm::kBlockRows, rows - row), chunk * kDepth,
+                     depth(chunk), k, place(pixel, chunk) + row * kPitch);
+      }
+    });
   }
   int64_t chunks() const { return (words_ + kDepth - 1) / kDepth; }
   int64_t depth(int64_t chunk) const { return std::min(kDepth, words_ - chunk * kDepth); }
@@ -116,88 +117,117 @@ class Panels {
   Aligned<T> memory_;
 };
 
+// Whether the taps of two channels are neighbours in memory, and those of the next input channel
+// theirs.
+template <typename S>
+bool are_neighbours(const Shape& shape, const Weight<S>& w) {
+  return w.stride[1] == shape.r * shape.s && (shape.r == 1 || w.stride[2] == shape.s) &&
+         (shape.s == 1 || w.stride[3] == 1);
+}
+
 // The weight of a correlation: for each tap a matrix of inputs × outputs, which are C × K, or
 // K × C where it is `turned`.
 template <typename S>
-struct Taps {
+class Taps {
+ public:
   using T = accumulate_t<S>;
-  static constexpr int64_t kColumns = gemm::kColumns<T>, kStaged = 72;  // rows
-
-  Weight<const S> w;
-  int64_t r, s, inputs, outputs;
-  bool turned;
-  std::vector<int64_t> used;  // the taps that meet a pixel
+  using V = Vec<T>;
+  const int64_t inputs, outputs;
 
   Taps(const Shape& shape, Weight<const S> w, bool turned, const std::vector<Term>& terms)
-      : w(w),
-        r(shape.r),
-        s(shape.s),
-        inputs(turned ? shape.k : shape.c),
+      : inputs(turned ? shape.k : shape.c),
         outputs(turned ? shape.c : shape.k),
-        turned(turned) {
-    for (const Term& term : terms) used.push_back(term.tap);
-    std::sort(used.begin(), used.end());
-    used.erase(std::unique(used.begin(), used.end()), used.end());
+        w_(w),
+        taps_(shape.r * shape.s),
+        s_(shape.s),
+        turned_(turned),
+        beside_(taps_ > 1 && are_neighbours(shape, w)),
+        place_(size_t(taps_), -1) {
+    for (const Term& term : terms) place_[size_t(term.tap)] = 0;
+    for (int64_t& place : place_)
+      if (place == 0) place = used_++;
   }
-  // Which of the used taps each is.
-  std::vector<int64_t> places() const {
-    std::vector<int64_t> made(size_t(r * s), -1);
-    for (size_t i = 0; i < used.size(); ++i) made[size_t(used[i])] = int64_t(i);
-    return made;
-  }
+  // How many meet a pixel, and which of them each is.
+  int64_t used() const { return used_; }
+  int64_t place(int64_t tap) const { return place_[size_t(tap)]; }
 
-  // Words [p, p + depth) of the outputs from o on, one panel for each tap used, `stride` apart.
+  // Words [p, p + depth) of the outputs from o on: a panel for each tap used, `stride` apart.
   void pack(int64_t o, int64_t p, int64_t depth, T* to, int64_t stride) const {
-    if (!gemm::Word<S>::kPair && together()) return pack_together(o, p, depth, to, stride);
-    for (size_t i = 0; i < used.size(); ++i) {
-      const gemm::Matrix<S> b{w.at(0, 0, used[i] / s, used[i] % s), w.stride[turned ? 0 : 1],
-                              w.stride[turned ? 1 : 0]};
-      pack_panel(b, p, depth, inputs, o, to + int64_t(i) * stride);
+    if constexpr (std::is_same_v<S, T>)
+      if (beside_ && taps_ <= kStaged) return pack_beside(o, p, depth, to, stride);
+    for (int64_t tap = 0; tap < taps_; ++tap) {
+      const gemm::Matrix<S> b{w_.at(0, 0, tap / s_, tap % s_), w_.stride[turned_ ? 0 : 1],
+                              w_.stride[turned_ ? 1 : 0]};
+      if (place(tap) >= 0) pack_panel(b, p, depth, inputs, o, to + place(tap) * stride);
     }
   }
 
  private:
+  static constexpr int64_t kColumns = gemm::kColumns<T>, kStaged = 144;  // rows
+
   void pack_panel(const gemm::Matrix<S>& b, int64_t p, int64_t depth, int64_t k, int64_t o,
                   T* to) const {
-    for (int64_t v = 0; v < kColumns; v += Vec<T>::size)
-      gemm::pack_columns(b, p, depth, k, o + v,
-                         std::clamp<int64_t>(outputs - o - v, 0, Vec<T>::size), to + v);
+    for (int64_t v = 0; v < kColumns; v += V::size)
+      gemm::pack_columns(b, p, depth, k, o + v, std::clamp<int64_t>(outputs - o - v, 0, V::size),
+                         to + v);
   }
-  // Whether the taps of an input and output are neighbours in memory, and those of the next input
-  // channel theirs: they are best read together.
-  bool together() const {
-    const int64_t taps = r * s;
-    return taps > 1 && taps <= kStaged && w.stride[1] == taps && (r == 1 || w.stride[2] == s) &&
-           (s == 1 || w.stride[3] == 1);
-  }
-  void pack_together(int64_t o, int64_t p, int64_t depth, T* to, int64_t stride) const {
-    const int64_t taps = r * s, at_once = kStaged / taps;
+  // Of taps that are neighbours, which are read together.
+  void pack_beside(int64_t o, int64_t p, int64_t depth, T* to, int64_t stride) const {
+    const int64_t at_once = kStaged / taps_, columns = std::min(kColumns, outputs - o);
+    const bool pieces = turned_ && columns == kColumns && taps_ >= kPiece<T>;
     T staged[kStaged * kColumns];
     for (int64_t i = 0; i < depth; i += at_once) {
-      const int64_t count = std::min(at_once, depth - i);
+      const int64_t count = std::min(at_once, depth - i), then = p + i + at_once;
       // Rows a page apart are no stream to the hardware.
-      const int64_t rows = turned ? count : std::min(kColumns, outputs - o);
-      const int64_t length = (turned ? std::min(kColumns, outputs - o) : at_once) * taps;
-      const S* next = w.data + (turned ? (p + i + at_once) * w.stride[0] + o * taps
-                                       : o * w.stride[0] + (p + i + at_once) * taps);
-      for (int64_t row = 0; row < rows; ++row, next += w.stride[0])
-        for (int64_t at = 0; at < length; at += 64 / int64_t(sizeof(S)))
-          __builtin_prefetch(next + at, 0, 2);
-      if (turned)
-        for (int64_t q = 0; q < count; ++q)
-          pack_panel({w.data + (p + i + q) * w.stride[0], 1, taps}, 0, taps, taps, o,
-                     staged + q * taps * kColumns);
+      if (turned_)
+        prefetch(w_.data + then * w_.stride[0] + o * taps_, count, columns * taps_);
       else
-        pack_panel({w.data, 1, w.stride[0]}, (p + i) * taps, count * taps, inputs * taps, o,
+        prefetch(w_.data + o * w_.stride[0] + then * taps_, columns, count * taps_);
+      T* const at = to + i * kColumns;
+      if (pieces) {
+        for (int64_t q = 0; q < count; ++q)
+          transpose_taps(w_.data + (p + i + q) * w_.stride[0] + o * taps_, at + q * kColumns,
+                         stride);
+        continue;
+      }
+      if (turned_)
+        for (int64_t q = 0; q < count; ++q)
+          pack_panel({w_.data + (p + i + q) * w_.stride[0], 1, taps_}, 0, taps_, taps_, o,
+                     staged + q * taps_ * kColumns);
+      else
+        pack_panel({w_.data, 1, w_.stride[0]}, (p + i) * taps_, count * taps_, inputs * taps_, o,
                    staged);
       for (int64_t q = 0; q < count; ++q)
-        for (size_t u = 0; u < used.size(); ++u) {
-          const T* const from = staged + (q * taps + used[u]) * kColumns;
-          T* const row = to + int64_t(u) * stride + (i + q) * kColumns;
-          for (int64_t v = 0; v < kColumns; v += Vec<T>::size) store(row + v, load(from + v));
-        }
+        for (int64_t tap = 0; tap < taps_; ++tap)
+          if (place(tap) >= 0)
+            std::copy_n(staged + (q * taps_ + tap) * kColumns, kColumns,
+                        at + place(tap) * stride + q * kColumns);
     }
   }
+  void prefetch(const S* from, int64_t rows, int64_t length) const {
+    for (int64_t row = 0; row < rows; ++row, from += w_.stride[0])
+      for (int64_t at = 0; at < length; at += 64 / int64_t(sizeof(S)))
+        __builtin_prefetch(from + at, 0, 2);
+  }
+  // A panel's columns × taps.
+  void transpose_taps(const T* from, T* to, int64_t stride) const {
+    for (int64_t v = 0; v < kColumns; v += V::size)
+      for (int64_t t = 0; t < taps_; t += kPiece<T>) {
+        const int64_t first = std::min(t, taps_ - kPiece<T>);
+        V taps[kPiece<T>];
+        for (int64_t r = 0; r < kPiece<T>; ++r)
+          taps[r] = load_pieces(from + (v + r) * taps_ + first, kPiece<T> * taps_);
+        transpose_pieces(taps);
+        for (int64_t r = 0; r < kPiece<T>; ++r)
+          if (place(first + r) >= 0) store(to + place(first + r) * stride + v, taps[r]);
+      }
+  }
+
+  const Weight<const S> w_;
+  const int64_t taps_, s_;
+  const bool turned_, beside_;
+  std::vector<int64_t> place_;
+  int64_t used_ = 0;
 };
 
 // ------------------------------------------------------------------------------------------ whole
@@ -230,7 +260,6 @@ void correlate(const std::vector<Term>& terms, int64_t n, const S* x, int64_t fr
   constexpr int64_t columns = gemm::kColumns<T>, kBytes = 256 << 10;  // of sums
   const Panels<S> images(gemm::Matrix<S>{x, from * taps.inputs, 1}, n, taps.inputs, from,
                          taps.inputs);
-  const std::vector<int64_t> places = taps.places();
   const int64_t panels = (taps.outputs + columns - 1) / columns;
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t fit = std::max<int64_t>(1, kBytes / int64_t(sizeof(T)) / (to * columns));
@@ -238,7 +267,7 @@ void correlate(const std::vector<Term>& terms, int64_t n, const S* x, int64_t fr
   const int64_t most = (n + parts - 1) / parts;
   // Off powers of two: the taps of a word are written in turn.
   const int64_t stride = images.depth(0) * columns + Vec<T>::size;
-  const int64_t u_size = stride * int64_t(taps.used.size());
+  const int64_t u_size = stride * taps.used();
   const int64_t size = Aligned<T>::padded(u_size + most * to * columns);
   const Aligned<T> memory(threads * size);
   std::atomic<int64_t> callers{0};
@@ -259,7 +288,7 @@ void correlate(const std::vector<Term>& terms, int64_t n, const S* x, int64_t fr
           if (chunk == 0) std::fill_n(tile, height * to * columns, T(0));
           for (const Term& term : terms)
             multiply<S>(height, width, images.at(term.from, chunk, first + row),
-                        u + places[size_t(term.tap)] * stride, depth, true,
+                        u + taps.place(term.tap) * stride, depth, true,
                         tile + term.to * height * columns);
           if (chunk + 1 < images.chunks()) continue;
           for (int64_t pixel = 0; pixel < to; ++pixel)
@@ -292,35 +321,43 @@ void input_gradient(const Shape& shape, const S* dy, Weight<const S> w, S* dx,
 }
 
 // `rows` × `columns` channels of dW from (k, c) on, from sums of kColumns a row, taps `stride`
-// apart.
+// apart, of which there are whole vectors.
 template <typename S>
 void write_weight(const accumulate_t<S>* sums, int64_t stride, const Shape& shape, int64_t rows,
                   int64_t columns, const Weight<S>& dw, int64_t k, int64_t c) {
   using T = accumulate_t<S>;
-  constexpr int64_t size = Vec<T>::size;
+  using V = Vec<T>;
   const int64_t taps = shape.r * shape.s;
-  const bool beside = dw.stride[1] == taps && (shape.r == 1 || dw.stride[2] == shape.s) &&
-                      (shape.s == 1 || dw.stride[3] == 1);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t v = 0; v < columns; v += size) {
-      const int64_t lanes = std::min(size, columns - v);
-      const T* const from = sums + r * gemm::kColumns<T> + v;
-      if constexpr (std::is_same_v<S, T>)
-        if (beside && taps > 1) {
-          for (int64_t tap = 0; tap < taps; tap += size)
-            layout::transpose_square(from + tap * stride, stride, dw.at(k + r, c + v, 0, 0) + tap,
-                                     taps, std::min(size, taps - tap), lanes);
-          continue;
-        }
-      for (int64_t tap = 0; tap < taps; ++tap) {
+  for (int64_t r = 0; r < rows; ++r, sums += gemm::kColumns<T>) {
+    if constexpr (std::is_same_v<S, T>)
+      if (taps > 1 && are_neighbours(shape, dw)) {
+        T* const row = dw.at(k + r, c, 0, 0);
+        for (int64_t v = 0; v < columns; v += kPiece<T>)
+          for (int64_t tap = 0; tap < taps; tap += V::size) {
+            V channels[kPiece<T>];
+            for (int64_t q = 0; q < kPiece<T>; ++q)
+              channels[q] = load_pieces(sums + (tap + q) * stride + v, kPiece<T> * stride);
+            transpose_pieces(channels);
+            for (int64_t q = 0; q < std::min(kPiece<T>, columns - v); ++q) {
+              // What is written beyond the taps is of channels whose turn comes.
+              const int64_t at = (v + q) * taps + tap;
+              const bool whole = taps <= V::size && at + V::size <= columns * taps;
+              store(row + at, channels[q], whole ? V::size : std::min(V::size, taps - tap));
+            }
+          }
+        continue;
+      }
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t v = 0; v < columns; v += V::size) {
+        const int64_t lanes = std::min(V::size, columns - v);
+        const T* const from = sums + tap * stride + v;
         S* const at = dw.at(k + r, c + v, tap / shape.s, tap % shape.s);
         if (dw.stride[1] == 1)
-          store(at, load(from + tap * stride), lanes);
+          store(at, load(from), lanes);
         else
-          for (int64_t l = 0; l < lanes; ++l)
-            at[l * dw.stride[1]] = narrow<S>(from[tap * stride + l]);
+          for (int64_t l = 0; l < lanes; ++l) at[l * dw.stride[1]] = narrow<S>(from[l]);
       }
-    }
+  }
 }
 
 template <typename S>
@@ -334,7 +371,8 @@ void weight_gradient(const Shape& shape, const S* dy, const S* x, const Weight<S
   const Panels<S> a(gemm::Matrix<S>{dy, 1, to * shape.k}, shape.k, shape.n, to, shape.k);
   const int64_t words = gemm::words<S>(shape.n), panels = (shape.c + columns - 1) / columns;
   const Split split(shape.k);
-  const int64_t tile = split.height * columns, size = Aligned<T>::padded(taps * tile);
+  const int64_t tile = split.height * columns;
+  const int64_t size = Aligned<T>::padded(gemm::round_up(taps, Vec<T>::size) * tile);
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t b_size = panels * from * words * columns;
   const Aligned<T> memory(b_size + threads * size);
