@@ -29,8 +29,7 @@ namespace dlkernels::conv2d::small {
 
 using gemm::kDepth, gemm::kPitch, gemm::kRows;
 
-// --------------------------------------------------------------------------------------------
-// pairs
+// ------------------------------------------------------------------------------------------- pairs
 
 // Along one axis: how many outputs and taps meet a pixel.
 inline int64_t meetings(const Shape& shape, int axis) {
@@ -71,8 +70,7 @@ inline std::vector<Term> terms(const Shape& shape, bool of_input) {
   return made;
 }
 
-// ------------------------------------------------------------------------------------------
-// packing
+// ----------------------------------------------------------------------------------------- packing
 
 // For each pixel a matrix of rows × k as gemm's panels of A; of short rows several pixels' side by
 // side.
@@ -230,7 +228,7 @@ class Taps {
   int64_t used_ = 0;
 };
 
-// ------------------------------------------------------------------------------------------ whole
+// ------------------------------------------------------------------------------------------- whole
 
 // Rows of `rows` in tiles of about the same height.
 struct Split {
