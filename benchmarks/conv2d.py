@@ -155,6 +155,17 @@ _DIRECT = [
     *case_of(
         (16, 128, 56, 56, 128, 3, 3), "ResNet-50 between its blocks", works=DIRECTIONS, stride=2
     ),
+    *case_of(
+        (64, 512, 2, 2, 512, 3, 3),
+        "ResNet-18 at 64x64: of 36 taps of an image 20 are in its padding",
+        works=DIRECTIONS,
+    ),
+    *case_of(
+        (64, 256, 4, 4, 512, 3, 3),
+        "ResNet-18 at 64x64, between its last blocks",
+        works=DIRECTIONS,
+        stride=2,
+    ),
     *case_of((16, 64, 56, 56, 256, 1, 1), "a product: ResNet-50, widening", works=DIRECTIONS),
     *case_of((16, 256, 56, 56, 64, 1, 1), "a product: ResNet-50, narrowing", works=DIRECTIONS),
     *case_of((16, 1024, 14, 14, 256, 1, 1), "a product of deep rows", works=DIRECTIONS),

@@ -126,6 +126,21 @@ SHAPES = {
     "depthwise_multiplied": Shape((2, 7, 8, 7), 21, THREE, padding=1, groups=7),
 }
 
+# Images of up to 16 pixels with an algorithm of their own: of 8 and more, of 16 channels and more.
+SMALL = {
+    "8_images_of_a_pixel": Shape((8, 17, 1, 1), 33, THREE, padding=1),
+    "two_by_two": Shape((25, 33, 2, 2), 40, THREE, padding=1),
+    "260_channels": Shape((9, 260, 2, 3), 18, THREE, padding=1),
+    "to_260_channels": Shape((9, 18, 3, 2), 260, THREE, padding=1),
+    "600_images": Shape((600, 16, 2, 2), 17, THREE, padding=1),
+    "5x5_on_3x3": Shape((13, 20, 3, 3), 17, (5, 5), padding=2),
+    "stride_2_to_2x2": Shape((12, 16, 4, 4), 35, THREE, stride=2, padding=1),
+    "shortcut_to_2x2": Shape((14, 18, 4, 4), 20, ONE, stride=2),
+    "1x2_and_stride_3": Shape((8, 16, 3, 5), 16, (1, 2), stride=(1, 3)),
+    "dilation_beyond_a_row": Shape((10, 16, 2, 4), 16, THREE, padding=3, dilation=3),
+    "13x13": Shape((8, 16, 2, 2), 16, (13, 13), padding=6),
+}
+
 
 @pytest.fixture
 def precision():
@@ -235,6 +250,31 @@ def test_shapes(name, dtype, bias, own, poisoned):
 
 
 TRANSPOSED = (conv_transpose2d, F.conv_transpose2d)
+
+
+@by_dtype
+@pytest.mark.parametrize("name", SMALL)
+def test_small_images(name, dtype, own, poisoned):
+    """By sums of products alone: 2 × stock's error, also of 3×3."""
+    shape = SMALL[name]
+    stride, padding, dilation = (
+        [n, n] if isinstance(n, int) else list(n)
+        for n in (shape.stride, shape.padding, shape.dilation)
+    )
+    settings = stride, padding, dilation, 1, "none", False, True
+    assert ops.conv2d_algorithm(*problem(shape, dtype), *settings) == "small, small, small"
+    bias = name == "two_by_two"
+    layouts = [
+        LAYOUTS[at] for at in ("both_channels_last", "weight_swapped", "weight_every_second")
+    ]
+    for of_input, of_weight in ((same_memory, same_memory), *layouts):
+        for transposed, pair in enumerate(((conv2d, stock), TRANSPOSED)):
+
+            def draw(of_input=of_input, of_weight=of_weight, transposed=transposed):
+                x, weight, b = problem(shape, dtype, bias, transposed)
+                return of_input(x), of_weight(weight), b
+
+            check(draw, pair, numbers=200 if bias else 1500, **shape.settings())
 
 
 @by_dtype
@@ -456,6 +496,18 @@ def test_special_values_of_gradients_stay_under_the_kernel(name, own, poisoned):
             )
             for a, b in zip(ours, wanted, strict=True):
                 assert torch.equal(a.isfinite(), b.isfinite())
+
+
+def test_special_values_of_small_images_meet_no_padding(own, poisoned):
+    shape = SMALL["two_by_two"]
+    for layout, of_what in itertools.product((same_memory, channels_last), range(3)):
+        x, weight, _ = problem(shape, torch.float32)
+        upstream = torch.randn(stock(x, weight, padding=1).shape)
+        (x, weight, upstream)[of_what][3, 2, 1, 0] = float("inf")
+        tensors = layout(x), layout(weight)
+        ours, wanted = (evaluate(f, tensors, upstream, padding=1) for f in (conv2d, stock))
+        for a, b in zip(ours, wanted, strict=True):
+            assert torch.equal(a.isfinite(), b.isfinite()) and torch.equal(a.isnan(), b.isnan())
 
 
 @pytest.mark.parametrize("at", [(1, 0, 0, 0), (2, 1, 2, 3), (0, 2, 4, 4)], ids=str)
@@ -1331,6 +1383,34 @@ def test_few_channels_have_an_algorithm_of_their_own():
         assert "few_channels" not in named
 
 
+def test_small_images_have_an_algorithm_of_their_own():
+    direct, small, aten = ["direct"] * 3, ["small"] * 3, ["aten"] * 3
+    large = ["direct", "direct", "small"]
+    for shape, own, auto in (
+        (Shape((64, 64, 2, 2), 64, THREE, padding=1), small, small),
+        (Shape((8, 16, 2, 2), 16, THREE, padding=1), small, aten),
+        (Shape((64, 64, 2, 3), 64, THREE, padding=1), small, small),
+        (Shape((64, 64, 3, 3), 64, THREE, padding=1), ["winograd"] * 3, ["winograd"] * 3),
+        (Shape((64, 64, 4, 4), 64, THREE, stride=2, padding=1), small, small),
+        (Shape((64, 64, 4, 4), 128, ONE, stride=2), small, small),
+        (Shape((64, 64, 4, 4), 128, ONE), direct, aten),
+        (Shape((64, 128, 8, 8), 256, THREE, stride=2, padding=1), large, ["aten", "aten", "small"]),
+        (Shape((64, 64, 8, 8), 64, THREE, stride=2, padding=1), large, aten),
+        (Shape((64, 128, 8, 9), 256, THREE, stride=2, padding=1), direct, aten),
+        (Shape((7, 64, 4, 4), 64, THREE, stride=2, padding=1), direct, aten),
+        (Shape((64, 64, 4, 4), 15, THREE, stride=2, padding=1), direct, aten),
+        (Shape((64, 64, 4, 4), 64, THREE, stride=2, padding=1, groups=2), direct, aten),
+    ):
+        x, weight, _ = problem(shape, torch.float32)
+        pairs = [[n, n] for n in (shape.stride, shape.padding, shape.dilation)]
+        for forced, wanted in ((True, own), (False, auto)):
+            settings = *pairs, shape.groups, "none", False, forced
+            assert ops.conv2d_algorithm(x, weight, None, *settings).split(", ") == wanted
+            if not forced:
+                named = ops.conv2d_algorithm(x.double(), weight.double(), None, *settings)
+                assert "small" not in named
+
+
 def test_precision_flags(precision):
     """ieee, of convolutions or of all that is above them, and winograd = "off": no Winograd."""
     x, weight, bias = problem(Shape((2, 16, 12, 12), 16, THREE, padding=1), torch.float32)
@@ -1419,16 +1499,22 @@ def test_torchs_algorithms_inside_the_op(dtype, layout):
         "many_images",
         "many_terms",
         "many_terms_of_the_input_gradient",
+        "600_images",
+        "to_260_channels",
     ],
 )
 def test_the_same_bits_for_any_number_of_threads(name, own):
-    shapes = SHAPES | {
-        "many_pixels": Shape((3, 9, 40, 40), 10, THREE, padding=1),
-        "many_images": Shape((70, 3, 12, 12), 10, (5, 5), padding=2),
-        # More than are summed at once, of few channels.
-        "many_terms": Shape((4, 8, 24, 24), 16, (7, 7), padding=3),
-        "many_terms_of_the_input_gradient": Shape((32, 3, 8, 8), 64, (5, 5), padding=2),
-    }
+    shapes = (
+        SHAPES
+        | SMALL
+        | {
+            "many_pixels": Shape((3, 9, 40, 40), 10, THREE, padding=1),
+            "many_images": Shape((70, 3, 12, 12), 10, (5, 5), padding=2),
+            # More than are summed at once, of few channels.
+            "many_terms": Shape((4, 8, 24, 24), 16, (7, 7), padding=3),
+            "many_terms_of_the_input_gradient": Shape((32, 3, 8, 8), 64, (5, 5), padding=2),
+        }
+    )
     shape = shapes[name]
     for dtype, layout in itertools.product(DTYPES, (same_memory, channels_last)):
         if name.startswith("many") and dtype != torch.float32:

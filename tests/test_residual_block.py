@@ -94,6 +94,9 @@ BLOCKS = {
     "stride_2": Block(
         (4, 16, 11, 14), (Conv(32, stride=(2, 2)), Conv(32)), point(32, (2, 2)), bias=True
     ),
+    "small_images": Block(
+        (9, 16, 4, 4), (Conv(32, stride=(2, 2)), Conv(32)), point(32, (2, 2)), bias=True
+    ),
     "three_by_three_shortcut": Block((5, 16, 11, 14), (Conv(32), Conv(32)), Conv(32)),
     "bottleneck": Block((6, 32, 13, 15), (point(16), Conv(16), point(32))),
     "bottleneck_stride_2": Block(

@@ -196,8 +196,8 @@ Algorithm choose(const Settings& set, const Shape& shape, ScalarType dtype, Dire
 }
 
 const char* name_of(Algorithm algorithm) {
-  constexpr std::array<const char*, 5> kNames{"aten", "direct", "winograd", "depthwise",
-                                              "few_channels"};
+  constexpr std::array<const char*, 6> kNames{"aten",      "direct",       "winograd",
+                                              "depthwise", "few_channels", "small"};
   return kNames[size_t(algorithm)];
 }
 

@@ -45,8 +45,8 @@ from dlkernels.ops.common import (
 
 _OP, _TRANSPOSE = "conv2d", "conv_transpose2d"
 
-# Below this many multiply-adds stock is done before our way through Python to a kernel of ours, of 25
-# µs more than its own forward and 100 with a gradient. A compromise, as linear's: at 2^22 stock
+# Below this many multiply-adds stock is done before our way through Python to a kernel of ours, of
+# 25 µs more than its own forward and 100 with a gradient. A compromise, as linear's: at 2^22 stock
 # takes 50 to 100 µs.
 _SMALL = 2**22
 _LARGEST = 2**31 - 1  # stride, padding or dilation that a kernel of ours takes
