@@ -15,7 +15,7 @@
 // of the state and gates are float. Sequences that have ended are the last rows of a batch: they
 // are skipped.
 //   The sum over units runs in pieces of 64 bytes, of which each lane has 16: operands come from
-//   memory as they are multiplied, and no ldmatrix is needed, as the order of a sum is free.
+//   memory, several pieces at once, and no ldmatrix is needed, as the order of a sum is free.
 //   float32: TF32 products of the high and the low half of each number, three of four.
 //
 // step_forward, step_backward: what a step has beside its product, which is then torch's: where
@@ -318,7 +318,7 @@ DLK_KERNEL void __launch_bounds__(kThreads) before_kernel(Before<S> p) {
 
 // Offsets of steps as a kernel's parameters: a copy would read them when a captured graph runs.
 struct Offsets {
-  static constexpr int kMost = 480;  // parameters of 4 KB
+  static constexpr int kMost = 240;  // parameters of 2 KB
   int64_t values[kMost];
   int64_t* to;
   int count;
