@@ -603,8 +603,8 @@ class Product {
 
  private:
   static constexpr int kKept = kRegisterTiles / kTiles;
-  // Chains: sums that do not wait for one another.
   static constexpr int kAhead = pieces_ahead(sizeof(S), kColumns);
+  // Sums that do not wait for one another.
   static constexpr int kChains = kTiles * kColumns < 4 ? 4 / (kTiles * kColumns) : 1;
   using Sums = float[kChains][kTiles][kColumns][4];
 
