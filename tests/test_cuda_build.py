@@ -48,6 +48,7 @@ NARROW = {
     r"weight_gradient_kernel<.*>": ("LDG STG", "as convolve; writes a row of a kernel a thread"),
     r"step_(forward|backward)_kernel<.*>": ("LDG STG", "a unit a thread: a few kilobytes a launch"),
     r"before_kernel<.*>": ("LDG STG", "rows of any alignment, once a backward"),
+    r"offsets_kernel": ("LDG STG", "writes what its parameters hold"),
     r"(unprojected|sum)_kernel<.*>": ("LDG STG", "of projections and cells: as the steps"),
     r"add_pieces_kernel<.*>": ("LDG STG", "a number a thread, 128 bytes a warp"),
 }
@@ -166,13 +167,14 @@ def output(*command) -> str:
 
 @pytest.fixture(scope="module")
 def sass():
-    """(kernel, architecture) -> its instructions that read or write global memory."""
-    found: dict[tuple[str, str], set[str]] = {}
+    """(kernel, architecture) -> its instructions that read or write global memory, loads from any
+    memory and products of matrix units, in their order."""
+    found: dict[tuple[str, str], list[str]] = {}
     text = output(tool("cuobjdump"), "-sass", LIBRARY)
     for code in re.split(r"\bcode for (?=sm_)", text)[1:]:
         for function in code.split("Function : ")[1:]:
             place = function.split(maxsplit=1)[0], code.split(maxsplit=1)[0]
-            found[place] = set(re.findall(r" ((?:LDGSTS|LDG|STG)\.[\w.]+)", function))
+            found[place] = re.findall(r" ((?:LDGSTS|LDG|LD|STG|HMMA)\.[\w.]+)", function)
     names = demangled("\n".join(name for name, _ in found)).splitlines()
     return {
         (short(name), arch): instructions
@@ -323,6 +325,25 @@ def test_kernels_move_sixteen_bytes_at_a_time(sass):
         wrong += [f"{kernel} for {arch}: no {kind} of 128 bits" for kind in sorted(lacks)]
     assert sass and not wrong, "\n".join(wrong)
     assert met == set(NARROW), "NARROW names kernels that are not there"
+
+
+@needs_library
+def test_a_step_reads_all_that_it_can_before_it_multiplies(sass):
+    """Vectors that the blocks of lstm.cu exchange: read piece by piece, each would take as long as
+    L2 takes to answer."""
+    least = {}
+    for (kernel, arch), instructions in sass.items():
+        if not re.match(r"sequence_\w+_kernel<", kernel):
+            continue
+        order = "".join(
+            "h" if name.startswith("HMMA") else "l"
+            for name in instructions
+            if name.startswith("HMMA") or re.fullmatch(r"LD\.E.*\.128.*", name)
+        )
+        least[kernel, arch] = max(map(len, order.split("h")))
+    assert len({kernel for kernel, _ in least}) == 18  # passes, dtypes, columns
+    few = {place: n for place, n in least.items() if n < (4 if "float" in place[0] else 8)}
+    assert not few
 
 
 # ---------------------------------------------------------------------------------------- symbols

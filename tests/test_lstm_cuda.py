@@ -3,6 +3,8 @@
 Paths and edges are test_lstm_paths.py's, by `-p tests.on_cuda`.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from compare import assert_no_worse
@@ -125,21 +127,59 @@ def test_long_sequences(shape, own):
         assert torch.equal(result, wanted)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("shape", ["cluster", "grid"])
-def test_in_a_graph(shape, own):
+def test_in_a_graph(shape, packed, own):
     ours, *_, x = modules("lstm", shape, torch.bfloat16)
+    given, data = x, x
+    if packed:
+        given = pack_padded_sequence(x, torch.linspace(x.shape[0], 1, x.shape[1]).long())
+        data = given.data
+
+    def output():
+        found = ours(given)[0]
+        return found.data if packed else found
+
     with torch.no_grad():
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            ours(x)
+            output()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            output, _ = ours(x)
-        x.copy_(torch.randn_like(x))
+            found = output()
+        data.copy_(torch.randn_like(data))
+        host = [torch.full((n,), -1) for n in range(1, 4096, 7)]  # in place of what was freed
         graph.replay()
-        assert torch.equal(output, ours(x)[0])
+        assert torch.equal(found, output())
+        del host
+
+
+def test_a_batch_of_more_blocks_than_a_grid_has_in_y(own):
+    """Of W_hh's gradient: that of the whole is the sum of the halves'."""
+    module = dlkernels.nn.LSTM(3, 8).to("cuda", torch.float64)
+    x = torch.randn(2, 600_000, 3, device="cuda", dtype=torch.float64)
+
+    def gradient(x):
+        return torch.autograd.grad(module(x)[0].sum(), module.weight_hh_l0)[0]
+
+    halves = sum(gradient(half) for half in x.chunk(2, 1))
+    torch.testing.assert_close(gradient(x), halves, rtol=1e-9, atol=1e-6)
+
+
+def test_two_threads(own):
+    """One kernel with 102 and with 204 KB of shared memory, launched at once."""
+
+    def repeated(hidden):
+        module = dlkernels.nn.LSTM(16, hidden).to("cuda", torch.bfloat16)
+        x = torch.randn(3, 1, 16, device="cuda", dtype=torch.bfloat16)
+        with torch.no_grad():
+            wanted = module(x)[0]
+            return all(torch.equal(module(x)[0], wanted) for _ in range(500))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(repeated, [1200, 2000]))
 
 
 @kinds

@@ -171,6 +171,15 @@ def test_training(path, dtype, mode):
     check(mode, shape, dtype)
 
 
+def test_many_packed_steps():
+    """Their offsets are parameters of several launches."""
+    p = drawn("lstm", Path(250, 2, 3, 8, packed=True), torch.float32)
+    arguments = (p.input, p.batch_sizes, p.hx, p.cx, p.weights, "lstm")
+    output, *_ = ops.lstm_forward(*arguments, False, True)
+    others = (stock(p, dtype)["output"] for dtype in (torch.float32, torch.float64))
+    assert_no_worse("output", output, *others, factor=2.5)
+
+
 @pytest.mark.parametrize("given", ["output", "h_n", "c_n"])
 def test_one_gradient_given(given):
     """The others are none."""

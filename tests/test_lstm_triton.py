@@ -40,6 +40,13 @@ def test_kernels_take_what_the_schemas_say(monkeypatch):
 # --------------------------------------------------------------------------------------- compiled
 
 
+def test_a_row_of_another_alignment_compiles_nothing():
+    for kernel in (kernels._step, kernels._gradient):
+        read = [parameter for parameter in kernel.params if not parameter.is_constexpr]
+        anew = [p.name for p in read if not p.do_not_specialize_on_alignment]
+        assert read and not anew
+
+
 def taken_down(monkeypatch, mode, dtype):
     """The launches of a layer of one step and of a cell, as compile_kernel takes them."""
     launches = []

@@ -192,9 +192,10 @@ void launch(void (*kernel)(Params...), const char* name, const LaunchShape& shap
     cooperative.val.cooperative = 1;
   }
   cudaError_t error = cudaSuccess;
+  // The same for every launch: another thread's smaller one would come between.
   if (shape.shared > 48 << 10)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 int(shape.shared));
+                                 int(shared_limit()));
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, Params(args)...);
   if (error == cudaSuccess) return;
   cudaGetLastError();

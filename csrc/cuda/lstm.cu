@@ -15,7 +15,7 @@
 // of the state and gates are float. Sequences that have ended are the last rows of a batch: they
 // are skipped.
 //   The sum over units runs in pieces of 64 bytes, of which each lane has 16: operands come from
-//   memory as they are multiplied, and no ldmatrix is needed, as the order of a sum is free.
+//   memory, several pieces at once, and no ldmatrix is needed, as the order of a sum is free.
 //   float32: TF32 products of the high and the low half of each number, three of four.
 //
 // step_forward, step_backward: what a step has beside its product, which is then torch's: where
@@ -55,8 +55,15 @@ struct Steps {
   int64_t batch;
   int count;
 
-  DLK_DEVICE int64_t first(int t) const { return offsets ? offsets[t] : t * batch; }
-  DLK_DEVICE int64_t rows(int t) const { return offsets ? offsets[t + 1] - offsets[t] : batch; }
+  // The rows of a step as they lie in memory, to be read ahead; none beyond the ends.
+  struct Range {
+    int64_t first = 0, end = 0;
+  };
+  DLK_DEVICE Range range(int t) const {
+    if (t < 0 || t >= count) return {};
+    if (offsets) return {offsets[t], offsets[t + 1]};
+    return {t * batch, (t + 1) * batch};
+  }
 };
 
 // ----------------------------------------------------------------------------------------- algebra
@@ -281,6 +288,8 @@ DLK_KERNEL void __launch_bounds__(kThreads) step_backward_kernel(BackwardStep<S>
   if (p.grad_c_made) p.grad_c_made[i] = narrow<S>(dc);
 }
 
+constexpr int64_t kMostEights = 1024;
+
 // h before each step, (rows of all steps, size): what W_hh was multiplied with.
 template <typename S>
 struct Before {
@@ -291,19 +300,33 @@ struct Before {
   S* before;
 };
 
-// Grid: steps × eights of the batch. Block: a row a warp.
+// Grid: steps × eights of the batch, at most kMostEights at once. Block: a row a warp.
 // ptxas: <= 40 registers, 0 bytes static shared, 0 spills
 template <typename S>
 DLK_KERNEL void __launch_bounds__(kThreads) before_kernel(Before<S> p) {
   const int t = int(blockIdx.x);
-  const int64_t row = int64_t(blockIdx.y) * kWarps + warp_index();
-  if (row >= p.steps.rows(t)) return;
-  const int from = p.reverse ? t + 1 : t - 1;
-  const bool first = from < 0 || from >= p.steps.count || row >= p.steps.rows(from);
-  const S* source =
-      first ? p.hx + row * p.size : p.output + (p.steps.first(from) + row) * p.output_pitch;
-  S* const to = p.before + (p.steps.first(t) + row) * p.size;
-  for (int64_t i = lane(); i < p.size; i += kWarp) to[i] = source[i];
+  const Steps::Range now = p.steps.range(t), from = p.steps.range(p.reverse ? t + 1 : t - 1);
+  for (int64_t row = int64_t(blockIdx.y) * kWarps + warp_index(); now.first + row < now.end;
+       row += int64_t(gridDim.y) * kWarps) {
+    const bool continued = from.first + row < from.end;
+    const S* source =
+        continued ? p.output + (from.first + row) * p.output_pitch : p.hx + row * p.size;
+    S* const to = p.before + (now.first + row) * p.size;
+    for (int64_t i = lane(); i < p.size; i += kWarp) to[i] = source[i];
+  }
+}
+
+// Offsets of steps as a kernel's parameters: a copy would read them when a captured graph runs.
+struct Offsets {
+  static constexpr int kMost = 240;  // parameters of 2 KB
+  int64_t values[kMost];
+  int64_t* to;
+  int count;
+};
+
+// ptxas: <= 32 registers, 0 bytes static shared, 0 spills
+DLK_KERNEL void __launch_bounds__(kThreads) offsets_kernel(Offsets p) {
+  for (int i = int(threadIdx.x); i < p.count; i += kThreads) p.to[i] = p.values[i];
 }
 
 // h before its projection: o·tanh(c), of all steps.
@@ -361,6 +384,10 @@ struct Cut {
 
 DLK_HOST_DEVICE int kept_pieces(int tiles) { return kRegisterTiles / tiles; }
 
+// Pieces of the vectors that a warp has under way at once: one after the other, each would take as
+// long as memory takes to answer.
+constexpr int pieces_ahead(int item, int columns) { return (item == 2 ? 12 : 7) / columns; }
+
 // A block's place.
 struct Place {
   int rank, direction, group, unit, sequence, rows;
@@ -373,12 +400,28 @@ struct Place {
     sequence = group / directions * c.rows;
     rows = int(batch) - sequence < c.rows ? int(batch) - sequence : c.rows;
   }
-  // Of the group's sequences those that step t has.
-  DLK_DEVICE int active(const Steps& steps, int t) const {
-    if (t < 0 || t >= steps.count) return 0;
-    const int64_t n = steps.rows(t) - sequence;
+  // Of the group's sequences those that a step has.
+  DLK_DEVICE int active(const Steps::Range& step) const {
+    const int64_t n = step.end - step.first - sequence;
     return n < 0 ? 0 : n < rows ? int(n) : rows;
   }
+};
+
+// What a thread works at: a sequence of the group and a unit of the block. The first is divided
+// once, not at each step.
+struct Item {
+  int row, unit;
+};
+class Items {
+ public:
+  DLK_DEVICE explicit Items(int units) : units_(units), first_(divided(int(threadIdx.x))) {}
+  DLK_DEVICE Item operator[](int i) const { return i == int(threadIdx.x) ? first_ : divided(i); }
+
+ private:
+  DLK_DEVICE Item divided(int i) const { return {i / units_, i % units_}; }
+
+  const int units_;
+  const Item first_;
 };
 
 // What the blocks of a group tell each other: two vectors in turn, and who has come how far.
@@ -386,7 +429,7 @@ template <typename S>
 class Exchange {
  public:
   DLK_DEVICE Exchange(const Cut& c, const Place& place, S* global, unsigned* flags)
-      : cut_(c), unit_(place.unit), rank_(place.rank) {
+      : cut_(c), unit_(place.unit), rank_(place.rank), first_(offset(int(threadIdx.x))) {
     const int64_t vectors = int64_t(c.rows) * c.pitch;
     base_ = c.cluster ? reinterpret_cast<S*>(shared_memory() + c.exchange)
                       : global + place.group * 2 * vectors;
@@ -406,12 +449,11 @@ class Exchange {
 
   // This block's units of n sequences, of `stage` [sequence][gate][unit], to all blocks.
   DLK_DEVICE void publish(int parity, const S* stage, int n) {
-    const int of_gate = cut_.units / kVector<S>, each = cut_.depth_gates * of_gate;
-    S* const to = base_ + int64_t(parity) * cut_.rows * cut_.pitch + unit_;
+    const int each = cut_.depth_gates * (cut_.units / kVector<S>);
+    S* const to = base_ + int64_t(parity) * cut_.rows * cut_.pitch;
     for (int i = int(threadIdx.x); i < n * each; i += kThreads) {
-      const int row = i / each, gate = i % each / of_gate, part = i % of_gate;
       const Bits16 bits = load16(stage + i * kVector<S>);
-      S* const place = to + int64_t(row) * cut_.pitch + gate * cut_.padded + part * kVector<S>;
+      S* const place = to + (i == int(threadIdx.x) ? first_ : offset(i));
       if (cut_.cluster) {
         for (int r = 0; r < cut_.blocks; ++r) store16(cluster_shared(place, unsigned(r)), bits);
       } else {
@@ -437,8 +479,15 @@ class Exchange {
   }
 
  private:
+  // Where the i-th 16 bytes of a stage go.
+  DLK_DEVICE int offset(int i) const {
+    const int of_gate = cut_.units / kVector<S>, each = cut_.depth_gates * of_gate;
+    const int row = i / each, gate = i % each / of_gate, part = i % of_gate;
+    return row * cut_.pitch + gate * cut_.padded + unit_ + part * kVector<S>;
+  }
+
   const Cut& cut_;
-  int unit_, rank_;
+  const int unit_, rank_, first_;
   S* base_;
   unsigned* flags_;
   unsigned phase_ = 0;
@@ -506,16 +555,18 @@ class Product {
   // To the partial sums, of `active` vectors.
   DLK_DEVICE void multiply(const S* vectors, int active) {
     if (idle()) return;
-    float sum[kTiles][kColumns][4] = {};
+    Sums sums = {};
+    constexpr int kTurns = (kKept + kAhead - 1) / kAhead;  // that have weights in registers
 #pragma unroll
-    for (int j = 0; j < kKept; ++j) {
-      const int at = piece_ + j * cut_.split;
-      if (at >= cut_.pieces) break;
-      add(sum, vectors, at, active, [&](int i, int half) { return kept_[i][j][half]; });
-    }
-#pragma unroll 2
-    for (int at = piece_ + kKept * cut_.split; at < cut_.pieces; at += cut_.split)
-      add(sum, vectors, at, active, [&](int i, int half) { return *resident(i, at, half); });
+    for (int turn = 0; turn < kTurns; ++turn)
+      add(sums, vectors, turn * kAhead, active, [&](int i, int j, int at, int half) {
+        const int kept = turn * kAhead + j;
+        return kept < kKept ? kept_[i][kept % kKept][half] : *resident(i, at, half);
+      });
+#pragma unroll 1
+    for (int first = kTurns * kAhead; piece_ + first * cut_.split < cut_.pieces; first += kAhead)
+      add(sums, vectors, first, active,
+          [&](int i, int, int at, int half) { return *resident(i, at, half); });
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       if (tile_ + i >= cut_.tiles) break;
@@ -524,7 +575,11 @@ class Product {
       for (int n = 0; n < kColumns; ++n)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float two[2] = {sum[i][n][2 * half], sum[i][n][2 * half + 1]};
+          float two[2] = {};
+#pragma unroll
+          for (int chain = 0; chain < kChains; ++chain)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) two[k] += sums[chain][i][n][2 * half + k];
           const int column = n * 8 + lane() % 4 * 2;
           *reinterpret_cast<uint64_t*>(partial_ + (row + half * 8) * cut_.partial_pitch + column) =
               bit_cast<uint64_t>(two);
@@ -532,16 +587,26 @@ class Product {
     }
   }
 
-  // Of row and column of the partial sums, behind a barrier.
-  DLK_DEVICE float total(int row, int column) const {
-    float sum = 0;
-    for (int k = 0; k < cut_.split; ++k)
-      sum += partial_[(k * cut_.tiles * 16 + row) * cut_.partial_pitch + column];
-    return sum;
+  // Of a column of the partial sums and its rows `row`, one for each gate, behind a barrier.
+  template <int kGates>
+  DLK_DEVICE void total(float (&sum)[kGates], int row, int column) const {
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) sum[g] = 0;
+    for (int k = 0; k < cut_.split; ++k) {
+      const float* const from =
+          partial_ + (k * cut_.tiles * 16 + row) * cut_.partial_pitch + column;
+#pragma unroll
+      for (int g = 0; g < kGates; ++g)
+        if (g < cut_.row_gates) sum[g] += from[g * cut_.units * cut_.partial_pitch];
+    }
   }
 
  private:
   static constexpr int kKept = kRegisterTiles / kTiles;
+  static constexpr int kAhead = pieces_ahead(sizeof(S), kColumns);
+  // Sums that do not wait for one another.
+  static constexpr int kChains = kTiles * kColumns < 4 ? 4 / (kTiles * kColumns) : 1;
+  using Sums = float[kChains][kTiles][kColumns][4];
 
   DLK_DEVICE bool idle() const { return piece_ >= cut_.split || tile_ >= cut_.tiles; }
 
@@ -564,22 +629,34 @@ class Product {
     return bit_cast<Bits16>(numbers);
   }
 
+  // This warp's pieces number first … first + kAhead − 1.
   template <typename Weights>
-  DLK_DEVICE void add(float (&sum)[kTiles][kColumns][4], const S* vectors, int piece, int active,
+  DLK_DEVICE void add(Sums& sums, const S* vectors, int first, int active,
                       const Weights& weights) const {
-    const S* const from = vectors + int64_t(lane() / 4) * cut_.pitch + piece * kPieceNumbers<S> +
-                          lane() % 4 * kVector<S>;
-    Bits16 x[kColumns];
+    const S* from = vectors + lane() / 4 * cut_.pitch + lane() % 4 * kVector<S> +
+                    (piece_ + first * cut_.split) * kPieceNumbers<S>;
+    Bits16 x[kAhead][kColumns];
 #pragma unroll
-    for (int n = 0; n < kColumns; ++n)
-      x[n] = n * 8 + lane() / 4 < active ? load16(from + int64_t(n) * 8 * cut_.pitch) : Bits16{};
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      if (tile_ + i >= cut_.tiles) break;
-      const Bits16 a[2] = {weights(i, 0), weights(i, 1)};
+    for (int j = 0; j < kAhead; ++j, from += cut_.split * kPieceNumbers<S>) {
+      const int at = piece_ + (first + j) * cut_.split;
 #pragma unroll
       for (int n = 0; n < kColumns; ++n)
-        if (n * 8 < active) multiply_piece<S>(sum[i][n], a, x[n]);
+        x[j][n] = at < cut_.pieces && n * 8 + lane() / 4 < active
+                      ? load16(from + n * 8 * cut_.pitch)
+                      : Bits16{};
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int at = piece_ + (first + j) * cut_.split;
+      if (at >= cut_.pieces) break;
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        if (tile_ + i >= cut_.tiles) break;
+        const Bits16 a[2] = {weights(i, j, at, 0), weights(i, j, at, 1)};
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n)
+          if (n * 8 < active) multiply_piece<S>(sums[j % kChains][i][n], a, x[j][n]);
+      }
     }
   }
 
@@ -590,22 +667,27 @@ class Product {
   Bits16 kept_[kTiles][kKept][2];
 };
 
+// What the loops of both passes know.
 template <typename S>
-struct ForwardSequence {
+struct Sequence {
   Cut cut;
   Mode mode;
   Steps steps;
   int directions;
-  const S* weight[kMostDirections];
+  int64_t rows;
+  const S* weight[kMostDirections];  // of the backward transposed: (hidden, gates·hidden)
+  const S *hx, *cx;
+  S* exchange;
+  unsigned* flags;
+};
+
+template <typename S>
+struct ForwardSequence : Sequence<S> {
   const S *b_ih[kMostDirections], *b_hh[kMostDirections];
   const S* x;  // (rows, directions·gates·hidden)
-  const S *hx, *cx;
   S *output, *h_n, *c_n;
   S* gates;  // these two: where they are saved
   float* cells;
-  int64_t rows;
-  S* exchange;
-  unsigned* flags;
 };
 
 constexpr int kForwardTiles = 2, kBackwardTiles = 1;  // of a warp
@@ -649,66 +731,67 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1) sequence_forward_kernel(ForwardSe
   exchange.publish(1, stage, place.rows);
   exchange.arrive();
 
+  const Items items(units);
+  const Item my_item = items[int(threadIdx.x)];
   int parity = 0;
-  for (int s = 0; s < p.steps.count; ++s) {
+  Steps::Range now = p.steps.range(reverse ? p.steps.count - 1 : 0), next;
+  for (int s = 0; s < p.steps.count; ++s, now = next) {
     const int t = reverse ? p.steps.count - 1 - s : s;
-    const int n = place.active(p.steps, t);
+    next = p.steps.range(reverse ? t - 1 : t + 1);
+    const int n = place.active(now);
     if (n == 0) continue;
-    // From here on a sequence has ended.
-    const int lasts = reverse ? (t == 0 ? 0 : n) : place.active(p.steps, t + 1);
-    const int64_t first = p.steps.first(t) + place.sequence;
-    const auto load = [&](float (&x)[4], int i) {
-      const int row = i / units, unit = i % units;
+    const int64_t first = now.first + place.sequence;
+    const auto load = [&](S(&x)[4], const Item& item) {
+      const bool exists = item.row < n && place.unit + item.unit < c.hidden;
 #pragma unroll
       for (int g = 0; g < 4; ++g)
-        x[g] = g < gates && row < n && place.unit + unit < c.hidden
-                   ? widen(p.x[(first + row) * x_pitch + (int64_t(d) * gates + g) * c.hidden +
-                               place.unit + unit])
-                   : 0;
+        x[g] = g < gates && exists
+                   ? p.x[(first + item.row) * x_pitch + (int64_t(d) * gates + g) * c.hidden +
+                         place.unit + item.unit]
+                   : S{};
     };
-    const auto store = [&](const float (&x)[4], S h, int at) {
-      const int row = at / units, unit = at % units;
-      const int64_t to = first + row;
-      p.output[to * output_pitch + int64_t(d) * c.hidden + place.unit + unit] = h;
-      if (row >= lasts) {
-        p.h_n[in_states(row, unit)] = h;
-        if (p.mode == Mode::kLstm) p.c_n[in_states(row, unit)] = narrow<S>(state[at]);
+    const auto store = [&](const float (&x)[4], S h, const Item& item, int at) {
+      const int64_t to = first + item.row;
+      p.output[to * output_pitch + int64_t(d) * c.hidden + place.unit + item.unit] = h;
+      // From here on a sequence has ended.
+      const int lasts = reverse ? (t == 0 ? 0 : n) : place.active(next);
+      if (item.row >= lasts) {
+        p.h_n[in_states(item.row, item.unit)] = h;
+        if (p.mode == Mode::kLstm) p.c_n[in_states(item.row, item.unit)] = narrow<S>(state[at]);
       }
       const int64_t saved = (int64_t(d) * p.rows + to) * c.hidden;
       if (p.gates) {
 #pragma unroll
         for (int g = 0; g < 4; ++g)
-          p.gates[4 * saved + int64_t(g) * c.hidden + place.unit + unit] = narrow<S>(x[g]);
+          p.gates[4 * saved + int64_t(g) * c.hidden + place.unit + item.unit] = narrow<S>(x[g]);
       }
-      if (p.cells) p.cells[saved + place.unit + unit] = state[at];
+      if (p.cells) p.cells[saved + place.unit + item.unit] = state[at];
     };
-    // A thread's first unit: its input is under way while the block waits, and its results are
-    // stored when the other blocks have what they wait for.
+    // A thread's first unit: its input is under way while the block waits (not converted: that
+    // would wait for it), and its results are stored when the other blocks have what they wait for.
+    S given[4];
     float mine[4];
     S my_h{};
-    load(mine, int(threadIdx.x));
+    load(given, my_item);
     exchange.wait();
     for (int chunk = 0; chunk < n; chunk += 8 * kColumns) {
       const int count = n - chunk < 8 * kColumns ? n - chunk : 8 * kColumns;
       product.multiply(exchange.vector(parity) + int64_t(chunk) * c.pitch, count);
       sync_block();
       for (int i = int(threadIdx.x); i < count * units; i += kThreads) {
-        const int at = chunk * units + i, unit = at % units;
+        const int at = chunk * units + i;
+        const Item of_chunk = items[i], item{chunk + of_chunk.row, of_chunk.unit};
         S h{};
-        if (place.unit + unit < c.hidden) {
+        if (place.unit + item.unit < c.hidden) {
           const bool is_mine = at == int(threadIdx.x);
-          float x[4];
-          if (is_mine) {
+          if (!is_mine) load(given, item);
+          float x[4], sums[4];
+          product.total(sums, item.unit, of_chunk.row);
 #pragma unroll
-            for (int g = 0; g < 4; ++g) x[g] = mine[g];
-          } else {
-            load(x, at);
-          }
+          for (int g = 0; g < 4; ++g) x[g] = widen(given[g]) + bias[g * units + item.unit];
 #pragma unroll
-          for (int g = 0; g < 4; ++g) {
-            x[g] += bias[g * units + unit];
-            if (g < gates) add_of_state(p.mode, x, g, product.total(g * units + unit, i / units));
-          }
+          for (int g = 0; g < 4; ++g)
+            if (g < gates) add_of_state(p.mode, x, g, sums[g]);
           h = narrow<S>(forward_unit(p.mode, x, state[at]));
           if (p.mode != Mode::kLstm) state[at] = widen(h);
           if (is_mine) {
@@ -716,7 +799,7 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1) sequence_forward_kernel(ForwardSe
             for (int g = 0; g < 4; ++g) mine[g] = x[g];
             my_h = h;
           } else {
-            store(x, h, at);
+            store(x, h, item, at);
           }
         }
         stage[at] = h;
@@ -726,28 +809,20 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1) sequence_forward_kernel(ForwardSe
     parity ^= 1;
     exchange.publish(parity, stage, n);
     exchange.arrive();
-    if (int(threadIdx.x) < n * units && place.unit + int(threadIdx.x) % units < c.hidden)
-      store(mine, my_h, int(threadIdx.x));
+    if (int(threadIdx.x) < n * units && place.unit + my_item.unit < c.hidden)
+      store(mine, my_h, my_item, int(threadIdx.x));
   }
   exchange.wait();  // a cluster's blocks end together
 }
 
 template <typename S>
-struct BackwardSequence {
-  Cut cut;
-  Mode mode;
-  Steps steps;
-  int directions;
-  const S* weight[kMostDirections];            // transposed: (hidden, gates·hidden)
+struct BackwardSequence : Sequence<S> {
   const S *grad_output, *grad_h_n, *grad_c_n;  // or null
-  const S *output, *gates, *hx, *cx;
+  const S *output, *gates;
   const float* cells;
   S* grad_x;  // (rows, directions·gates·hidden)
   S* grad_h;  // of a GRU
   S *grad_hx, *grad_cx;
-  int64_t rows;
-  S* exchange;
-  unsigned* flags;
 };
 
 // Grid: groups × blocks of a group.
@@ -777,51 +852,60 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1) sequence_backward_kernel(Backward
   }
   sync_block();
 
+  // As it lies in memory: what converts it waits for it.
   struct Read {
-    float grad;
-    Kept<float> kept;
+    S grad, gates[4], h;  // h of an RNN, of a GRU the one before
+    float c, c_before;
   };
-  const auto load = [&](int t, int at) {
+  const auto load = [&](const Steps::Range& step, const Steps::Range& before, const Item& item) {
     Read read{};
-    const int row = at / units, unit = at % units;
-    if (row >= place.active(p.steps, t) || place.unit + unit >= c.hidden) return read;
+    const int row = item.row, unit = item.unit;
+    if (row >= place.active(step) || place.unit + unit >= c.hidden) return read;
     const int64_t column = int64_t(d) * c.hidden + place.unit + unit;
-    const int64_t to = p.steps.first(t) + place.sequence + row;
-    const int from = reverse ? t + 1 : t - 1;
-    const bool continued = row < place.active(p.steps, from);
-    const int64_t before = continued ? p.steps.first(from) + place.sequence + row : 0;
+    const int64_t to = step.first + place.sequence + row;
+    const bool continued = row < place.active(before);
+    const int64_t from = before.first + place.sequence + row;
     const int64_t saved = int64_t(d) * p.rows;
-    if (p.grad_output) read.grad = widen(p.grad_output[to * output_pitch + column]);
+    if (p.grad_output) read.grad = p.grad_output[to * output_pitch + column];
     if (p.gates) {
 #pragma unroll
       for (int g = 0; g < 4; ++g)
-        read.kept.gates[g] = widen(p.gates[((saved + to) * 4 + g) * c.hidden + place.unit + unit]);
+        read.gates[g] = p.gates[((saved + to) * 4 + g) * c.hidden + place.unit + unit];
     }
     if (lstm) {
-      read.kept.state = p.cells[(saved + to) * c.hidden + place.unit + unit];
-      read.kept.before = continued ? p.cells[(saved + before) * c.hidden + place.unit + unit]
-                                   : widen(p.cx[in_states(row, unit)]);
+      read.c = p.cells[(saved + to) * c.hidden + place.unit + unit];
+      read.c_before = continued ? p.cells[(saved + from) * c.hidden + place.unit + unit]
+                                : widen(p.cx[in_states(row, unit)]);
     } else if (p.mode == Mode::kGru) {
-      read.kept.before =
-          widen(continued ? p.output[before * output_pitch + column] : p.hx[in_states(row, unit)]);
+      read.h = continued ? p.output[from * output_pitch + column] : p.hx[in_states(row, unit)];
     } else {
-      read.kept.state = widen(p.output[to * output_pitch + column]);
+      read.h = p.output[to * output_pitch + column];
     }
     return read;
   };
+  const auto kept_of = [&](const Read& read) {
+    const float h = widen(read.h);
+    Kept<float> kept{{}, lstm ? read.c : h, lstm ? read.c_before : h};
+#pragma unroll
+    for (int g = 0; g < 4; ++g) kept.gates[g] = widen(read.gates[g]);
+    return kept;
+  };
 
+  const Items items(units);
+  const Item my_item = items[int(threadIdx.x)];
+  const int forth = reverse ? 1 : -1, begin = reverse ? 0 : p.steps.count - 1;
   int parity = 0;
-  Read ahead = load(reverse ? 0 : p.steps.count - 1, int(threadIdx.x));
+  Steps::Range now = p.steps.range(begin), next = p.steps.range(begin + forth);
+  Read ahead = load(now, next, my_item);
   for (int s = 0; s < p.steps.count; ++s) {
-    const int t = reverse ? s : p.steps.count - 1 - s, next = reverse ? t + 1 : t - 1;
-    const int n = place.active(p.steps, t);
+    const Steps::Range after = p.steps.range(begin + (s + 2) * forth);
+    const int n = place.active(now);
     if (n > 0) {
-      const int64_t first = p.steps.first(t) + place.sequence;
-      const auto store = [&](const float (&x)[4], int at) {
-        const int row = at / units, unit = at % units;
-        if (place.unit + unit >= c.hidden) return;
+      const int64_t first = now.first + place.sequence;
+      const auto store = [&](const float (&x)[4], const Item& item) {
+        if (place.unit + item.unit >= c.hidden) return;
         const int64_t to =
-            (first + row) * pitch + int64_t(d) * gates * c.hidden + place.unit + unit;
+            (first + item.row) * pitch + int64_t(d) * gates * c.hidden + place.unit + item.unit;
 #pragma unroll
         for (int g = 0; g < 4; ++g) {
           if (g >= gates) break;
@@ -831,39 +915,46 @@ DLK_KERNEL void __launch_bounds__(kThreads, 1) sequence_backward_kernel(Backward
       };
       float mine[4] = {};  // as in the forward
       for (int at = int(threadIdx.x); at < n * units; at += kThreads) {
-        const int row = at / units, unit = at % units;
+        const Item item = items[at];
         const bool is_mine = at == int(threadIdx.x);
         float x[4] = {};
-        if (place.unit + unit < c.hidden) {
-          const Read read = is_mine ? ahead : load(t, at);
-          grad[at] = backward_unit(p.mode, grad[at] + read.grad, read.kept, grad_c[at], x);
+        if (place.unit + item.unit < c.hidden) {
+          const Read read = is_mine ? ahead : load(now, next, item);
+          grad[at] =
+              backward_unit(p.mode, grad[at] + widen(read.grad), kept_of(read), grad_c[at], x);
         }
 #pragma unroll
         for (int g = 0; g < 4; ++g) {
           if (g >= gates) break;
-          stage[(row * gates + g) * units + unit] = narrow<S>(of_state(p.mode, x, g));
+          stage[(item.row * gates + g) * units + item.unit] = narrow<S>(of_state(p.mode, x, g));
         }
         if (is_mine) {
 #pragma unroll
           for (int g = 0; g < 4; ++g) mine[g] = x[g];
         } else {
-          store(x, at);
+          store(x, item);
         }
       }
       sync_block();
       exchange.publish(parity, stage, n);
       exchange.arrive();
-      if (int(threadIdx.x) < n * units) store(mine, int(threadIdx.x));
+      if (int(threadIdx.x) < n * units) store(mine, my_item);
     }
-    ahead = load(next, int(threadIdx.x));
+    ahead = load(next, after, my_item);
+    now = next;
+    next = after;
     if (n == 0) continue;
     exchange.wait();
     for (int chunk = 0; chunk < n; chunk += 8 * kColumns) {
       const int count = n - chunk < 8 * kColumns ? n - chunk : 8 * kColumns;
       product.multiply(exchange.vector(parity) + int64_t(chunk) * c.pitch, count);
       sync_block();
-      for (int i = int(threadIdx.x); i < count * units; i += kThreads)
-        grad[chunk * units + i] += product.total(i % units, i / units);
+      for (int i = int(threadIdx.x); i < count * units; i += kThreads) {
+        const Item item = items[i];
+        float sum[1];
+        product.total(sum, item.unit, item.row);
+        grad[chunk * units + i] += sum[0];
+      }
       sync_block();
     }
     parity ^= 1;
@@ -888,7 +979,11 @@ struct Device {
 // of shared memory, and the barrier.
 double cost_of(const Cut& c, const Device& device, int64_t blocks, int item, int tiles) {
   const double pieces = c.pieces, columns = double(divide_up(c.rows, 8));
-  const double read = c.rows * pieces * kPiece / (c.cluster ? 128 : 64);
+  const double turns =
+      double(divide_up(c.rows, 8 * c.columns) *
+             divide_up(divide_up(c.pieces, c.split), pieces_ahead(item, c.columns)));
+  const double read =
+      c.rows * pieces * kPiece / (c.cluster ? 128 : 64) + turns * (c.cluster ? 40 : 500);
   const double products = c.tiles * pieces * columns * (item == 4 ? 24 : 4);
   const double weights =
       c.tiles * std::max(0.0, pieces - kept_pieces(tiles) * c.split) * 1024 / 128;
@@ -915,7 +1010,7 @@ bool lay_out(Cut& c, int item, int tiles, size_t limit) {
   if (c.across > kWarps) return false;
   c.split = kWarps / c.across;
   c.columns = c.rows <= 8 ? 1 : c.rows <= 16 ? 2 : 4;
-  c.partial_pitch = c.columns == 1 ? 8 : 8 * c.columns + 8;
+  c.partial_pitch = 8 * c.columns + 2;  // neighbouring units in other banks
   int64_t at = int64_t(c.tiles) * std::max(0, c.pieces - kept_pieces(tiles) * c.split) * 1024;
   const auto take = [&](int64_t bytes) {
     const int64_t place = at;
@@ -981,27 +1076,6 @@ void for_columns(int columns, const Body& body) {
   if (columns == 1) return body(std::integral_constant<int, 1>{});
   if (columns == 2) return body(std::integral_constant<int, 2>{});
   body(std::integral_constant<int, 4>{});
-}
-
-template <typename Problem, typename Launch>
-void run_cut(Problem& p, const Cut& cut, const Tensor& like, std::vector<Tensor>& kept,
-             const Launch& launch_with) {
-  const int64_t groups = int64_t(p.directions) * cut.groups;
-  const Tensor exchange =
-      torch::stable::new_empty(like, Sizes{cut.cluster ? 0 : groups * 2 * cut.rows * cut.pitch});
-  const Tensor flags =
-      torch::stable::new_zeros(like, Sizes{cut.cluster ? 0 : groups * cut.blocks}, ScalarType::Int);
-  kept.insert(kept.end(), {exchange, flags});
-  p.cut = cut;
-  if (!cut.cluster) {
-    p.exchange = scratch_pointer<std::remove_pointer_t<decltype(p.exchange)>>("exchange", exchange);
-    p.flags = inout_pointer<unsigned>("flags", flags);
-  }
-  launch_with({.grid = unsigned(groups * cut.blocks),
-               .block = kThreads,
-               .shared = cut.shared,
-               .cluster = cut.cluster ? unsigned(cut.blocks) : 1,
-               .cooperative = !cut.cluster});
 }
 
 // ---------------------------------------------------------------------------------- torch's matmul
@@ -1190,10 +1264,14 @@ Layer::Layer(const Tensor& x, const Optional& batch_sizes, const Tensor& h, cons
 // The offsets of packed sequences where the kernels read them.
 void send_offsets(Layer& layer) {
   if (!layer.packed) return;
-  const Tensor host = torch::stable::empty(Sizes{int64_t(layer.offsets.size())}, ScalarType::Long);
-  std::copy(layer.offsets.begin(), layer.offsets.end(),
-            static_cast<int64_t*>(host.mutable_data_ptr()));
-  layer.device_offsets = torch::stable::to(host, layer.input.device(), true);
+  const int64_t count = int64_t(layer.offsets.size());
+  layer.device_offsets = torch::stable::new_empty(layer.input, Sizes{count}, ScalarType::Long);
+  int64_t* const to = output_pointer<int64_t>("offsets", *layer.device_offsets);
+  for (int64_t first = 0; first < count; first += Offsets::kMost) {
+    Offsets some{{}, to + first, int(std::min<int64_t>(Offsets::kMost, count - first))};
+    std::copy_n(layer.offsets.begin() + first, some.count, some.values);
+    launch(offsets_kernel, "lstm offsets", {.grid = 1, .block = kThreads}, some);
+  }
 }
 
 LaunchShape flat(int64_t elements) {
@@ -1292,6 +1370,38 @@ void forward_steps(const Layer& layer, const Tensor& x, Made& made, bool save) {
   }
 }
 
+// Fills what both passes know; how to launch it. weight_of(direction): contiguous.
+template <typename S, typename Weight>
+LaunchShape prepare(Sequence<S>& p, const Layer& layer, const Cut& cut, std::vector<Tensor>& kept,
+                    const Weight& weight_of) {
+  p.cut = cut;
+  p.mode = layer.mode;
+  p.steps = layer.on_device();
+  p.directions = int(layer.count());
+  p.rows = layer.rows;
+  for (int64_t d = 0; d < layer.count(); ++d) {
+    kept.push_back(weight_of(layer.directions[d]));
+    p.weight[d] = input_pointer<S>("w_hh", kept.back());
+  }
+  p.hx = input_pointer<S>("hx", layer.hx);
+  if (layer.cx) p.cx = input_pointer<S>("cx", *layer.cx);
+  const int64_t groups = layer.count() * cut.groups;
+  if (!cut.cluster) {
+    const Tensor exchange =
+        torch::stable::new_empty(layer.input, Sizes{groups * 2 * cut.rows * cut.pitch});
+    const Tensor flags =
+        torch::stable::new_zeros(layer.input, Sizes{groups * cut.blocks}, ScalarType::Int);
+    kept.insert(kept.end(), {exchange, flags});
+    p.exchange = scratch_pointer<S>("exchange", exchange);
+    p.flags = inout_pointer<unsigned>("flags", flags);
+  }
+  return {.grid = unsigned(groups * cut.blocks),
+          .block = kThreads,
+          .shared = cut.shared,
+          .cluster = cut.cluster ? unsigned(cut.blocks) : 1,
+          .cooperative = !cut.cluster};
+}
+
 // In one launch; whether the weights fit.
 template <typename S>
 bool forward_sequence(const Layer& layer, const Tensor& x, Made& made, bool save) {
@@ -1300,32 +1410,22 @@ bool forward_sequence(const Layer& layer, const Tensor& x, Made& made, bool save
                           kForwardTiles, device_for(sequence_forward_kernel<S, 1>));
   if (!cut) return false;
   ForwardSequence<S> p{};
-  p.mode = layer.mode;
-  p.steps = layer.on_device();
-  p.directions = int(layer.count());
+  const LaunchShape shape =
+      prepare(p, layer, *cut, made.kept, [](const Direction& w) { return dense(w.w_hh); });
   for (int64_t d = 0; d < layer.count(); ++d) {
     const Direction& w = layer.directions[d];
-    made.kept.push_back(dense(w.w_hh));
-    p.weight[d] = input_pointer<S>("w_hh", made.kept.back());
     if (!w.b_ih) continue;
     p.b_ih[d] = input_pointer<S>("b_ih", *w.b_ih);
     p.b_hh[d] = input_pointer<S>("b_hh", *w.b_hh);
   }
   p.x = input_pointer<S>("x", x);
-  p.hx = input_pointer<S>("hx", layer.hx);
   p.output = output_pointer<S>("output", made.output);
   p.h_n = output_pointer<S>("h_n", made.h_n);
-  if (lstm) {
-    p.cx = input_pointer<S>("cx", *layer.cx);
-    p.c_n = output_pointer<S>("c_n", made.c_n);
-  }
+  if (lstm) p.c_n = output_pointer<S>("c_n", made.c_n);
   if (save && layer.gates > 1) p.gates = output_pointer<S>("gates", made.gates);
   if (save && lstm) p.cells = output_pointer<float>("cells", made.cells);
-  p.rows = layer.rows;
-  run_cut(p, *cut, layer.input, made.kept, [&](const LaunchShape& shape) {
-    for_columns(cut->columns, [&](auto columns) {
-      launch(sequence_forward_kernel<S, columns>, "lstm sequence", shape, p);
-    });
+  for_columns(cut->columns, [&](auto columns) {
+    launch(sequence_forward_kernel<S, columns>, "lstm sequence", shape, p);
   });
   return true;
 }
@@ -1478,32 +1578,22 @@ bool backward_sequence(const Layer& layer, const Upstream& up, Loop& loop) {
                           kBackwardTiles, device_for(sequence_backward_kernel<S, 1>));
   if (!cut) return false;
   BackwardSequence<S> p{};
-  p.mode = layer.mode;
-  p.steps = layer.on_device();
-  p.directions = int(layer.count());
-  for (int64_t d = 0; d < layer.count(); ++d) {
-    loop.kept.push_back(dense(transposed(layer.directions[d].w_hh)));
-    p.weight[d] = input_pointer<S>("w_hh", loop.kept.back());
-  }
+  const LaunchShape shape = prepare(p, layer, *cut, loop.kept,
+                                    [](const Direction& w) { return dense(transposed(w.w_hh)); });
   if (up.output) p.grad_output = input_pointer<S>("grad_output", *up.output);
   if (up.h_n) p.grad_h_n = input_pointer<S>("grad_h_n", *up.h_n);
   if (up.c_n) p.grad_c_n = input_pointer<S>("grad_c_n", *up.c_n);
   p.output = input_pointer<S>("output", up.outputs);
-  p.hx = input_pointer<S>("hx", layer.hx);
   if (layer.gates > 1) p.gates = input_pointer<S>("gates", up.gates);
   if (lstm) {
-    p.cx = input_pointer<S>("cx", *layer.cx);
     p.cells = input_pointer<float>("cells", up.cells);
     p.grad_cx = output_pointer<S>("grad_cx", loop.cx);
   }
   p.grad_hx = output_pointer<S>("grad_hx", loop.hx);
   p.grad_x = output_pointer<S>("grad_gates", loop.x);
   if (gru) p.grad_h = output_pointer<S>("grad_sums", loop.h);
-  p.rows = layer.rows;
-  run_cut(p, *cut, layer.input, loop.kept, [&](const LaunchShape& shape) {
-    for_columns(cut->columns, [&](auto columns) {
-      launch(sequence_backward_kernel<S, columns>, "lstm sequence gradient", shape, p);
-    });
+  for_columns(cut->columns, [&](auto columns) {
+    launch(sequence_backward_kernel<S, columns>, "lstm sequence gradient", shape, p);
   });
   return true;
 }
@@ -1520,7 +1610,8 @@ void states_before(const Layer& layer, const Tensor& output, int64_t d, const Te
   p.hx = input_pointer<S>("hx", layer.hx) + d * layer.batch * layer.projected;
   p.before = output_pointer<S>("states", to);
   launch(before_kernel<S>, "lstm states",
-         {.grid = {unsigned(layer.steps), unsigned(divide_up(layer.batch, kWarps))},
+         {.grid = {unsigned(layer.steps),
+                   unsigned(std::min(divide_up(layer.batch, kWarps), kMostEights))},
           .block = kThreads},
          p);
 }

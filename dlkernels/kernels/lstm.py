@@ -29,13 +29,18 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _BLOCK = 4096 if INTERPRETED else 256
 
 # ------------------------------------------------------------------------------------------ kernels
-# Sizes for which Triton would compile anew where they are 1 or divisible by 16.
+# Sizes for which Triton would compile anew where they are 1 or divisible by 16, as it would for
+# each of the rows that a step's pointers begin with, by their alignment.
 _NUMBERS = ["total", "hidden", "continued", "x_pitch", "output_pitch", "grad_pitch"]
 
 
 def _jit(function):
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(function, do_not_specialize=[n for n in names if n in _NUMBERS])
+    return triton.jit(
+        function,
+        do_not_specialize=[n for n in names if n in _NUMBERS],
+        do_not_specialize_on_alignment=[n for n in names if n not in function.__annotations__],
+    )
 
 
 @triton.jit
@@ -337,6 +342,7 @@ def _backward(
     grad_x = new(p.count, p.directions * p.gates * hidden)
     grad_h = torch.empty_like(grad_x) if is_gru else grad_x
     grads, empty = [], new(0)
+    gates, cells = _dense(gates, cells)
     flat = output.reshape(p.count, p.directions * size)
     upstream = None if grad_output is None else grad_output.reshape(flat.shape).contiguous()
     with torch.cuda.device_of(input):

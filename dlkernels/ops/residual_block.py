@@ -722,10 +722,9 @@ def _laid(image, last):
 
 
 def _note(input, layers, s, reason="covered"):
-    """Records the choice, and on a CPU who does the convolutions: theirs are not all ours."""
-    device = input.device.type
-    owner = config.owner("cpu") if device == "cpu" else "triton"
-    if device != "cpu" or torch.compiler.is_compiling() or not config.is_recording():
+    """Records the choice, and who does the convolutions: theirs are not all ours."""
+    owner = config.owner("cpu") if input.is_cpu else "triton"
+    if torch.compiler.is_compiling() or not config.is_recording():
         config.record(_OP, owner, reason)
         return
     names, x = [], input
@@ -836,9 +835,10 @@ def residual_block(
         is_exact(device),
         config.forced() == "own",
     )
-    _note(image, every, s)
+    laid = _laid(image, True)
+    _note(laid, every, s)
     last = any(suggests_channels_last(x) for x in (image, *(layer.weight for layer in layers)))
-    output = _run(_laid(image, True), every, s)
+    output = _run(laid, every, s)
     if last:
         return output
     output = _laid(output, False)
