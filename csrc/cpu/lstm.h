@@ -47,6 +47,15 @@ struct Shape {
   int64_t rows() const { return sizes ? offsets.back() : steps * batch; }
   int64_t active(int64_t t) const { return t < 0 || t >= steps ? 0 : sizes ? sizes[t] : batch; }
   int64_t offset(int64_t t) const { return sizes ? offsets[size_t(t)] : t * batch; }
+  // Where what is kept of a row of step t and of the vector of units from `unit` on begins, of n
+  // numbers a unit, which are `kept_step` apart: vector after vector the rows of a step, so that
+  // the backward pass reads on and on; of a cell, whose states are tensors of the caller's, rows.
+  int64_t kept_at(int64_t d, int64_t t, int64_t row, int64_t unit, int64_t lanes, int64_t n) const {
+    const int64_t first = (d * rows() + offset(t)) * hidden;
+    if (steps == 1) return (first + row * hidden) * n + unit;
+    return (first + unit * active(t) + row * lanes) * n;
+  }
+  int64_t kept_step(int64_t lanes) const { return steps == 1 ? hidden : lanes; }
   // Row b's state before step t, as a row of all steps'; or −1, its first.
   int64_t before(int64_t d, int64_t t, int64_t b) const {
     const int64_t from = d == 0 ? t - 1 : t + 1;
@@ -525,7 +534,7 @@ struct Forward {
     const V bias_i = load(at.bias), bias_f = load(at.bias + kL), bias_g = load(at.bias + 2 * kL),
             bias_o = load(at.bias + 3 * kL);
     T* const c = to.c + (at.unit / kL * s.batch + at.row) * kL;
-    const int64_t first = s.offset(at.t) + at.row;
+    const int64_t step = s.kept_step(lanes);
     constexpr int kAtOnce = 4;  // rows; their o waits in the place of the sums
     for (int64_t r0 = 0; r0 < at.n; r0 += kAtOnce) {
       const int64_t r1 = std::min(at.n, r0 + kAtOnce);
@@ -545,12 +554,13 @@ struct Forward {
         store(sums, o);
         outer[r - r0] = cell;
         if (gates) {
-          S* const to_gates = gates + (at.d * s.rows() + first + r) * 4 * s.hidden + at.unit;
-          store(to_gates, i, lanes);
-          store(to_gates + s.hidden, f, lanes);
-          store(to_gates + 2 * s.hidden, g, lanes);
-          store(to_gates + 3 * s.hidden, o, lanes);
-          if (cells) store(cells + (at.d * s.rows() + first + r) * s.hidden + at.unit, cell, lanes);
+          S* const kept = gates + s.kept_at(at.d, at.t, at.row + r, at.unit, lanes, 4);
+          store(kept, i, lanes);
+          store(kept + step, f, lanes);
+          store(kept + 2 * step, g, lanes);
+          store(kept + 3 * step, o, lanes);
+          if (cells)
+            store(cells + s.kept_at(at.d, at.t, at.row + r, at.unit, lanes, 1), cell, lanes);
         }
         if (at.row + r >= at.ends)
           store(c_n + (at.d * s.batch + at.row + r) * s.hidden + at.unit, cell, lanes);
@@ -569,7 +579,7 @@ struct Forward {
     const V zero(T(0)), one(T(1));
     const V bias_r = load(bias), bias_z = load(bias + kColumns), bias_n = load(bias + 2 * kColumns),
             bias_hn = load(at.b_hn + at.v * kL);
-    const int64_t first = s.offset(at.t) + at.row;
+    const int64_t step = s.kept_step(lanes);
     for (int64_t r = 0; r < at.n; ++r) {
       const T* const sums = at.sums + r * kColumns + at.v * kL;
       V x[2] = {zero - (load(sums) + bias_r), zero - (load(sums + at.panel) + bias_z)};
@@ -581,11 +591,11 @@ struct Forward {
                          : before.get(at.row + r, at.unit, lanes);
       put_state(at, to, h, r, fma(z, old - n, n), lanes);
       if (gates) {
-        S* const to_gates = gates + (at.d * s.rows() + first + r) * 4 * s.hidden + at.unit;
-        store(to_gates, reset, lanes);
-        store(to_gates + s.hidden, z, lanes);
-        store(to_gates + 2 * s.hidden, n, lanes);
-        store(to_gates + 3 * s.hidden, hidden, lanes);
+        S* const kept = gates + s.kept_at(at.d, at.t, at.row + r, at.unit, lanes, 4);
+        store(kept, reset, lanes);
+        store(kept + step, z, lanes);
+        store(kept + 2 * step, n, lanes);
+        store(kept + 3 * step, hidden, lanes);
       }
     }
   }
@@ -982,25 +992,27 @@ struct Backward {
 
   void lstm_cells(const Cells& at) const {
     constexpr int kAtOnce = 4;
-    const int64_t lanes = at.lanes, all = at.d * s.rows(), first = s.offset(at.t);
+    const int64_t lanes = at.lanes, step = s.kept_step(lanes), first = s.offset(at.t);
+    const int64_t before_step = at.t + (at.d == 0 ? -1 : 1);
     const V one(T(1));
     for (int64_t r0 = 0; r0 < at.m; r0 += kAtOnce) {
       const int64_t n = std::min<int64_t>(kAtOnce, at.m - r0);
       V c[kAtOnce];
       for (int64_t r = 0; r < kAtOnce; ++r) {
-        const int64_t row = all + first + at.row + r0 + std::min(r, n - 1);
-        c[r] = load(cells + row * s.hidden + at.unit, lanes);
+        const int64_t row = at.row + r0 + std::min(r, n - 1);
+        c[r] = load(cells + s.kept_at(at.d, at.t, row, at.unit, lanes, 1), lanes);
       }
       tanh(c);
       for (int64_t r = 0; r < n; ++r) {
         const int64_t row = at.row + r0 + r, at_row = first + row;
-        const S* const kept = gates + (all + at_row) * 4 * s.hidden + at.unit;
+        const S* const kept = gates + s.kept_at(at.d, at.t, row, at.unit, lanes, 4);
         const V dh = load(at.dh + (r0 + r) * kColumns);
-        const V i = load(kept, lanes), f = load(kept + s.hidden, lanes),
-                g = load(kept + 2 * s.hidden, lanes), o = load(kept + 3 * s.hidden, lanes);
-        const int64_t before = s.before(at.d, at.t, row);
-        const V old = before >= 0 ? load(cells + (all + before) * s.hidden + at.unit, lanes)
-                                  : load(cx + (at.d * s.batch + row) * s.hidden + at.unit, lanes);
+        const V i = load(kept, lanes), f = load(kept + step, lanes),
+                g = load(kept + 2 * step, lanes), o = load(kept + 3 * step, lanes);
+        const V old =
+            row < s.active(before_step)
+                ? load(cells + s.kept_at(at.d, before_step, row, at.unit, lanes, 1), lanes)
+                : load(cx + (at.d * s.batch + row) * s.hidden + at.unit, lanes);
         T* const carry = at.to.carry + (at.unit / kL * s.batch + row) * kL;
         const V dc = fma(dh * o, one - c[r] * c[r], load(carry));
         store(carry, dc * f);
@@ -1016,13 +1028,13 @@ struct Backward {
 
   void gru_cells(const Cells& at) const {
     const V one(T(1));
-    const int64_t lanes = at.lanes;
+    const int64_t lanes = at.lanes, step = s.kept_step(lanes);
     for (int64_t i = 0; i < at.m; ++i) {
-      const int64_t row = at.row + i, at_row = s.offset(at.t) + row;
-      const S* const kept = gates + (at.d * s.rows() + at_row) * 4 * s.hidden + at.unit;
+      const int64_t row = at.row + i;
+      const S* const kept = gates + s.kept_at(at.d, at.t, row, at.unit, lanes, 4);
       const V dh = load(at.dh + i * kColumns);
-      const V r = load(kept, lanes), z = load(kept + s.hidden, lanes),
-              n = load(kept + 2 * s.hidden, lanes), hidden = load(kept + 3 * s.hidden, lanes);
+      const V r = load(kept, lanes), z = load(kept + step, lanes),
+              n = load(kept + 2 * step, lanes), hidden = load(kept + 3 * step, lanes);
       const int64_t before = s.before(at.d, at.t, row);
       const V old = before >= 0
                         ? load(output + (before * s.directions + at.d) * s.state + at.unit, lanes)
@@ -1067,20 +1079,22 @@ struct Backward {
 
   // What cells_of will read for one panel, asked for under the product before it.
   void prefetch(int64_t d, int64_t t, int64_t row0, int64_t m, int64_t active, int64_t unit) const {
-    const int64_t end = std::min(row0 + m, active);
-    const int64_t size = std::min(kColumns, s.hidden - unit) * int64_t(sizeof(S));
-    const auto ask = [&](const auto* at) {
-      for (int64_t byte = 0; byte < size; byte += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(at) + byte, 0, 2);
+    const int64_t n = std::min(row0 + m, active) - row0;
+    const auto ask = [](const auto* from, int64_t count) {
+      const auto* const at = reinterpret_cast<const char*>(from);
+      for (int64_t byte = 0; byte < count * int64_t(sizeof(*from)); byte += 64)
+        __builtin_prefetch(at + byte, 0, 2);
     };
-    for (int64_t row = row0; row < end; ++row) {
-      const int64_t at_row = s.offset(t) + row, at = d * s.rows() + at_row;
-      for (int64_t g = 0; g < s.kept(); ++g) ask(gates + (at * 4 + g) * s.hidden + unit);
-      const int64_t before = s.before(d, t, row);
-      if (cells && before >= 0) ask(cells + (d * s.rows() + before) * s.hidden + unit);
-      if (grad_output && !s.projected)
-        ask(grad_output + (at_row * s.directions + d) * s.state + unit);
+    const int64_t before = t + (d == 0 ? -1 : 1);
+    for (int64_t v = unit; n > 0 && v < std::min(s.hidden, unit + kColumns); v += kL) {
+      const int64_t lanes = std::min(kL, s.hidden - v);
+      if (s.kept()) ask(gates + s.kept_at(d, t, row0, v, lanes, 4), n * lanes * 4);
+      if (cells && row0 < s.active(before))
+        ask(cells + s.kept_at(d, before, row0, v, lanes, 1), n * lanes);
     }
+    for (int64_t row = row0; grad_output && row < row0 + n; ++row)
+      ask(grad_output + ((s.offset(t) + row) * s.directions + d) * s.state + unit,
+          std::min(kColumns, s.state - unit));
   }
 
   // Gradients of rows [row0, row0 + m) and one panel of the state, of which rows below `later` have

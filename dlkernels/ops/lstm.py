@@ -22,7 +22,8 @@ projection), D the directions, S the rows of all steps:
 ``lstm_forward``        of the input (T, B, I), or with ``batch_sizes`` packed (S, I), of hx
                         (D, B, P) and cx (D, B, H): the output (T, B, D·P) or (S, D·P), the last
                         states and, with ``save``, what the backward reads: ``gates`` (D, S, 4H),
-                        i, f, g, o or r, z, n, m, and ``cells`` (D, S, H)
+                        i, f, g, o or r, z, n, m, and ``cells`` (D, S, H), in an order of the
+                        kernel's own
 ``lstm_backward``       the gradients that are wanted
 ``lstm_cell_forward``   one step: input (B, I), states (B, H), gates (B, 4H)
 ``lstm_cell_backward``
