@@ -304,31 +304,34 @@ void multiply_rows(int64_t n, bool second, const T* a, const T* b, int64_t depth
 // The batched form, for many small products whose operands are made where they are used: A lies in
 // pieces of Vec::size words of k, row after row, B as packed panels do.
 //
-// rows × kColumns of C += A·B over `pieces` pieces, `step` apart, of which the last has `last`
-// words; `at_once` of them are summed before they join C.
-template <typename T, bool pair, int at_once, int rows>
+// rows × kColumns of C, or as many `vectors` of them, += A·B over `pieces` pieces, `step` apart, of
+// which the last has `last` words; `at_once` of them are summed before they join C.
+template <typename T, bool pair, int at_once, int vectors, int rows>
 void multiply_piece_rows(const T* a, int64_t step, int64_t pieces, int64_t last, const T* b,
                          bool add, T* c) {
   using V = Vec<T>;
+  constexpr int kLine = 64 / sizeof(V);  // vectors
   for (int64_t piece = 0; piece < pieces; add = true) {
-    V sum[rows][kVectors];
+    V sum[rows][vectors];
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = V(T(0));
+      for (int v = 0; v < vectors; ++v) sum[r][v] = V(T(0));
     for (const int64_t end = std::min<int64_t>(pieces, piece + at_once); piece < end;
          ++piece, a += step) {
       const int64_t words = piece + 1 < pieces ? V::size : last;
       for (int64_t k = 0; k < words; ++k, b += kColumns<T>) {
-        __builtin_prefetch(b + 8 * kColumns<T>, 0, 3);
-        V column[kVectors];
+        // As far ahead as the farthest cache takes: a panel is used by few rows.
+        for (int v = 0; v < vectors; v += kLine)
+          __builtin_prefetch(b + 16 * kColumns<T> + v * V::size, 0, 3);
+        V column[vectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) column[v] = load(b + v * V::size);
+        for (int v = 0; v < vectors; ++v) column[v] = load(b + v * V::size);
 #pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) {
           const V row(a[r * V::size + k]);
 #pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v)
+          for (int v = 0; v < vectors; ++v)
             sum[r][v] = multiply_add<T, pair>(row, column[v], sum[r][v]);
         }
       }
@@ -336,7 +339,7 @@ void multiply_piece_rows(const T* a, int64_t step, int64_t pieces, int64_t last,
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < vectors; ++v) {
         T* const at = c + r * kColumns<T> + v * V::size;
         store(at, add ? load(at) + sum[r][v] : sum[r][v]);
       }
@@ -344,11 +347,11 @@ void multiply_piece_rows(const T* a, int64_t step, int64_t pieces, int64_t last,
 }
 
 // The same for any number of rows.
-template <bool pair, int at_once, typename T, int... rows>
+template <bool pair, int at_once, int vectors, typename T, int... rows>
 void multiply_pieces(const T* a, int64_t step, int64_t pieces, int64_t last, const T* b, int64_t m,
                      bool add, T* c, std::integer_sequence<int, rows...>) {
   using Kernel = void (*)(const T*, int64_t, int64_t, int64_t, const T*, bool, T*);
-  constexpr Kernel kKernels[] = {&multiply_piece_rows<T, pair, at_once, rows + 1>...};
+  constexpr Kernel kKernels[] = {&multiply_piece_rows<T, pair, at_once, vectors, rows + 1>...};
   // Of even heights: 13 rows are 7 and 6.
   for (int64_t tiles = (m + kRows - 1) / kRows, i = 0; tiles > 0; --tiles) {
     const int64_t height = (m - i + tiles - 1) / tiles;
@@ -356,10 +359,10 @@ void multiply_pieces(const T* a, int64_t step, int64_t pieces, int64_t last, con
     i += height;
   }
 }
-template <bool pair = false, int words_at_once = 32, typename T>
+template <bool pair = false, int words_at_once = 32, int vectors = kVectors, typename T>
 void multiply_pieces(const T* a, int64_t step, int64_t pieces, int64_t last, const T* b, int64_t m,
                      bool add, T* c) {
-  multiply_pieces<pair, words_at_once / int(Vec<T>::size)>(
+  multiply_pieces<pair, words_at_once / int(Vec<T>::size), vectors>(
       a, step, pieces, last, b, m, add, c, std::make_integer_sequence<int, int(kRows)>());
 }
 

@@ -14,9 +14,9 @@
 // of each other, or groups of units, which meet after each step. Every sum is of one thread and in
 // an order of its own: the same bits for any number of threads.
 //
-// The gates of the backward pass lie side by side for each row: i f g o; for a GRU n r z and r·n's
-// part of the hidden state, so that those which meet W_ih and those which meet W_hh each are
-// neighbours.
+// The gradients of the gates are i f g o; of a GRU r z, r·n's part of the hidden state, and n: the
+// first three meet W_hh. Of one step rows of them are kept beside the pieces, for a GRU in the
+// order n r z r·n, so that those which meet W_ih are neighbours too.
 #pragma once
 
 #include <algorithm>
@@ -109,6 +109,8 @@ struct Pieces {
   Stored* at(int64_t row, int64_t unit) const {
     return reinterpret_cast<Stored*>(data) + (unit / kUnits * rows + row) * kUnits + unit % kUnits;
   }
+  // The rows from `row` on.
+  Pieces from(int64_t row) const { return {data + row * V::size, rows}; }
   // Rounded to S.
   void put(int64_t row, int64_t unit, V value, int64_t lanes) const {
     if constexpr (!std::is_same_v<S, Stored>) {
@@ -123,21 +125,24 @@ struct Pieces {
     std::fill_n(reinterpret_cast<T*>(at(row0, unit)), (row1 - row0) * V::size, T(0));
   }
   // C[m × kColumns] (+)= rows [row, row + m) and units [unit, unit + k), a whole number of pieces
-  // or the last, by the panel b.
-  void multiply(int64_t row, int64_t m, int64_t unit, int64_t k, const T* b, bool add, T* c) const {
+  // or the last, by the panel b; without the second vector of columns where there is none.
+  void multiply(int64_t row, int64_t m, int64_t unit, int64_t k, const T* b, bool add, T* c,
+                bool second = true) const {
     // As in gemm's own: a sum that is short as a whole costs little more in shorter pieces.
-    if (gemm::words<S>(k) > gemm::kFlush)
-      multiply_with<gemm::kFlush>(row, m, unit, k, b, add, c);
+    if (gemm::words<S>(k) <= gemm::kFlush)
+      multiply_with<gemm::kFlush / 4, gemm::kVectors>(row, m, unit, k, b, add, c);
+    else if (second)
+      multiply_with<gemm::kFlush, gemm::kVectors>(row, m, unit, k, b, add, c);
     else
-      multiply_with<gemm::kFlush / 4>(row, m, unit, k, b, add, c);
+      multiply_with<gemm::kFlush, 1>(row, m, unit, k, b, add, c);
   }
-  template <int words_at_once>
+  template <int words_at_once, int vectors>
   void multiply_with(int64_t row, int64_t m, int64_t unit, int64_t k, const T* b, bool add,
                      T* c) const {
     const int64_t words = gemm::words<S>(k), pieces = parts(words, V::size);
-    gemm::multiply_pieces<kPair, words_at_once>(reinterpret_cast<const T*>(at(row, unit)),
-                                                rows * V::size, pieces,
-                                                words - (pieces - 1) * V::size, b, m, add, c);
+    gemm::multiply_pieces<kPair, words_at_once, vectors>(
+        reinterpret_cast<const T*>(at(row, unit)), rows * V::size, pieces,
+        words - (pieces - 1) * V::size, b, m, add, c);
   }
 };
 
@@ -486,8 +491,8 @@ struct Forward {
       do {
         const int64_t size = std::min(gemm::kDepth, depth - p);
         gemm::pack_a(a, i, n, p, size, s.inputs, own.packed_a);
-        for (int64_t r = 0; r < n; r += gemm::kRows)
-          for (int64_t c = mine.begin * groups.panels(); c < mine.end * groups.panels(); ++c) {
+        for (int64_t c = mine.begin * groups.panels(); c < mine.end * groups.panels(); ++c)
+          for (int64_t r = 0; r < n; r += gemm::kRows) {
             T* const tile = sums + (c * pitch + i + r) * kColumns;
             gemm::multiply_rows<T, Pieces<S>::kPair>(
                 std::min(gemm::kRows, n - r), true, own.packed_a + r * gemm::kPitch,
@@ -535,6 +540,8 @@ struct Forward {
             bias_o = load(at.bias + 3 * kL);
     T* const c = to.c + (at.unit / kL * s.batch + at.row) * kL;
     const int64_t step = s.kept_step(lanes);
+    S* const kept_gates = gates ? gates + s.kept_at(at.d, at.t, at.row, at.unit, lanes, 4) : gates;
+    T* const kept_cells = cells ? cells + s.kept_at(at.d, at.t, at.row, at.unit, lanes, 1) : cells;
     constexpr int kAtOnce = 4;  // rows; their o waits in the place of the sums
     for (int64_t r0 = 0; r0 < at.n; r0 += kAtOnce) {
       const int64_t r1 = std::min(at.n, r0 + kAtOnce);
@@ -553,14 +560,13 @@ struct Forward {
         store(c + r * kL, cell);
         store(sums, o);
         outer[r - r0] = cell;
-        if (gates) {
-          S* const kept = gates + s.kept_at(at.d, at.t, at.row + r, at.unit, lanes, 4);
+        if (kept_gates) {
+          S* const kept = kept_gates + 4 * r * step;
           store(kept, i, lanes);
           store(kept + step, f, lanes);
           store(kept + 2 * step, g, lanes);
           store(kept + 3 * step, o, lanes);
-          if (cells)
-            store(cells + s.kept_at(at.d, at.t, at.row + r, at.unit, lanes, 1), cell, lanes);
+          if (kept_cells) store(kept_cells + r * step, cell, lanes);
         }
         if (at.row + r >= at.ends)
           store(c_n + (at.d * s.batch + at.row + r) * s.hidden + at.unit, cell, lanes);
@@ -825,19 +831,18 @@ struct Backward {
   const int64_t own = s.gates() * s.hidden, width = s.width() * s.hidden;
   const int64_t pitch = odd_lines<S>(width);  // of grad_gates
   // Steps whose gradients are kept for one turn of the large products.
-  const int64_t chunk = std::clamp<int64_t>(512 / std::max<int64_t>(1, s.batch), 1, s.steps);
+  const int64_t chunk =
+      std::clamp<int64_t>(gemm::kDepth / std::max<int64_t>(1, s.batch), 1, s.steps);
 
   struct Scratch {
     T *w_hh, *w_hr, *w_ih, *carry;
     S *grad_gates, *grad_state, *full;  // of a chunk; grad_state and full of a projection
-    Pieces<S> gates[2], state;
+    Pieces<S> gates[2], state;          // gates: of two chunks in turn; of the only step, gates[0]
   };
   struct Own {
     T *tile, *product, *panel;  // panel: of weights that are read in one step alone
   };
   bool once() const { return s.steps == 1; }
-  // A GRU's gradient of n meets W_ih alone: of one step it lies behind those that meet W_hh.
-  int64_t all_pieces() const { return meets + (s.mode == Mode::kGru && once() ? 1 : 0); }
 
   int64_t lay_out(Scratch& to, T* from) const {
     Layout<T> layout{from};
@@ -845,18 +850,18 @@ struct Backward {
     to.w_hh = take(once() ? 0 : parts(s.state, kColumns) * depth() * kColumns);
     to.w_hr =
         take(s.projected ? parts(s.hidden, kColumns) * gemm::words<S>(s.state) * kColumns : 0);
-    to.w_ih = take(want_input && !once() ? gemm::Packed<S>::size(s.inputs, own) : 0);
+    to.w_ih = take(want_input && !once() ? parts(s.inputs, kColumns) * depth() * kColumns : 0);
     to.carry = take(parts(s.hidden, kL) * s.batch * kL);
     const auto rows_of = [&](int64_t columns) {
       return reinterpret_cast<S*>(
           take(parts(chunk * s.batch * columns * int64_t(sizeof(S)), int64_t(sizeof(T)))));
     };
-    to.grad_gates = rows_of(pitch);
+    to.grad_gates = rows_of(once() ? pitch : 0);
     to.grad_state = rows_of(s.projected ? s.state : 0);
     to.full = rows_of(s.projected ? s.hidden : 0);
-    const int64_t size = all_pieces() * Pieces<S>::size(s.hidden, s.batch | 1);
-    to.gates[0] = {take(once() ? 0 : size), s.batch | 1};
-    to.gates[1] = {take(size), s.batch | 1};
+    const int64_t rows = (chunk * s.batch) | 1, size = Pieces<S>::size(s.hidden, rows);
+    to.gates[0] = {take(s.width() * size), rows};
+    to.gates[1] = {take(once() ? 0 : s.width() * size), rows};
     to.state = {take(s.projected ? Pieces<S>::size(s.state, s.batch | 1) : 0), s.batch | 1};
     return layout.used;
   }
@@ -896,18 +901,17 @@ struct Backward {
 
   // A thread's scratch of any of the large products.
   int64_t product_scratch() const {
+    if (!want_weights) return 0;
     const int64_t most = chunk * s.batch,
                   deep = gemm::Cut<S>::kBytes / int64_t(sizeof(T)) +
                          gemm::kBlockRows * (gemm::kPitch + 8 * gemm::kBlockColumns);
     const auto of = [&](int64_t m, int64_t n) {
       return most <= 1024 ? gemm::scratch_size<S>(m, n, most) : deep;
     };
-    int64_t size = 0;
-    if (want_input && !once()) size = gemm::Packed<S>(nullptr, s.inputs, own).scratch_size();
-    if (want_weights)
-      size = std::max({size, of(own, gemm::round_up(s.inputs, kL) + s.state),
-                       s.projected ? of(s.state, s.hidden) : 0});
-    return size;
+    const int64_t weights = once() ? of(own, gemm::round_up(s.inputs, kL) + s.state)
+                                   : gemm::kDepth * gemm::kBlockColumns + kStepRows * gemm::kPitch +
+                                         gemm::kRows * kColumns;
+    return std::max(weights, s.projected ? of(s.state, s.hidden) : 0);
   }
 
   void prepare(const Place& at, int64_t d, const Scratch& to, const Share& rows) const {
@@ -922,30 +926,17 @@ struct Backward {
                    to.w_hr + p * gemm::words<S>(s.state) * kColumns);
     }
     if (want_input && !once()) {
-      const int64_t depth = gemm::words<S>(own), pitch = gemm::round_up(s.inputs, kColumns);
-      const Share blocks(parts(depth, gemm::kDepth), at.mine(), at.all);
-      const auto pack = [&](const auto& b) {
-        for (int64_t p = blocks.begin * gemm::kDepth;
-             p < std::min(depth, blocks.end * gemm::kDepth); p += gemm::kDepth)
-          gemm::pack_panels(b, p, std::min(depth, p + gemm::kDepth), own, 0, s.inputs,
-                            to.w_ih + p * pitch);
-      };
-      if (s.mode == Mode::kGru) {
-        std::vector<const S*> order(static_cast<size_t>(own));
-        for (int64_t i = 0; i < own; ++i) order[size_t(i)] = w.ih + gate(i) * s.inputs;
-        pack(gemm::Rows<S>{order.data()});
-      } else {
-        pack(gemm::Matrix<S>{w.ih, s.inputs, 1});
-      }
+      const Share panels(parts(s.inputs, kColumns), at.mine(), at.all);
+      for (int64_t p = panels.begin; p < panels.end; ++p)
+        pack_rows(w.ih, s.inputs, p, to.w_ih + p * depth() * kColumns);
     }
     const auto clear = [&](const Pieces<S>& pieces, int64_t units) {
       const int64_t size = Pieces<S>::kUnits;
-      const Share share(parts(units, size), at.part, at.parts);
-      for (int64_t u = share.begin; u < share.end; ++u)
-        pieces.clear(rows.begin, rows.end, u * size);
+      const Share share(parts(units, size), at.mine(), at.all);
+      for (int64_t u = share.begin; u < share.end; ++u) pieces.clear(0, pieces.rows, u * size);
     };
     if (!whole())
-      for (int64_t i = once() ? 1 : 0; i < 2; ++i) clear(to.gates[i], all_pieces() * gate_units());
+      for (int64_t i = 0; i < (once() ? 1 : 2); ++i) clear(to.gates[i], s.width() * gate_units());
     if (s.projected) clear(to.state, s.state);
     const S* const from = s.mode == Mode::kLstm ? grad_c_n : grad_h_n;
     const Share share(parts(s.hidden, kL), at.part, at.parts);
@@ -993,26 +984,27 @@ struct Backward {
   void lstm_cells(const Cells& at) const {
     constexpr int kAtOnce = 4;
     const int64_t lanes = at.lanes, step = s.kept_step(lanes), first = s.offset(at.t);
-    const int64_t before_step = at.t + (at.d == 0 ? -1 : 1);
+    const int64_t before = at.t + (at.d == 0 ? -1 : 1), earlier = s.active(before) - at.row;
+    const S* const kept_gates = gates + s.kept_at(at.d, at.t, at.row, at.unit, lanes, 4);
+    const T* const kept_cells = cells + s.kept_at(at.d, at.t, at.row, at.unit, lanes, 1);
+    const T* const kept_before =
+        earlier > 0 ? cells + s.kept_at(at.d, before, at.row, at.unit, lanes, 1) : nullptr;
     const V one(T(1));
     for (int64_t r0 = 0; r0 < at.m; r0 += kAtOnce) {
       const int64_t n = std::min<int64_t>(kAtOnce, at.m - r0);
       V c[kAtOnce];
-      for (int64_t r = 0; r < kAtOnce; ++r) {
-        const int64_t row = at.row + r0 + std::min(r, n - 1);
-        c[r] = load(cells + s.kept_at(at.d, at.t, row, at.unit, lanes, 1), lanes);
-      }
+      for (int64_t r = 0; r < kAtOnce; ++r)
+        c[r] = load(kept_cells + (r0 + std::min(r, n - 1)) * step, lanes);
       tanh(c);
       for (int64_t r = 0; r < n; ++r) {
         const int64_t row = at.row + r0 + r, at_row = first + row;
-        const S* const kept = gates + s.kept_at(at.d, at.t, row, at.unit, lanes, 4);
+        const S* const kept = kept_gates + 4 * (r0 + r) * step;
         const V dh = load(at.dh + (r0 + r) * kColumns);
         const V i = load(kept, lanes), f = load(kept + step, lanes),
                 g = load(kept + 2 * step, lanes), o = load(kept + 3 * step, lanes);
-        const V old =
-            row < s.active(before_step)
-                ? load(cells + s.kept_at(at.d, before_step, row, at.unit, lanes, 1), lanes)
-                : load(cx + (at.d * s.batch + row) * s.hidden + at.unit, lanes);
+        const V old = r0 + r < earlier
+                          ? load(kept_before + (r0 + r) * step, lanes)
+                          : load(cx + (at.d * s.batch + row) * s.hidden + at.unit, lanes);
         T* const carry = at.to.carry + (at.unit / kL * s.batch + row) * kL;
         const V dc = fma(dh * o, one - c[r] * c[r], load(carry));
         store(carry, dc * f);
@@ -1033,15 +1025,15 @@ struct Backward {
       const int64_t row = at.row + i;
       const S* const kept = gates + s.kept_at(at.d, at.t, row, at.unit, lanes, 4);
       const V dh = load(at.dh + i * kColumns);
-      const V r = load(kept, lanes), z = load(kept + step, lanes),
-              n = load(kept + 2 * step, lanes), hidden = load(kept + 3 * step, lanes);
+      const V r = load(kept, lanes), z = load(kept + step, lanes), n = load(kept + 2 * step, lanes),
+              hidden = load(kept + 3 * step, lanes);
       const int64_t before = s.before(at.d, at.t, row);
       const V old = before >= 0
                         ? load(output + (before * s.directions + at.d) * s.state + at.unit, lanes)
                         : load(hx + (at.d * s.batch + row) * s.state + at.unit, lanes);
       store(at.to.carry + (at.unit / kL * s.batch + row) * kL, dh * z);
       const V dn = dh * (one - z) * (one - n * n);
-      put_gate(at, row, 0, once() ? 3 : -1, dn);
+      put_gate(at, row, 0, 3, dn);
       put_gate(at, row, 1, 0, dn * hidden * (r * (one - r)));
       put_gate(at, row, 2, 1, dh * (old - n) * (z * (one - z)));
       put_gate(at, row, 3, 2, dn * r);
@@ -1060,10 +1052,10 @@ struct Backward {
     }
   }
 
+  // Of the only step its rows are kept too, by gate.
   void put_gate(const Cells& at, int64_t row, int64_t gate, int64_t piece, V value) const {
-    const int64_t at_row = s.offset(at.t) + row - at.first;
-    store(at.to.grad_gates + at_row * pitch + gate * s.hidden + at.unit, value, at.lanes);
-    if (piece >= 0) at.pieces.put(row, piece * gate_units() + at.unit, value, at.lanes);
+    at.pieces.put(row, piece * gate_units() + at.unit, value, at.lanes);
+    if (once()) store(at.to.grad_gates + row * pitch + gate * s.hidden + at.unit, value, at.lanes);
   }
 
   void cells_of(const Cells& at) const {
@@ -1130,12 +1122,16 @@ struct Backward {
     }
   }
 
-  // The product of the gradients of the gates with one panel of W_hh.
-  void multiply(const Pieces<S>& pieces, int64_t row, int64_t m, const T* b, T* sums) const {
-    if (whole()) return pieces.multiply(row, m, 0, meets * s.hidden, b, false, sums);
+  // The product of the gradients of the gates with `columns` of W_hh, or of W_ih: a GRU's n is
+  // behind those that meet W_hh.
+  void multiply(const Pieces<S>& pieces, int64_t row, int64_t m, const T* b, int64_t columns,
+                bool is_input, T* sums) const {
+    const bool turns = is_input && s.mode == Mode::kGru, second = columns > kL;
+    if (whole() && !turns)
+      return pieces.multiply(row, m, 0, meets * s.hidden, b, false, sums, second);
     for (int64_t g = 0; g < meets; ++g)
-      pieces.multiply(row, m, g * gate_units(), s.hidden,
-                      b + g * gemm::words<S>(s.hidden) * kColumns, g > 0, sums);
+      pieces.multiply(row, m, (turns && g == 2 ? 3 : g) * gate_units(), s.hidden,
+                      b + g * gemm::words<S>(s.hidden) * kColumns, g > 0, sums, second);
   }
 
   // Columns of a weight, panels of which are packed where they are used, once.
@@ -1171,13 +1167,17 @@ struct Backward {
     prepare(at, d, to, rows);
     team.wait(1, at.first_of_all, at.all, at.me);
     int64_t later = 0, first = 0;
+    Pieces<S> pieces = to.gates[0];
     for (int64_t q = 0; q <= s.steps; ++q) {
       const int64_t t = d == 0 ? s.steps - 1 - q : q;
       const int64_t active = q < s.steps ? s.active(t) : 0;
       const int64_t end = std::min(rows.end, std::max(later, active));
-      const Pieces<S>&from = to.gates[q % 2], &pieces = to.gates[(q + 1) % 2];
       const int64_t begin = q / chunk * chunk, last = std::min(s.steps, begin + chunk);
-      if (q < s.steps) first = s.offset(d == 0 ? s.steps - last : begin);
+      const Pieces<S> from = pieces, all = to.gates[q / chunk % 2];
+      if (q < s.steps) {
+        first = s.offset(d == 0 ? s.steps - last : begin);
+        pieces = all.from(s.offset(t) - first);
+      }
       const auto finish_panel = [&](int64_t p, const auto& product) {
         for (int64_t row = rows.begin; row < end; row += kStepRows) {
           const int64_t m = std::min(kStepRows, end - row);
@@ -1193,7 +1193,8 @@ struct Backward {
         for (int64_t p = mine.begin; p < mine.end; ++p)
           finish_panel(p, [&](int64_t row, int64_t m, T* sums) {
             if (!s.projected) prefetch(d, t, row, m, active, p * kColumns);
-            multiply(from, row, m, to.w_hh + p * depth() * kColumns, sums);
+            multiply(from, row, m, to.w_hh + p * depth() * kColumns, s.state - p * kColumns, false,
+                     sums);
           });
       if (s.projected) {
         team.wait(0, at.first(), at.parts, at.me);
@@ -1203,9 +1204,16 @@ struct Backward {
       if (q + 1 == last && q < s.steps) {
         team.wait(1, at.first_of_all, at.all, at.me);
         const int64_t after = d == 0 ? s.steps - begin : last;
-        large_products(at, d, first, (after < s.steps ? s.offset(after) : s.rows()) - first,
-                       begin == 0, to, mem.product);
-        if (last < s.steps) team.wait(1, at.first_of_all, at.all, at.me);
+        const int64_t n = (after < s.steps ? s.offset(after) : s.rows()) - first;
+        if (once()) {
+          if (want_weights) weights_once(at, d, n, to, mem.product);
+        } else {
+          if (want_input) input_product(at, d, first, n, to, all, mem.tile);
+          if (want_weights) weight_products(at, d, first, n, begin == 0, all, mem.product);
+        }
+        if (s.projected && want_weights) projection_product(at, d, n, begin == 0, to, mem.product);
+        // The gates lie in the other place in the next chunk, and wait for all at its end.
+        if (s.projected && last < s.steps) team.wait(1, at.first_of_all, at.all, at.me);
       } else if (q < s.steps) {
         team.wait(0, at.first(), at.parts, at.me);
       }
@@ -1252,8 +1260,6 @@ struct Backward {
                      int64_t columns, int64_t k, T* scratch, T* to) const {
     constexpr int64_t kBlock = 4 * gemm::kRows;  // whole vectors of A
     const int64_t depth = gemm::words<S>(k);
-    // Stock sums step by step: sums over steps are cut as short.
-    const int64_t part = once() ? depth : gemm::kFlush;
     for (int64_t j = 0; j < columns; j += gemm::kBlockColumns) {
       const int64_t n = std::min(gemm::kBlockColumns, columns - j);
       T* const packed_a = scratch + depth * gemm::round_up(n, kColumns);
@@ -1273,12 +1279,10 @@ struct Backward {
             T* const out = to + i * columns + j + c;
             const char* next = reinterpret_cast<const char*>(to + (i + height) * columns);
             next += c / kColumns * depth * step;
-            for (int64_t p = 0; p < depth; p += part, next += part * step)
-              gemm::multiply_rows<T, Pieces<S>::kPair>(
-                  height, lanes > kL, packed_a + (i - block) * gemm::kPitch + p,
-                  scratch + c * depth + p * kColumns, std::min(part, depth - p), p > 0,
-                  whole ? out : tile, whole ? columns : kColumns, gemm::Ahead{next, step},
-                  std::make_integer_sequence<int, int(gemm::kRows)>());
+            gemm::multiply_rows<T, Pieces<S>::kPair>(
+                height, lanes > kL, packed_a + (i - block) * gemm::kPitch, scratch + c * depth,
+                depth, false, whole ? out : tile, whole ? columns : kColumns,
+                gemm::Ahead{next, step}, std::make_integer_sequence<int, int(gemm::kRows)>());
             for (int64_t y = 0; !whole && y < height; ++y)
               for (int64_t v = 0; v < lanes; v += kL)
                 store(out + y * columns + v, load(tile + y * kColumns + v),
@@ -1288,35 +1292,147 @@ struct Backward {
     }
   }
 
-  // My share of what a chunk, `n` rows from `first` on, gives to the gradients of the input and of
-  // the weights; `fresh` where it is the first.
-  void large_products(const Place& at, int64_t d, int64_t first, int64_t n, bool fresh,
-                      const Scratch& to, T* scratch) const {
+  // My share of the gradient of the input: of a chunk, `n` rows from `first` on.
+  void input_product(const Place& at, int64_t d, int64_t first, int64_t n, const Scratch& to,
+                     const Pieces<S>& pieces, T* tile) const {
+    const Share mine(parts(n, gemm::kRows), at.mine(), at.all);
+    const int64_t end = std::min(n, mine.end * gemm::kRows);
+    S* const out = products[size_t(d)].grad_input + first * s.inputs;
+    for (int64_t block = mine.begin * gemm::kRows; block < end; block += gemm::kBlockRows)
+      for (int64_t j = 0; j < s.inputs; j += kColumns)
+        for (int64_t i = block; i < std::min(end, block + gemm::kBlockRows); i += gemm::kRows) {
+          const int64_t m = std::min(gemm::kRows, end - i);
+          multiply(pieces, i, m, to.w_ih + j * depth(), s.inputs - j, true, tile);
+          for (int64_t r = 0; r < m; ++r)
+            for (int64_t v = 0; v < std::min(kColumns, s.inputs - j); v += kL)
+              store(out + (i + r) * s.inputs + j + v, load(tile + r * kColumns + v),
+                    std::min(kL, s.inputs - j - v));
+        }
+  }
+
+  // The vectors of units whose gradients of gate `g` I sum over rows: of all gates the same, or
+  // nearly, which mostly I have written.
+  Share vectors_of(const Place& at, int64_t g) const {
+    const int64_t n = s.width();
+    const Share mine(parts(s.hidden, kL) * n, at.mine(), at.all);
+    return {parts(mine.begin - g, n), parts(mine.end - g, n)};
+  }
+
+  // My share of what a chunk gives to the gradients of the weights; `fresh` where it is the first.
+  void weight_products(const Place& at, int64_t d, int64_t first, int64_t n, bool fresh,
+                       const Pieces<S>& pieces, T* scratch) const {
+    if (n == 0 && !fresh) return;
+    const Products& sums = products[size_t(d)];
+    const gemm::Rows<S> xs{x.data() + first}, hs{sums.h.data() + first};
+    const int64_t depth = gemm::words<S>(n);
+    const int64_t of_x = parts(s.inputs, kColumns), panels = of_x + parts(s.state, kColumns);
+    constexpr int64_t kPanels = gemm::kBlockColumns / kColumns;
+    T* const packed_a = scratch + gemm::kDepth * gemm::kBlockColumns;
+    T* const tile = packed_a + kStepRows * gemm::kPitch;
+    // Stock sums step by step: sums over few steps are cut as short.
+    const int64_t part = n == s.rows() ? gemm::kFlush : gemm::kDepth;
+    for (int64_t block = 0; block < panels; block += kPanels) {
+      const int64_t end = std::min(panels, block + kPanels), split = std::clamp(of_x, block, end);
+      int64_t p = 0;
+      do {
+        const int64_t size = std::min(gemm::kDepth, depth - p);
+        const auto pack = [&](const gemm::Rows<S>& rows, int64_t from, int64_t to, int64_t columns,
+                              T* at) {
+          const int64_t j = from * kColumns;
+          if (from < to)
+            gemm::pack_b(rows, p, size, n, j, std::min(columns, to * kColumns) - j, at);
+        };
+        pack(xs, block, split, s.inputs, scratch);
+        pack(hs, split - of_x, end - of_x, s.state, scratch + (split - block) * size * kColumns);
+        for (int64_t g = 0; g < s.width(); ++g) {
+          const Share vectors = vectors_of(at, g);
+          const bool gru = s.mode == Mode::kGru;
+          const int64_t gate = gru ? std::min<int64_t>(g, 2) : g;
+          const int64_t c0 = gru && g == 2 ? split : block, c1 = gru && g == 3 ? split : end;
+          const int64_t last = std::min(s.hidden, vectors.end * kL);
+          for (int64_t row = vectors.begin * kL; row < last; row += kStepRows) {
+            const int64_t height = std::min(kStepRows, last - row);
+            for (int64_t r = 0; r < height; r += kL)
+              gemm::pack_a(
+                  gemm::Matrix<typename Pieces<S>::Stored>{pieces.at(0, g * gate_units() + row + r),
+                                                           1, Pieces<S>::kUnits},
+                  0, kL, p, size, n, packed_a + r * gemm::kPitch);
+            for (int64_t r = 0; r < height; r += gemm::kRows)
+              for (int64_t c = c0; c < c1; ++c) {
+                const bool of_input = c < of_x;
+                const int64_t columns = of_input ? s.inputs : s.state;
+                const int64_t from = of_input ? c0 : split, count = (of_input ? split : c1) - from;
+                const int64_t m = std::min(gemm::kRows, height - r);
+                T* const rows =
+                    (of_input ? sums.w_ih : sums.w_hh) + (gate * s.hidden + row + r) * columns;
+                // The rows after these come nearer.
+                const int64_t step =
+                    parts(m * columns * int64_t(sizeof(T)), std::max<int64_t>(1, size) * count);
+                const char* next = reinterpret_cast<const char*>(rows + m * columns);
+                next += (c - from) * size * step;
+                const int64_t j = (c - (of_input ? 0 : of_x)) * kColumns;
+                const int64_t lanes = std::min(kColumns, columns - j);
+                for (int64_t k = 0; k < std::max<int64_t>(1, size); k += part, next += part * step)
+                  gemm::multiply_rows<T, Pieces<S>::kPair>(
+                      m, lanes > kL, packed_a + r * gemm::kPitch + k,
+                      scratch + ((c - block) * size + k) * kColumns, std::min(part, size - k),
+                      k > 0, tile, kColumns, gemm::Ahead{next, step},
+                      std::make_integer_sequence<int, int(gemm::kRows)>());
+                const bool add = !fresh || p > 0;
+                for (int64_t y = 0; y < m; ++y)
+                  for (int64_t v = 0; v < lanes; v += kL) {
+                    T* const to = rows + y * columns + j + v;
+                    const int64_t l = std::min(kL, lanes - v);
+                    const V sum = load(tile + y * kColumns + v);
+                    store(to, add ? sum + load(to, l) : sum, l);
+                  }
+              }
+          }
+        }
+        p += size;
+      } while (p < depth);
+    }
+    if (!sums.bias) return;
+    for (int64_t g = 0; g < s.width(); ++g) {
+      const Share vectors = vectors_of(at, g);
+      const int64_t slot = s.mode == Mode::kGru ? (g + 1) % 4 : g;  // n is the first
+      for (int64_t v = vectors.begin * kL; v < vectors.end * kL; v += kL) {
+        const int64_t lanes = std::min(kL, s.hidden - v);
+        add_bias(sums.bias + slot * s.hidden + v, lanes, n, fresh,
+                 [&](int64_t r) { return pieces.get(r, g * gate_units() + v, lanes); });
+      }
+    }
+  }
+
+  // The sum of one vector of n rows.
+  template <typename Row>
+  static void add_bias(T* to, int64_t lanes, int64_t n, bool fresh, const Row& row) {
+    constexpr int64_t kHalves = kL / Vec<double>::size, kBlock = 16;  // a block's sum is a T
+    Vec<double> total[kHalves], halves[kHalves];
+    std::fill(total, total + kHalves, Vec<double>(0.0));
+    for (int64_t r0 = 0; r0 < n; r0 += kBlock) {
+      V part(T(0));
+      for (int64_t r = r0; r < std::min(n, r0 + kBlock); ++r) part = part + row(r);
+      to_doubles(part, halves);
+      for (int64_t q = 0; q < kHalves; ++q) total[q] = total[q] + halves[q];
+    }
+    T rounded[kL];
+    for (int64_t q = 0; q < kHalves; ++q) store_rounded(rounded + q * (kL / kHalves), total[q]);
+    store(to, fresh ? load(rounded) : load(rounded) + load(to, lanes), lanes);
+  }
+
+  // The same of the only step, n rows.
+  void weights_once(const Place& at, int64_t d, int64_t n, const Scratch& to, T* scratch) const {
     const Products& sums = products[size_t(d)];
     const gemm::Matrix<S> z{to.grad_gates, pitch, 1};  // of a GRU n r z meet x
-    if (want_input && !once()) {
-      const gemm::Packed<S> w(to.w_ih, s.inputs, own);
-      const Share mine(parts(n, gemm::kRows), at.mine(), at.all);
-      const int64_t end = std::min(n, mine.end * gemm::kRows);
-      for (int64_t i = mine.begin * gemm::kRows; i < end; i += gemm::kBlockRows)
-        gemm::run_block(
-            z, w, i, std::min(gemm::kBlockRows, end - i), scratch,
-            [&](int64_t row, int64_t j, int64_t lanes, V value) {
-              store(sums.grad_input + (first + row) * s.inputs + j, value, lanes);
-            },
-            nullptr, 0);
-    }
-    if (!want_weights) return;
-    const auto add = [fresh](T* at, V value, int64_t lanes) {
-      store(at, fresh ? value : value + load(at, lanes), lanes);
-    };
+    const auto put = [](T* at, V value, int64_t lanes) { store(at, value, lanes); };
     const Share mine(parts(own, gemm::kRows), at.mine(), at.all);
     const int64_t i0 = mine.begin * gemm::kRows, i1 = std::min(own, mine.end * gemm::kRows);
-    const gemm::Rows<S> xs{x.data() + first}, hs{sums.h.data() + first};
-    if (fresh && n > 0 && gemm::words<S>(n) <= gemm::kDepth) {
+    const gemm::Rows<S> xs{x.data()}, hs{sums.h.data()};
+    const gemm::Matrix<S> for_h{to.grad_gates + (width - own), 1, pitch};
+    if (n > 0 && gemm::words<S>(n) <= gemm::kDepth) {
       // Of a GRU the rows for n come first.
       const int64_t cut = s.mode == Mode::kGru ? std::clamp(s.hidden, i0, i1) : i0;
-      const gemm::Matrix<S> for_h{to.grad_gates + (width - own), 1, pitch};
       for (const Share& rows : {Share{i0, cut}, Share{cut, i1}})
         if (rows.begin < rows.end)
           short_product(z.transposed(), xs, rows, s.inputs, n, scratch,
@@ -1325,11 +1441,11 @@ struct Backward {
     } else if (s.mode == Mode::kGru) {
       gemm::run(z.transposed(), xs, i0, i1, 0, s.inputs, n, scratch,
                 [&](int64_t i, int64_t j, int64_t lanes, V value) {
-                  add(sums.w_ih + gate(i) * s.inputs + j, value, lanes);
+                  put(sums.w_ih + gate(i) * s.inputs + j, value, lanes);
                 });
-      gemm::run(gemm::Matrix<S>{to.grad_gates + s.hidden, 1, pitch}, hs, i0, i1, 0, s.state, n,
-                scratch, [&](int64_t i, int64_t j, int64_t lanes, V value) {
-                  add(sums.w_hh + i * s.state + j, value, lanes);
+      gemm::run(for_h, hs, i0, i1, 0, s.state, n, scratch,
+                [&](int64_t i, int64_t j, int64_t lanes, V value) {
+                  put(sums.w_hh + i * s.state + j, value, lanes);
                 });
     } else {
       const Beside<S> beside{xs, hs, s.inputs, s.state};
@@ -1337,37 +1453,28 @@ struct Backward {
       gemm::run(z.transposed(), beside, i0, i1, 0, beside.columns(), n, scratch,
                 [&](int64_t i, int64_t j, int64_t lanes, V value) {
                   if (j < split)
-                    add(sums.w_ih + i * s.inputs + j, value, std::min(lanes, s.inputs - j));
+                    put(sums.w_ih + i * s.inputs + j, value, std::min(lanes, s.inputs - j));
                   else
-                    add(sums.w_hh + i * s.state + j - split, value, lanes);
-                });
-    }
-    if (s.projected) {
-      const Share out(parts(s.state, gemm::kRows), at.mine(), at.all);
-      gemm::run(gemm::Matrix<S>{to.grad_state, 1, s.state}, gemm::Matrix<S>{to.full, s.hidden, 1},
-                out.begin * gemm::kRows, std::min(s.state, out.end * gemm::kRows), 0, s.hidden, n,
-                scratch, [&](int64_t i, int64_t j, int64_t lanes, V value) {
-                  add(sums.w_hr + i * s.hidden + j, value, lanes);
+                    put(sums.w_hh + i * s.state + j - split, value, lanes);
                 });
     }
     if (!sums.bias) return;
     const Share columns(parts(width, kL), at.mine(), at.all);
     for (int64_t j = columns.begin * kL; j < std::min(width, columns.end * kL); j += kL) {
       const int64_t lanes = std::min(kL, width - j);
-      constexpr int64_t kHalves = kL / Vec<double>::size, kBlock = 16;  // a block's sum is a T
-      Vec<double> total[kHalves], halves[kHalves];
-      std::fill(total, total + kHalves, Vec<double>(0.0));
-      for (int64_t r0 = 0; r0 < n; r0 += kBlock) {
-        V part(T(0));
-        for (int64_t r = r0; r < std::min(n, r0 + kBlock); ++r)
-          part = part + load(z.at(r, j), lanes);
-        to_doubles(part, halves);
-        for (int64_t q = 0; q < kHalves; ++q) total[q] = total[q] + halves[q];
-      }
-      T rounded[kL];
-      for (int64_t q = 0; q < kHalves; ++q) store_rounded(rounded + q * (kL / kHalves), total[q]);
-      add(sums.bias + j, load(rounded), lanes);
+      add_bias(sums.bias + j, lanes, n, true, [&](int64_t r) { return load(z.at(r, j), lanes); });
     }
+  }
+
+  void projection_product(const Place& at, int64_t d, int64_t n, bool fresh, const Scratch& to,
+                          T* scratch) const {
+    const Share out(parts(s.state, gemm::kRows), at.mine(), at.all);
+    gemm::run(gemm::Matrix<S>{to.grad_state, 1, s.state}, gemm::Matrix<S>{to.full, s.hidden, 1},
+              out.begin * gemm::kRows, std::min(s.state, out.end * gemm::kRows), 0, s.hidden, n,
+              scratch, [&](int64_t i, int64_t j, int64_t lanes, V value) {
+                T* const at = products[size_t(d)].w_hr + i * s.hidden + j;
+                store(at, fresh ? value : value + load(at, lanes), lanes);
+              });
   }
 
   // From the gradient of the projected state to the gates.

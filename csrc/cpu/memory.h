@@ -19,6 +19,15 @@ namespace dlkernels {
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Memory that is fresh from the system costs a fault for every page: ask for large ones before the
+// first touch.
+inline void advise_huge_pages(void* data, size_t bytes) {
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
 // Memory that a thread keeps for its next call.
 struct Kept {
   static constexpr std::align_val_t kLine{64};
@@ -32,6 +41,7 @@ struct Kept {
     Kept made;
     made.data.reset(static_cast<char*>(::operator new(size_t(bytes), kLine)));
     made.bytes = bytes;
+    advise_huge_pages(made.data.get(), size_t(bytes));
     return made;
   }
   static Kept& of_thread() {
@@ -56,6 +66,7 @@ class Aligned {
                                     torch::headeronly::ScalarType::Byte, std::nullopt,
                                     torch::stable::Device(torch::headeronly::DeviceType::CPU));
       data_ = static_cast<T*>(large_->mutable_data_ptr());
+      advise_huge_pages(data_, size_t(bytes));
       return;
     }
     if (kReuses && bytes >= kSmall && bytes <= Kept::of_thread().bytes)
@@ -86,14 +97,6 @@ class Aligned {
   T* data_;
 };
 
-// Memory that is fresh from the system costs a fault for every page: ask for large ones before the
-// first touch.
-inline void advise_huge_pages(void* data, size_t bytes) {
-  constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
 // For a tensor that nobody has written yet.
 inline torch::stable::Tensor in_huge_pages(const torch::stable::Tensor& made) {
   advise_huge_pages(made.mutable_data_ptr(), size_t(made.numel()) * made.element_size());
