@@ -7,8 +7,9 @@
 // reads twice, x and h are packed instead, and the weights' rows are those of A: the sums are
 // turned when they are done. A few rows of x and h are multiplied by the weights as they lie.
 // Backward. For each step the product of the following step's gradient of the gates with W_hh gives
-// that of h, unit by unit, and with it the gates'. What does not depend on the order of steps (the
-// gradients of input and weights) is for large products afterwards.
+// that of h, unit by unit, and with it the gates', which stay in pieces for a chunk of steps. What
+// does not depend on the order of steps, the gradients of input and weights, is for large products
+// of such a chunk.
 //
 // Threads: the two directions on two halves; of a direction, parts of the batch, which know nothing
 // of each other, or groups of units, which meet after each step. Every sum is of one thread and in
@@ -1212,7 +1213,7 @@ struct Backward {
           if (want_weights) weight_products(at, d, first, n, begin == 0, all, mem.product);
         }
         if (s.projected && want_weights) projection_product(at, d, n, begin == 0, to, mem.product);
-        // The gates lie in the other place in the next chunk, and wait for all at its end.
+        // The next chunk's gates go to the other place; what a projection's product reads does not.
         if (s.projected && last < s.steps) team.wait(1, at.first_of_all, at.all, at.me);
       } else if (q < s.steps) {
         team.wait(0, at.first(), at.parts, at.me);
