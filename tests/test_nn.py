@@ -1,6 +1,7 @@
 """dlkernels.nn beside torch.nn: the same names, signatures, repr, state_dict, pickle and errors."""
 
 import copy
+import importlib
 import inspect
 import io
 import subprocess
@@ -954,3 +955,74 @@ assert all(norm.process_group is world for norm in (block.bn1, block.bn2, block.
 def test_residual_blocks_of_two_processes_equal_one_on_the_whole_batch(tmp_path):
     for printed in processes.run(SYNC, tmp_path):
         assert printed == ["equal"] * 12
+
+
+# ------------------------------------------------------------------------- what a backward computes
+
+WANTED = {  # of which bools at the end of a backward's arguments it is told
+    "conv2d": lambda: nn.Conv2d(4, 6, 3),
+    "conv_transpose2d": lambda: nn.ConvTranspose2d(4, 6, 3),
+    "conv2d_max_pool2d": lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.MaxPool2d(2)),
+    "linear": lambda: nn.Linear(8, 6),
+    "batch_norm": lambda: nn.BatchNorm2d(4),
+}
+
+
+@pytest.mark.parametrize("op", WANTED)
+def test_what_nobody_asks_a_backward_for_is_not_computed(op, own, monkeypatch):
+    """As stock's nodes: by torch.autograd.grad of some tensors, and by backward(inputs=...)."""
+    module = importlib.import_module(
+        f"dlkernels.ops.{'conv2d' if op == 'conv_transpose2d' else op}"
+    )
+    told = []
+
+    class Spy:
+        def __getattr__(self, name, ops=module._ops):
+            raw = getattr(ops, name)
+            if name != f"{op}_backward":
+                return raw
+            return lambda *arguments: told.append(arguments[-3:]) or raw(*arguments)
+
+    monkeypatch.setattr(module, "_ops", Spy())
+    ours = WANTED[op]()
+    weight, bias = ours.parameters()
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    y = ours(x * 1)
+    # Of batch_norm the three are weight, bias and residual.
+    first = () if op == "batch_norm" else (True,)
+    last = (False,) if op == "batch_norm" else ()
+
+    def told_by(call):
+        told.clear()
+        call()
+        return told
+
+    def grad(*inputs):
+        return torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+
+    no_input = tuple(not want for want in first)
+    assert told_by(lambda: grad(x)) == [(*first, False, False, *last)]
+    # Of leaves it is known that some are asked for, not which of those behind the first.
+    assert told_by(lambda: grad(weight)) == [(*no_input, True, True, *last)]
+    assert told_by(lambda: grad(bias)) == [(*no_input, False, True, *last)]
+    assert told_by(lambda: grad(weight, bias)) == [(*no_input, True, True, *last)]
+    assert told_by(lambda: y.sum().backward(retain_graph=True)) == [(*first, True, True, *last)]
+    assert told_by(lambda: y.sum().backward(inputs=[x], retain_graph=True)) == [
+        (*first, False, False, *last)
+    ]
+
+
+def test_a_residual_block_computes_what_is_asked_for(own, monkeypatch):
+    module = importlib.import_module("dlkernels.ops.residual_block")
+    told = []
+    backward = module._backward
+    monkeypatch.setattr(
+        module, "_backward", lambda *a: told.append((a[-2], any(a[-1]))) or backward(*a)
+    )
+    block = nn.ResidualBlock(16, 16)
+    x = torch.randn(2, 16, 8, 8, requires_grad=True)
+    y = block(x * 1)
+    torch.autograd.grad(y.sum(), x, retain_graph=True)
+    torch.autograd.grad(y.sum(), block.conv1.weight, retain_graph=True)
+    y.sum().backward()
+    assert told == [(True, False), (False, True), (True, True)]

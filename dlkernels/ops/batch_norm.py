@@ -34,6 +34,7 @@ from dlkernels.ops.common import (
     DTYPES,
     activation_named,
     active_transform,
+    asked_for,
     before_activation,
     has_kernel,
     is_torchs,
@@ -207,7 +208,7 @@ def _backward(ctx, grad_output):
     input, weight, shift, output, mean, var = ctx.saved_tensors
     training, *settings = ctx.settings
     eps, activation, _ = settings
-    *wanted, of_residual = ctx.needs_input_grad[:4]
+    *wanted, of_residual = asked_for(ctx)[:4]
     if activation == "none" and not any(wanted):
         return None, None, None, grad_output
     # Without an activation the gradient of the residual is that of the output, as it is.

@@ -176,6 +176,35 @@ def kept(ctx, grad_output: Tensor) -> list[Tensor | None]:
     return [input, weight, *others]
 
 
+_capturing: int | None = None  # the last backward pass that was seen to be asked for leaves
+
+
+def _runs(node) -> bool:
+    global _capturing
+    task = torch._C._current_graph_task_id()
+    if task == _capturing and not node.next_functions:
+        return True
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # of a leaf that torch.autograd.grad is asked for; it takes 60 µs
+        _capturing = task
+        return True
+
+
+def asked_for(ctx) -> tuple:
+    """``ctx.needs_input_grad`` in a backward pass, less what nobody asked this pass for: stock's
+    nodes leave out the weights' gradients where ``torch.autograd.grad`` is for the input alone."""
+    needs = ctx.needs_input_grad
+    if torch.compiler.is_compiling() or not all(type(need) is bool for need in needs):
+        return needs
+    # next_functions has the tensors alone, and None for one without a gradient.
+    nodes = [node for node, _ in ctx.next_functions if node is not None]
+    if len(nodes) != sum(needs):
+        return needs
+    run = map(_runs, nodes)
+    return tuple(need and next(run) for need in needs)
+
+
 def wanted_ones(gradients, wanted) -> tuple[Tensor | None, ...]:
     """None in place of the gradients that are not wanted."""
     return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))

@@ -27,6 +27,7 @@ from dlkernels.ops.common import (
     DTYPES,
     activation_named,
     active_transform,
+    asked_for,
     autocast_dtype,
     before_activation,
     cast,
@@ -177,7 +178,7 @@ def _backward(ctx, grad_output):
     if grad_output is None:
         return None, None, None
     input, weight, output = kept(ctx, grad_output)
-    wanted = ctx.needs_input_grad[:3]
+    wanted = asked_for(ctx)[:3]
     stride, padding, dilation, groups, activation, *_ = ctx.settings
     if is_torchs(grad_output):
         d = before_activation(grad_output, output, activation)
@@ -194,7 +195,7 @@ def _backward_of_transpose(ctx, grad_output):
     if grad_output is None:
         return None, None, None
     input, weight = kept(ctx, grad_output)
-    wanted = ctx.needs_input_grad[:3]
+    wanted = asked_for(ctx)[:3]
     stride, padding, output_padding, groups, dilation, *_ = ctx.settings
     if is_torchs(grad_output):
         return _gradients(

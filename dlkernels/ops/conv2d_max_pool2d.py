@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from dlkernels import config
 from dlkernels.ops.common import (
     activation_named,
+    asked_for,
     before_activation,
     cast,
     empty_gradients,
@@ -108,7 +109,7 @@ def _backward(ctx, grad_output):
     if grad_output is None:
         return None, None, None
     input, weight, argmax, output = kept(ctx, grad_output)
-    wanted = ctx.needs_input_grad[:3]
+    wanted = asked_for(ctx)[:3]
     if is_torchs(grad_output):
         return _gradients(grad_output, input, weight, output, argmax, ctx.settings, wanted)
     with torch._C._AutoDispatchBelowAutograd():

@@ -24,6 +24,7 @@ from dlkernels.ops.common import (
     DTYPES,
     activation_named,
     active_transform,
+    asked_for,
     autocast_dtype,
     before_activation,
     cast,
@@ -99,7 +100,7 @@ def _backward(ctx, grad_output):
     if grad_output is None:
         return None, None, None
     input, weight, output = kept(ctx, grad_output)
-    wanted = ctx.needs_input_grad[:3]
+    wanted = asked_for(ctx)[:3]
     if is_torchs(grad_output) or grad_output.is_cuda:
         return _gradients(grad_output, input, weight, output, ctx.activation, wanted)
     with torch._C._AutoDispatchBelowAutograd():

@@ -48,6 +48,7 @@ from dlkernels.ops.batch_norm import (
 )
 from dlkernels.ops.common import (
     DTYPES,
+    asked_for,
     autocast_dtype,
     has_kernel,
     is_torchs,
@@ -466,7 +467,9 @@ class _ResidualBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return None, None, *_gradients(ctx, grad, ctx.needs_input_grad[2:])
+        # Where processes add up their sums, all of them take the same way.
+        wanted = asked_for(ctx) if ctx.s.group is None else ctx.needs_input_grad
+        return None, None, *_gradients(ctx, grad, wanted[2:])
 
 
 # The public op: functional, for export, opcheck and compile. ``parameters`` are weight, bias, γ and
