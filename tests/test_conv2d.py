@@ -355,6 +355,35 @@ def test_transposition_of_larger_images(dtype, own):
             assert torch.equal(y, x)
 
 
+# Of Winograd's algorithm in every direction: what of an image goes between NCHW and tiles at once.
+STRIPS = {
+    "several_rows_of_tiles": Shape((3, 32, 17, 19), 16, THREE, padding=(2, 0)),
+    "parts_of_a_row": Shape((2, 16, 6, 130), 32, THREE, padding=(1, 1)),
+    "less_than_a_vector_of_channels": Shape((20, 65, 7, 5), 67, THREE, padding=(1, 1)),
+    "images_of_a_tile": Shape((70, 64, 4, 3), 144, THREE, padding=(1, 1)),
+    "windows_beyond_the_image": Shape((4, 16, 3, 9), 16, THREE, padding=(7, 7)),
+    "many_tiles": Shape((4, 16, 64, 64), 16, THREE, padding=(1, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", STRIPS)
+def test_either_layout_has_the_same_bits(name, dtype, own, poisoned):
+    shape = STRIPS[name]
+    x, weight, _ = problem(shape, dtype)
+    assert algorithms(x, weight, padding=shape.padding) == ["winograd"] * 3
+    upstream = torch.randn(stock(x, weight, **shape.settings()).shape).to(dtype)
+    formats = same_memory, channels_last
+    results = [
+        evaluate(
+            conv2d, (of_input(x), of_weight(weight), None), of_grad(upstream), **shape.settings()
+        )
+        for of_input, of_weight, of_grad in itertools.product(formats, repeat=3)
+    ]
+    for others in results[1:]:
+        assert all(map(torch.equal, others, results[0]))
+
+
 @drawing(max_examples=60, deadline=None, derandomize=True)
 @given(
     data=st.data(),
@@ -1348,8 +1377,8 @@ def test_choice():
     assert choices == [("conv2d", "stock", "a functorch transform is active")]
 
 
-def algorithms(x, weight, own=True):
-    settings = [1, 1], [1, 1], [1, 1], 1, "none"
+def algorithms(x, weight, own=True, padding=(1, 1)):
+    settings = [1, 1], list(padding), [1, 1], 1, "none"
     exact = dlkernels.ops.conv2d.is_exact("cpu")
     return ops.conv2d_algorithm(x, weight, None, *settings, exact, own).split(", ")
 

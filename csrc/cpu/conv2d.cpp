@@ -2,8 +2,8 @@
 // between the algorithms of conv2d.h and torch's.
 //
 // The transpose is the input gradient of the convolution whose output has the transpose's input's
-// size, and the other way about: three kernels serve six products. They work in NHWC; what comes or
-// is to go in another layout is transposed on the way.
+// size, and the other way about: three kernels serve six products. They work in NHWC, Winograd's
+// also in NCHW; what comes or is to go in another layout is transposed on the way.
 #include "conv2d.h"
 
 #include <torch/csrc/stable/c/shim.h>
@@ -138,24 +138,36 @@ Sizes output_sizes(const Shape& shape) { return {shape.n, shape.k, shape.p, shap
 
 // ----------------------------------------------------------------------------------------- layouts
 
-// x in NHWC, itself or a copy, which `keep` holds.
-template <typename S>
-const S* channels_last(const Tensor& x, Tensor& keep) {
-  keep = layout::is_nhwc(x) ? x : layout::copied<S>(x, MemoryFormat::ChannelsLast);
-  return static_cast<const S*>(keep.const_data_ptr());
+// Whether what is no NHWC goes as it is into a kernel that takes planes, or comes from it.
+bool as_planes(const Tensor& x, bool planes) {
+  return planes && !layout::is_nhwc(x) && layout::is_nchw(x);
 }
 
-// An image in `format` that a kernel writes in NHWC: into it, or beside it first.
+// x in NHWC, or in NCHW where the kernel takes planes: itself, or a copy, which `keep` holds.
+template <typename S>
+conv2d::Images<const S> images_of(const Tensor& x, bool planes, Tensor& keep) {
+  const bool itself = layout::is_nhwc(x) || as_planes(x, planes);
+  keep = itself ? x : layout::copied<S>(x, MemoryFormat::ChannelsLast);
+  return {static_cast<const S*>(keep.const_data_ptr()), as_planes(keep, planes)};
+}
+
+// An image in `format` that a kernel writes in NHWC, if it does not write planes: into it, or
+// beside it first.
 template <typename S>
 class Result {
  public:
-  Result(const Tensor& like, const Sizes& sizes, MemoryFormat format)
-      : tensor_(empty(like, sizes, format)), written_(tensor_) {
-    if (!layout::is_nhwc(tensor_)) written_ = empty(like, sizes, MemoryFormat::ChannelsLast);
+  Result(const Tensor& like, const Sizes& sizes, MemoryFormat format, bool planes)
+      : tensor_(empty(like, sizes, format)),
+        written_(tensor_),
+        planes_(as_planes(tensor_, planes)),
+        beside_(!planes_ && !layout::is_nhwc(tensor_)) {
+    if (beside_) written_ = empty(like, sizes, MemoryFormat::ChannelsLast);
   }
-  S* data() const { return static_cast<S*>(written_.mutable_data_ptr()); }
+  conv2d::Images<S> images() const {
+    return {static_cast<S*>(written_.mutable_data_ptr()), planes_};
+  }
   Tensor finish() const {
-    if (!layout::is_nhwc(tensor_))
+    if (beside_)
       layout::transpose(static_cast<const S*>(written_.const_data_ptr()),
                         static_cast<S*>(tensor_.mutable_data_ptr()), tensor_.size(0),
                         tensor_.size(2) * tensor_.size(3), tensor_.size(1));
@@ -164,6 +176,7 @@ class Result {
 
  private:
   Tensor tensor_, written_;
+  bool planes_, beside_;
 };
 
 template <typename S, typename Pointer>
@@ -288,14 +301,15 @@ Tensor forward(const Settings& set, const Tensor& input, const Tensor& weight, c
         few_channels::forward<S>(few, images<const S>(input), w, b, act, images<S>(output));
       return;
     }
-    const S* const x = channels_last<S>(input, keep);
+    const bool planes = conv2d::takes_planes(algorithm);
+    const auto x = images_of<S>(input, planes, keep);
     const Epilogue<S> epilogue{b, act};
-    const Result<S> result(input, sizes, format);
+    const Result<S> result(input, sizes, format, planes);
     const auto w = weight_of<S>(weight);
     if (set.transposed)
-      conv2d::input_gradient<S>(shape, algorithm, x, w, result.data(), epilogue);
+      conv2d::input_gradient<S>(shape, algorithm, x, w, result.images(), epilogue);
     else
-      conv2d::forward<S>(shape, algorithm, x, w, result.data(), epilogue, prepared);
+      conv2d::forward<S>(shape, algorithm, x, w, result.images(), epilogue, prepared);
     output = result.finish();
   });
   return output;
@@ -370,21 +384,23 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Settings& set, const Tensor& g
       few_channels::weight_gradient<S>(few, x, dy, images<S>(grad_weight));
     }
     Tensor keep_grad, keep_input;
-    const bool by_planes = want.bias && !own_input && !own_weight && layout::is_nchw(grad);
-    const S* d = static_cast<const S*>(grad.const_data_ptr());
-    if (!by_planes && (own_input || own_weight || want.bias)) d = channels_last<S>(grad, keep_grad);
+    const bool planes = (!own_input || conv2d::takes_planes(for_input)) &&
+                        (!own_weight || conv2d::takes_planes(for_weight));
+    conv2d::Images<const S> d{};
+    if (own_input || own_weight || want.bias) d = images_of<S>(grad, planes, keep_grad);
     if (own_input) {
       const Epilogue<S> identity{nullptr, Activation::kNone};
-      const Result<S> result(input, sizes_of(input), format_of(input));
+      const Result<S> result(input, sizes_of(input), format_of(input),
+                             conv2d::takes_planes(for_input));
       const auto w = weight_of<S>(weight);
       if (set.transposed)
-        conv2d::forward<S>(shape, for_input, d, w, result.data(), identity);
+        conv2d::forward<S>(shape, for_input, d, w, result.images(), identity);
       else
-        conv2d::input_gradient<S>(shape, for_input, d, w, result.data(), identity);
+        conv2d::input_gradient<S>(shape, for_input, d, w, result.images(), identity);
       grad_input = result.finish();
     }
     if (own_weight) {
-      const S* const x = channels_last<S>(input, keep_input);
+      const auto x = images_of<S>(input, conv2d::takes_planes(for_weight), keep_input);
       grad_weight = empty_gradient(weight);
       const auto dw = weight_of<S>(grad_weight, grad_weight.mutable_data_ptr());
       conv2d::weight_gradient<S>(shape, for_weight, set.transposed ? x : d, set.transposed ? d : x,
@@ -393,10 +409,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Settings& set, const Tensor& g
     if (want.bias) {
       S* const to = static_cast<S*>(grad_bias.mutable_data_ptr());
       const int64_t channels = sizes[1], pixels = sizes[2] * sizes[3];
-      if (by_planes)
-        sums::planes(d, shape.n, channels, pixels, to);
+      if (d.planes)
+        sums::planes(d.data, shape.n, channels, pixels, to);
       else
-        sums::rows(gemm::Matrix<S>{d, channels, 1}, shape.n * pixels, channels, to);
+        sums::rows(gemm::Matrix<S>{d.data, channels, 1}, shape.n * pixels, channels, to);
     }
   });
   return {grad_input, grad_weight, grad_bias};

@@ -1,4 +1,5 @@
-// The algorithms of conv2d, and which of them a convolution takes. Tensors are dense NHWC.
+// The algorithms of conv2d, and which of them a convolution takes. Tensors are dense NHWC, and of
+// Winograd's also NCHW.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -25,6 +26,8 @@ using torch::headeronly::ScalarType;
 
 enum class Algorithm { kAten, kDirect, kWinograd, kDepthwise, kFewChannels, kSmall };
 enum class Direction { kForward, kInputGradient, kWeightGradient };
+
+inline bool takes_planes(Algorithm algorithm) { return algorithm == Algorithm::kWinograd; }
 
 // What is asked for beyond the shape.
 struct Call {
@@ -160,24 +163,24 @@ void prepare(const Shape& shape, Weight<const S> w, float* to) {
 }
 
 // By Winograd, of sources in place of x and dy: see conv2d_winograd.h.
-template <typename S, typename Source, typename Epilogue>
-void winograd_forward(const Shape& shape, const Source& x, Weight<const S> w, S* y,
+template <typename S, typename Source, typename Target, typename Epilogue>
+void winograd_forward(const Shape& shape, const Source& x, Weight<const S> w, const Target& y,
                       const Epilogue& epilogue, const float* prepared = nullptr) {
   const Aligned<float> keep(prepared ? 0 : shape.k * shape.c * 9);
   const float* const given = prepared ? nullptr : detail::as_float(shape, w, keep);
   const winograd::Filters filters{given, shape.c, shape.k, false, prepared};
-  winograd::Correlation<Source, S, Epilogue>{
+  winograd::Correlation<Source, Target, Epilogue>{
       x, shape.n, shape.h, shape.w, filters, {shape.padding[0], shape.padding[1]},
       y, shape.p, shape.q, epilogue}
       .run();
 }
 
-template <typename S, typename Source, typename Epilogue>
-void winograd_input_gradient(const Shape& shape, const Source& dy, Weight<const S> w, S* dx,
-                             const Epilogue& epilogue) {
+template <typename S, typename Source, typename Target, typename Epilogue>
+void winograd_input_gradient(const Shape& shape, const Source& dy, Weight<const S> w,
+                             const Target& dx, const Epilogue& epilogue) {
   const Aligned<float> keep(shape.k * shape.c * 9);
   const winograd::Filters filters{detail::as_float(shape, w, keep), shape.k, shape.c, true};
-  winograd::Correlation<Source, S, Epilogue>{
+  winograd::Correlation<Source, Target, Epilogue>{
       dy, shape.n, shape.p, shape.q, filters, {2 - shape.padding[0], 2 - shape.padding[1]},
       dx, shape.h, shape.w, epilogue}
       .run();
@@ -194,39 +197,40 @@ void winograd_weight_gradient(const Shape& shape, const Y& dy, const X& x, Weigh
 // y = epilogue(conv(x, w)); epilogue(value, channel, lanes) takes vectors of channels. `prepared`
 // is of the same weight, or null.
 template <typename S, typename Epilogue>
-void forward(const Shape& shape, Algorithm algorithm, const S* x, Weight<const S> w, S* y,
-             const Epilogue& epilogue, const float* prepared = nullptr) {
-  if (algorithm == Algorithm::kDepthwise) return depthwise::forward(shape, x, w, y, epilogue);
-  if (algorithm == Algorithm::kSmall) return small::forward(shape, x, w, y, epilogue);
+void forward(const Shape& shape, Algorithm algorithm, Images<const S> x, Weight<const S> w,
+             Images<S> y, const Epilogue& epilogue, const float* prepared = nullptr) {
+  if (algorithm == Algorithm::kDepthwise)
+    return depthwise::forward(shape, x.data, w, y.data, epilogue);
+  if (algorithm == Algorithm::kSmall) return small::forward(shape, x.data, w, y.data, epilogue);
   if constexpr (detail::has_winograd<S>)
     if (algorithm == Algorithm::kWinograd)
-      return winograd_forward(shape, winograd::Pixels<S>{x, shape.c}, w, y, epilogue, prepared);
-  direct_forward(shape, x, w, y, epilogue);
+      return winograd_forward(shape, x, w, y, epilogue, prepared);
+  direct_forward(shape, x.data, w, y.data, epilogue);
 }
 
 // dx = epilogue(…): a transposed convolution is one with an epilogue.
 template <typename S, typename Epilogue>
-void input_gradient(const Shape& shape, Algorithm algorithm, const S* dy, Weight<const S> w, S* dx,
-                    const Epilogue& epilogue) {
+void input_gradient(const Shape& shape, Algorithm algorithm, Images<const S> dy, Weight<const S> w,
+                    Images<S> dx, const Epilogue& epilogue) {
   if (algorithm == Algorithm::kDepthwise)
-    return depthwise::input_gradient(shape, dy, w, dx, epilogue);
-  if (algorithm == Algorithm::kSmall) return small::input_gradient(shape, dy, w, dx, epilogue);
+    return depthwise::input_gradient(shape, dy.data, w, dx.data, epilogue);
+  if (algorithm == Algorithm::kSmall)
+    return small::input_gradient(shape, dy.data, w, dx.data, epilogue);
   if constexpr (detail::has_winograd<S>)
     if (algorithm == Algorithm::kWinograd)
-      return winograd_input_gradient(shape, winograd::Pixels<S>{dy, shape.k}, w, dx, epilogue);
-  direct_input_gradient(shape, dy, w, dx, epilogue);
+      return winograd_input_gradient(shape, dy, w, dx, epilogue);
+  direct_input_gradient(shape, dy.data, w, dx.data, epilogue);
 }
 
 template <typename S>
-void weight_gradient(const Shape& shape, Algorithm algorithm, const S* dy, const S* x,
+void weight_gradient(const Shape& shape, Algorithm algorithm, Images<const S> dy, Images<const S> x,
                      Weight<S> dw) {
-  if (algorithm == Algorithm::kDepthwise) return depthwise::weight_gradient(shape, dy, x, dw);
-  if (algorithm == Algorithm::kSmall) return small::weight_gradient(shape, dy, x, dw);
+  if (algorithm == Algorithm::kDepthwise)
+    return depthwise::weight_gradient(shape, dy.data, x.data, dw);
+  if (algorithm == Algorithm::kSmall) return small::weight_gradient(shape, dy.data, x.data, dw);
   if constexpr (detail::has_winograd<S>)
-    if (algorithm == Algorithm::kWinograd)
-      return winograd_weight_gradient(shape, winograd::Pixels<S>{dy, shape.k},
-                                      winograd::Pixels<S>{x, shape.c}, dw);
-  direct_weight_gradient(shape, dy, x, dw);
+    if (algorithm == Algorithm::kWinograd) return winograd_weight_gradient(shape, dy, x, dw);
+  direct_weight_gradient(shape, dy.data, x.data, dw);
 }
 
 // conv2d_forward and conv2d_backward without activation and bias gradient, for what stands on them.

@@ -1,4 +1,5 @@
-// The geometry of a convolution, which all its algorithms share. Tensors are dense NHWC here.
+// The geometry of a convolution, which all its algorithms share. Tensors are dense NHWC here, where
+// nothing else is said.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +18,13 @@ struct Shape {
   bool is(int64_t size, int64_t step) const {
     return r == size && s == size && stride[0] == step && stride[1] == step;
   }
+};
+
+// An image stack, in NCHW where there are `planes`.
+template <typename S>
+struct Images {
+  S* data;
+  bool planes;
 };
 
 // The element (k, c, r, s) of a weight, or of its gradient, stands at the sum of index · stride.

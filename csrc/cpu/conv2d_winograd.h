@@ -13,7 +13,8 @@
 // channels M = the 36 products V·U, and Aᵀ M A with the epilogue right after, while M is in L2.
 // Where tiles are few and channels many U, 4 times the weight, is the larger side: then V is of all
 // tiles, threads share the panels, and each panel's U is made as it is used.
-// V[channels / L][point][tile][L], U[panel][point][channel][panel's columns],
+// Images in NCHW are transposed between memory and the transforms, a strip of tiles at a time,
+// which stays in cache. V[channels / L][point][tile][L], U[panel][point][channel][panel's columns],
 // M[point][tile][panel's columns], L lanes of a vector; the tile count of V and the strides between
 // points are kept off powers of two.
 #pragma once
@@ -26,6 +27,7 @@
 
 #include "conv2d_shape.h"
 #include "gemm.h"
+#include "layout.h"
 #include "memory.h"
 #include "simd.h"
 
@@ -173,6 +175,68 @@ struct Window {
   bool has(int64_t y, int64_t x) const { return y >= y0 && y < y1 && x >= x0 && x < x1; }
 };
 
+// The first of tiles [t, t + tiles): whole rows of an image's tiles, or a part of one row.
+struct Strip {
+  static constexpr int64_t kTiles = 16;
+  // The most pixels of the windows of rows · columns ≤ kTiles tiles: of those in one row.
+  static constexpr int64_t kPixels = kPatch * (kTiles * kTile + kPatch - kTile);
+  int64_t image, row, column, rows, columns;
+
+  Strip(const Tiles& grid, int64_t t, int64_t tiles)
+      : image(t / (grid.columns * grid.rows)),
+        row(t / grid.columns % grid.rows),
+        column(t % grid.columns) {
+    const int64_t most = std::min(tiles, kTiles);
+    const bool whole = column == 0 && most >= grid.columns;
+    rows = whole ? std::min(most / grid.columns, grid.rows - row) : 1;
+    columns = whole ? grid.columns : std::min(most, grid.columns - column);
+  }
+  int64_t tiles() const { return rows * columns; }
+};
+
+// rows × columns pixels of `lanes` of an image's planes, which are `width` wide: in squares of up
+// to kLanes pixels of a row, or of all rows where they lie without gaps. As pixels of kLanes
+// channels they are put in order of row and column.
+template <typename S>
+struct Planes {
+  S* data;
+  int64_t plane, width, columns, lanes, across, squares;
+
+  Planes(S* data, int64_t plane, int64_t width, int64_t rows, int64_t columns, int64_t lanes)
+      : data(data),
+        plane(plane),
+        width(width),
+        columns(columns == width ? rows * columns : columns),
+        lanes(lanes),
+        across((this->columns + kLanes - 1) / kLanes),
+        squares(columns == width ? across : rows * across) {}
+  S* at(int64_t square) const { return data + square / across * width + square % across * kLanes; }
+
+  template <int to_write>
+  void prefetch(int64_t square) const {
+    const S* const corner = at(square);
+    for (int64_t l = 0; l < lanes; ++l) __builtin_prefetch(corner + l * plane, to_write, 2);
+  }
+  // put(square, the first of its pixels, how many)
+  template <typename Put>
+  void for_squares(const Put& put) const {
+    for (int64_t i = 0; i < squares; ++i) {
+      const int64_t column = i % across * kLanes;
+      put(at(i), i / across * columns + column, std::min(kLanes, columns - column));
+    }
+  }
+  void gather(float* to) const {
+    for_squares([&](const S* square, int64_t pixel, int64_t pixels) {
+      layout::transpose_square(square, plane, to + pixel * kLanes, kLanes, lanes, pixels);
+    });
+  }
+  void scatter(const float* from) const {
+    for_squares([&](S* square, int64_t pixel, int64_t pixels) {
+      layout::transpose_square(from + pixel * kLanes, kLanes, square, plane, pixels, lanes);
+    });
+  }
+};
+
 // What a transform reads: the pixels of an image stack as they are. Other sources make what they
 // give from several stacks: at() for a window's corner and a vector of channels, whose (i, j) is
 // the pixel so many rows and columns on.
@@ -238,6 +302,57 @@ void transform_tiles(const Source& source, int64_t height, int64_t width, int64_
                                   to + (c / kLanes * kPoints * pitch + t) * kLanes, pitch * kLanes);
     }
   }
+}
+
+// The same of images in either layout.
+template <typename Transform, typename S>
+void transform_tiles(const Images<const S>& source, int64_t height, int64_t width, int64_t channels,
+                     const Tiles& grid, int64_t row0, int64_t column0, int64_t t0, int64_t tiles,
+                     int64_t pitch, float* to) {
+  if (!source.planes)
+    return transform_tiles<Transform>(Pixels<S>{source.data, channels}, height, width, channels,
+                                      grid, row0, column0, t0, tiles, pitch, to);
+  // Of a strip's windows, from (row, column) on, [y0, y1) × [x0, x1) is there.
+  struct Part {
+    int64_t row, column, y0, y1, x0, x1;
+  };
+  const auto part_of = [&](const Strip& strip) {
+    const int64_t row = strip.row * kTile + row0, column = strip.column * kTile + column0;
+    const int64_t below = row + (strip.rows - 1) * kTile + Transform::in,
+                  right = column + (strip.columns - 1) * kTile + Transform::in;
+    const int64_t y0 = std::clamp<int64_t>(row, 0, height),
+                  x0 = std::clamp<int64_t>(column, 0, width);
+    return Part{row, column, y0, std::clamp(below, y0, height), x0, std::clamp(right, x0, width)};
+  };
+  const auto planes_of = [&](const Strip& strip, const Part& part, int64_t c) {
+    const S* const image = source.data + (strip.image * channels + c) * height * width;
+    return Planes<const S>(image + part.y0 * width + part.x0, height * width, width,
+                           part.y1 - part.y0, part.x1 - part.x0, std::min(kLanes, channels - c));
+  };
+  float pixels[Strip::kPixels * kLanes];
+  for (int64_t c = 0; c < channels; c += kLanes)
+    for (int64_t t = 0; t < tiles;) {
+      const Strip strip(grid, t0 + t, tiles - t);
+      const Part part = part_of(strip);
+      const Planes<const S> planes = planes_of(strip, part, c);
+      planes.gather(pixels);
+      const int64_t count = strip.tiles(), next = t + count < tiles ? t + count : 0;
+      const int64_t next_c = next || c + kLanes >= channels ? c : c + kLanes;
+      const Strip coming(grid, t0 + next, tiles - next);
+      const Planes<const S> to_come = planes_of(coming, part_of(coming), next_c);
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t square = i * to_come.squares / count;
+             square < (i + 1) * to_come.squares / count; ++square)
+          to_come.template prefetch<0>(square);
+        const Window window(0, part.y1 - part.y0, part.x1 - part.x0,
+                            part.row - part.y0 + i / strip.columns * kTile,
+                            part.column - part.x0 + i % strip.columns * kTile, Transform::in);
+        transform_window<Transform>(
+            Pixels<float>{pixels, kLanes}, window, part.x1 - part.x0, 0, planes.lanes,
+            to + (c / kLanes * kPoints * pitch + t + i) * kLanes, pitch * kLanes);
+      }
+      t += count;
+    }
 }
 
 // ----------------------------------------------------------------------------------------- weights
@@ -327,6 +442,23 @@ struct Parts {
   int64_t begin(int64_t part) const { return std::min(tiles, part * units() / count * kTogether); }
 };
 
+// Y of `lanes` channels from `channel` on, of the rows × columns pixels that are there of tile t,
+// whose first is `pixel` of the stack: from M to `corner`, where rows and pixels are `row` and
+// `step` apart.
+template <typename S, typename Epilogue>
+void write_tile(const float* m, int64_t m_stride, S* corner, int64_t row, int64_t step,
+                int64_t rows, int64_t columns, int64_t t, int64_t pixel, int64_t width,
+                int64_t channel, int64_t lanes, const Epilogue& epilogue) {
+  auto of_tile = tile_of(epilogue, t, channel, lanes);
+  both_ways<TileOfPoints>([&](int i, int j) { return load(m + (i * kPatch + j) * m_stride); },
+                          [&](int i, int j, V value) {
+                            if (i >= rows || j >= columns) return;
+                            store(corner + i * row + j * step,
+                                  of_tile(value, pixel + i * width + j), lanes);
+                          });
+  if constexpr (has_tiles<Epilogue>) of_tile.finish();
+}
+
 // Y of tiles [t0, t0 + tiles) and channels [o, o + kPanel) from M.
 template <typename S, typename Epilogue>
 void write_tiles(const float* m, int64_t m_stride, S* y, int64_t height, int64_t width,
@@ -342,32 +474,56 @@ void write_tiles(const float* m, int64_t m_stride, S* y, int64_t height, int64_t
       for (int64_t i = kTile; i < 2 * kTile; ++i)  // of the tile below, to be written
         for (int64_t j = 0; j < kTile; ++j)
           __builtin_prefetch(corner + (i * width + j) * channels + o + v, 1, 2);
-      const float* const from = m + t * kPanel + v;
-      const int64_t lanes = std::min(kLanes, channels - o - v);
-      auto of_tile = tile_of(epilogue, at, o + v, lanes);
-      both_ways<TileOfPoints>(
-          [&](int i, int j) { return load(from + (i * kPatch + j) * m_stride); },
-          [&](int i, int j, V value) {
-            if (i >= rows || j >= columns) return;
-            const int64_t place = pixel + i * width + j;
-            store(y + place * channels + o + v, of_tile(value, place), lanes);
-          });
-      if constexpr (has_tiles<Epilogue>) of_tile.finish();
+      write_tile(m + t * kPanel + v, m_stride, corner + o + v, width * channels, channels, rows,
+                 columns, at, pixel, width, o + v, std::min(kLanes, channels - o - v), epilogue);
     }
   }
+}
+
+// The same of images in either layout.
+template <typename S, typename Epilogue>
+void write_tiles(const float* m, int64_t m_stride, const Images<S>& y, int64_t height,
+                 int64_t width, int64_t channels, const Tiles& grid, int64_t t0, int64_t tiles,
+                 int64_t o, const Epilogue& epilogue) {
+  if (!y.planes)
+    return write_tiles(m, m_stride, y.data, height, width, channels, grid, t0, tiles, o, epilogue);
+  float pixels[Strip::kTiles * kTile * kTile * kLanes];
+  for (int64_t c = o; c < std::min(o + kPanel, channels); c += kLanes)
+    for (int64_t t = 0; t < tiles;) {
+      const Strip strip(grid, t0 + t, tiles - t);
+      const int64_t y0 = strip.row * kTile, x0 = strip.column * kTile;
+      const int64_t rows = std::min(strip.rows * kTile, height - y0),
+                    columns = std::min(strip.columns * kTile, width - x0);
+      S* const image = y.data + (strip.image * channels + c) * height * width;
+      const Planes<S> planes(image + y0 * width + x0, height * width, width, rows, columns,
+                             std::min(kLanes, channels - c));
+      const int64_t count = strip.tiles();
+      for (int64_t i = 0; i < count; ++i, ++t) {
+        for (int64_t square = i * planes.squares / count; square < (i + 1) * planes.squares / count;
+             ++square)
+          planes.template prefetch<1>(square);
+        const int64_t row = i / strip.columns * kTile, column = i % strip.columns * kTile;
+        write_tile(m + t * kPanel + c - o, m_stride, pixels + (row * columns + column) * kLanes,
+                   columns * kLanes, kLanes, std::min(kTile, rows - row),
+                   std::min(kTile, columns - column), t0 + t,
+                   (strip.image * height + y0 + row) * width + x0 + column, width, c, planes.lanes,
+                   epilogue);
+      }
+      planes.scatter(pixels);
+    }
 }
 
 // ------------------------------------------------------------------------------------------- whole
 
 // A source of n × height × width × inputs → y (n × rows × columns × outputs), the window of whose
-// first tile begins at −padding.
-template <typename Source, typename S, typename Epilogue>
+// first tile begins at −padding. y is where it begins, or Images.
+template <typename Source, typename Target, typename Epilogue>
 struct Correlation {
   Source x;
   int64_t n, height, width;
   Filters filters;
   int64_t padding[2];
-  S* y;
+  Target y;
   int64_t rows, columns;
   const Epilogue& epilogue;
 

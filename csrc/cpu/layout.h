@@ -76,22 +76,31 @@ inline bool is_nhwc(const Tensor& x) { return is_dense(x, {0, 2, 3, 1}); }
 
 // rows × columns, at most a vector of each, from rows `pitch` apart to their transpose, through a
 // square in L1.
-template <typename S>
-void transpose_square(const S* from, int64_t pitch, S* to, int64_t to_pitch, int64_t rows,
+template <typename S, typename R>
+void transpose_square(const S* from, int64_t pitch, R* to, int64_t to_pitch, int64_t rows,
                       int64_t columns) {
   using T = accumulate_t<S>;
+  static_assert(std::is_same_v<T, accumulate_t<R>>);
   using V = Vec<T>;
   T square[V::size * V::size];
-  for (int64_t r = 0; r < V::size; ++r)
-    store(square + r * V::size, r < rows ? load(from + r * pitch, columns) : V(T(0)));
-  for (int64_t c = 0; c < columns; c += kPiece<T>) {
-    V v[kPiece<T>];
-    for (int64_t q = 0; q < kPiece<T>; ++q)
-      v[q] = load_pieces(square + q * V::size + c, kPiece<T> * V::size);
-    transpose_pieces(v);
-    for (int64_t q = 0; q < std::min(kPiece<T>, columns - c); ++q)
-      store(to + (c + q) * to_pitch, v[q], rows);
-  }
+  // Of a whole square the compiler knows all sizes.
+  const auto through = [&](int64_t rows, int64_t columns) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < V::size; ++r)
+      store(square + r * V::size, r < rows ? load(from + r * pitch, columns) : V(T(0)));
+    for (int64_t c = 0; c < columns; c += kPiece<T>) {
+      V v[kPiece<T>];
+      for (int64_t q = 0; q < kPiece<T>; ++q)
+        v[q] = load_pieces(square + q * V::size + c, kPiece<T> * V::size);
+      transpose_pieces(v);
+#pragma GCC unroll 4
+      for (int64_t q = 0; q < kPiece<T>; ++q)
+        if (c + q < columns) store(to + (c + q) * to_pitch, v[q], rows);
+    }
+  };
+  if (rows == V::size && columns == V::size)
+    through(V::size, V::size);
+  else
+    through(rows, columns);
 }
 
 // Columns of `rows` rows, a number known to the compiler, to their transpose, and back.
