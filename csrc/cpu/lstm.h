@@ -788,6 +788,27 @@ struct Forward {
 
 // -------------------------------------------------------------------------------------- backward
 
+// The sum of n rows, `pitch` apart, of a vector of columns.
+template <typename S>
+Vec<accumulate_t<S>> sum_of_rows(const S* from, int64_t pitch, int64_t n, int64_t lanes) {
+  using T = accumulate_t<S>;
+  using V = Vec<T>;
+  constexpr int64_t kL = V::size, kHalves = kL / Vec<double>::size;
+  constexpr int64_t kBlock = 16;  // rows whose sum is a T
+  Vec<double> total[kHalves], halves[kHalves];
+  std::fill(total, total + kHalves, Vec<double>(0.0));
+  for (int64_t r0 = 0; r0 < n; r0 += kBlock) {
+    V part(T(0));
+    for (int64_t r = r0; r < std::min(n, r0 + kBlock); ++r)
+      part = part + load(from + r * pitch, lanes);
+    to_doubles(part, halves);
+    for (int64_t q = 0; q < kHalves; ++q) total[q] = total[q] + halves[q];
+  }
+  T rounded[kL];
+  for (int64_t q = 0; q < kHalves; ++q) store_rounded(rounded + q * (kL / kHalves), total[q]);
+  return load(rounded);
+}
+
 template <typename S>
 struct Backward {
   using T = accumulate_t<S>;
@@ -810,10 +831,16 @@ struct Backward {
   std::vector<const S*> x;  // rows of the input
   std::vector<Products> products;
   bool want_input, want_weights;
+  // Of a step whose part in the weights' gradients is computed with others': where the gradients of
+  // its gates go, and x and h, x's columns filled up to `split`; null where there is none.
+  struct Kept {
+    S *gates = nullptr, *beside = nullptr;
+    int64_t pitch = 0, beside_pitch = 0, split = 0;
+  } keep = {};
 
   const int64_t meets = s.mode == Mode::kGru ? 3 : s.gates();  // gates that meet W_hh
   const int64_t own = s.gates() * s.hidden, width = s.width() * s.hidden;
-  const int64_t pitch = odd_lines<S>(width);  // of grad_gates
+  const int64_t pitch = keep.gates ? keep.pitch : odd_lines<S>(width);  // of grad_gates
   // Steps whose gradients are kept for one turn of the large products.
   const int64_t chunk = std::clamp<int64_t>(512 / std::max<int64_t>(1, s.batch), 1, s.steps);
 
@@ -841,7 +868,7 @@ struct Backward {
       return reinterpret_cast<S*>(
           take(parts(chunk * s.batch * columns * int64_t(sizeof(S)), int64_t(sizeof(T)))));
     };
-    to.grad_gates = rows_of(pitch);
+    to.grad_gates = keep.gates ? keep.gates : rows_of(pitch);
     to.grad_state = rows_of(s.projected ? s.state : 0);
     to.full = rows_of(s.projected ? s.hidden : 0);
     const int64_t size = all_pieces() * Pieces<S>::size(s.hidden, s.batch | 1);
@@ -937,6 +964,13 @@ struct Backward {
     if (!whole())
       for (int64_t i = once() ? 1 : 0; i < 2; ++i) clear(to.gates[i], all_pieces() * gate_units());
     if (s.projected) clear(to.state, s.state);
+    const Share kept(rows.end - rows.begin, at.part, at.parts);
+    for (int64_t i = kept.begin; keep.beside && i < kept.end; ++i) {
+      const size_t r = size_t(rows.begin + i);
+      S* const to_x = keep.beside + int64_t(r) * keep.beside_pitch;
+      std::copy_n(x[r], s.inputs, to_x);
+      std::copy_n(products[size_t(d)].h[r], s.state, to_x + keep.split);
+    }
     const S* const from = s.mode == Mode::kLstm ? grad_c_n : grad_h_n;
     const Share share(parts(s.hidden, kL), at.part, at.parts);
     for (int64_t v = share.begin; v < share.end; ++v)
@@ -1340,19 +1374,7 @@ struct Backward {
     const Share columns(parts(width, kL), at.mine(), at.all);
     for (int64_t j = columns.begin * kL; j < std::min(width, columns.end * kL); j += kL) {
       const int64_t lanes = std::min(kL, width - j);
-      constexpr int64_t kHalves = kL / Vec<double>::size, kBlock = 16;  // a block's sum is a T
-      Vec<double> total[kHalves], halves[kHalves];
-      std::fill(total, total + kHalves, Vec<double>(0.0));
-      for (int64_t r0 = 0; r0 < n; r0 += kBlock) {
-        V part(T(0));
-        for (int64_t r = r0; r < std::min(n, r0 + kBlock); ++r)
-          part = part + load(z.at(r, j), lanes);
-        to_doubles(part, halves);
-        for (int64_t q = 0; q < kHalves; ++q) total[q] = total[q] + halves[q];
-      }
-      T rounded[kL];
-      for (int64_t q = 0; q < kHalves; ++q) store_rounded(rounded + q * (kL / kHalves), total[q]);
-      add(sums.bias + j, load(rounded), lanes);
+      add(sums.bias + j, sum_of_rows(z.at(0, j), pitch, n, lanes), lanes);
     }
   }
 
@@ -1380,5 +1402,54 @@ struct Backward {
       }
   }
 };
+
+// Of `rows` rows of cells' steps, on top of the sums or, where they are fresh, in their place: from
+// the gradients of the gates and, beside each other, x in columns filled up and h.
+template <typename S>
+void add_weights(const Shape& s, int64_t rows, const S* grad_gates, int64_t pitch, const S* beside,
+                 int64_t beside_pitch, bool fresh, accumulate_t<S>* w_ih, accumulate_t<S>* w_hh,
+                 accumulate_t<S>* b_ih, accumulate_t<S>* b_hh) {
+  using T = accumulate_t<S>;
+  using V = Vec<T>;
+  constexpr int64_t kL = V::size;
+  const int64_t own = s.gates() * s.hidden, width = s.width() * s.hidden;
+  const int64_t split = beside_pitch - s.state, turn = s.mode == Mode::kGru ? s.hidden : 0;
+  const auto add = [fresh](T* at, V value, int64_t lanes) {
+    store(at, fresh ? value : value + load(at, lanes), lanes);
+  };
+  const auto gate = [turn](int64_t i) { return i < turn ? i + 2 * turn : i - turn; };
+  const gemm::Matrix<S> z{grad_gates, 1, pitch}, x{beside, beside_pitch, 1};
+  const auto to_x = [&](int64_t i, int64_t j, int64_t lanes, V value) {
+    add(w_ih + gate(i) * s.inputs + j, value, std::min(lanes, s.inputs - j));
+  };
+  const auto to_h = [&](int64_t i, int64_t j, int64_t lanes, V value) {
+    add(w_hh + i * s.state + j, value, lanes);
+  };
+  if (turn == 0 && split % kL == 0) {
+    gemm::multiply(z, x, own, beside_pitch, rows, [&](int64_t i, int64_t j, int64_t n, V value) {
+      if (j >= split)
+        to_h(i, j - split, n, value);
+      else if (j < s.inputs)
+        to_x(i, j, n, value);
+    });
+  } else {
+    const gemm::Matrix<S> of_h{grad_gates + turn, 1, pitch}, h{beside + split, beside_pitch, 1};
+    gemm::multiply(z, x, own, s.inputs, rows, to_x);
+    gemm::multiply(of_h, h, own, s.state, rows, to_h);
+  }
+  if (!b_ih) return;
+  torch::stable::parallel_for(0, parts(width, kL), 8, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin * kL; j < std::min(width, end * kL); j += kL) {
+      const int64_t lanes = std::min(kL, width - j);
+      T sum[kL];
+      store(sum, sum_of_rows(grad_gates + j, pitch, rows, lanes));
+      for (int64_t l = 0; l < lanes; ++l) {
+        const int64_t i = j + l, of_h = i - (width - own);
+        if (i < own) b_ih[gate(i)] = fresh ? sum[l] : sum[l] + b_ih[gate(i)];
+        if (of_h >= 0) b_hh[of_h] = fresh ? sum[l] : sum[l] + b_hh[of_h];
+      }
+    }
+  });
+}
 
 }  // namespace dlkernels::lstm

@@ -26,12 +26,18 @@ projection), D the directions, S the rows of all steps:
 ``lstm_backward``       the gradients that are wanted
 ``lstm_cell_forward``   one step: input (B, I), states (B, H), gates (B, 4H)
 ``lstm_cell_backward``
+``lstm_cell_backward_step``     the same without the gradients of the weights, on a CPU: what these
+                        follow from goes to rows [row, row + B) of ``grad_gates`` and of ``beside``,
+                        where x, its columns filled up, and h lie beside each other
+``lstm_cell_backward_weights``  of those rows the gradients of the weights, in the type of sums: put
+                        into w_ih, w_hh, b_ih, b_hh, or added to them where they are not ``fresh``
 
 ``weights`` are those of each direction: w_ih, w_hh, then b_ih, b_hh if there are biases, then w_hr
 of a projection. What is not there comes back as an empty tensor of shape (0). Sums and cell states
 are float32 inside a call (float64 for float64); h is rounded to the input's dtype at each step.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -81,6 +87,11 @@ for _schema in (
     "lstm_cell_backward(Tensor? grad_h, Tensor? grad_c, Tensor input, Tensor hx, Tensor? cx,"
     f" {_CELL}, Tensor h, Tensor c, Tensor gates, str mode, bool own, {_WANTED})"
     f" -> ({_OF_INPUTS}, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh)",
+    "lstm_cell_backward_step(Tensor? grad_h, Tensor? grad_c, Tensor input, Tensor hx, Tensor? cx,"
+    f" {_CELL}, Tensor h, Tensor c, Tensor gates, str mode, bool own, bool want_input,"
+    f" bool want_states, Tensor(a!) grad_gates, Tensor(b!) beside, SymInt row) -> ({_OF_INPUTS})",
+    "lstm_cell_backward_weights(Tensor grad_gates, Tensor beside, SymInt rows, str mode, bool own,"
+    " bool fresh, Tensor(a!) w_ih, Tensor(b!) w_hh, Tensor(c!)? b_ih, Tensor(d!)? b_hh) -> ()",
     # The public ones, with a derivative: what they save is part of the result.
     f"lstm({_STEPS}, Tensor cx, Tensor[] weights, bool own)"
     f" -> ({_LAST}, Tensor c_n, Tensor gates, Tensor cells)",
@@ -161,6 +172,19 @@ def _(
             for w in (w_ih, w_hh, b_ih, b_hh)
         ),
     )
+
+
+@torch.library.register_fake("dlkernels::lstm_cell_backward_step")
+def _(
+    grad_h, grad_c, input, hx, cx, w_ih, w_hh, b_ih, b_hh, h, c, gates, mode, own, want_input,
+    want_states, grad_gates, beside, row,
+):  # fmt: skip
+    return _empty_gradients(input, hx, cx, want_input, want_states)
+
+
+@torch.library.register_fake("dlkernels::lstm_cell_backward_weights")
+def _(grad_gates, beside, rows, mode, own, fresh, w_ih, w_hh, b_ih, b_hh):
+    return None
 
 
 # --------------------------------------------------------------------------------------- references
@@ -331,17 +355,143 @@ class _Layer(torch.autograd.Function):
         return None, None, None, *_layer_backward(ctx, grads, ctx.needs_input_grad[3:])
 
 
+# Steps of cells in one graph with the same leaves as weights owe these one gradient: with a part of
+# each step's own, a loop would write and read matrices of the weights' size at every step. Where a
+# second step comes while the first is in a graph, it and all after it get a token, a tensor without
+# elements, through which they are joined to one node, _Gather, before the weights: autograd reaches
+# it after all steps of a backward pass. They are joined to the weights themselves as well, for what
+# _Sums does not compute.
+
+_ROWS = 512  # of steps whose part is computed at once
+
+
+class _Shared:
+    """What joins the steps: each holds it, nothing else does. ``owed`` has the sums of each backward
+    pass that is under way, by its number."""
+
+    __slots__ = ("owed", "token", "__weakref__")
+
+    def __init__(self):
+        self.owed, self.token = {}, None
+
+
+# By the weights' ids, which nobody else has as long as a graph leads to them.
+_sharing: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+
+
+def _shared_by(weights):
+    """What the steps with these weights share; None where they are not all leaves that want a
+    gradient."""
+    for weight in weights:
+        if weight is not None and not (weight.requires_grad and weight.is_leaf):
+            return None
+    ids = tuple(map(id, weights))
+    shared = _sharing.get(ids)
+    if shared is None:
+        shared = _sharing[ids] = _Shared()
+    elif shared.token is None:
+        shared.token = _Gather.apply(shared.owed, *weights)
+    return shared
+
+
+class _Sums:
+    """The gradients of a cell's weights, of the steps of one backward pass: of those whose rows are
+    here, and of those before. Rows are copies: inputs and states may change before the weights'
+    turn comes."""
+
+    def __init__(self, mode, own, input, weights):
+        def rows(columns):
+            # An odd number of cache lines: columns are read too.
+            line = 64 // input.itemsize
+            return input.new_empty(_ROWS, (-(-columns // line) | 1) * line)
+
+        (_, features), (gates, hidden) = weights[0].shape, weights[1].shape
+        self.settings, self.used, self.fresh = (mode, own), 0, True
+        self.grad_gates = rows(4 * hidden if mode == "gru" else gates)
+        # x's columns are filled up to whole vectors of any instruction set.
+        self.beside = input.new_empty(_ROWS, -(-features // 16) * 16 + hidden)
+        self.sums = [
+            w if w is None else torch.empty(w.shape, dtype=_computed(w.dtype)) for w in weights
+        ]
+
+    def step(self, grads, inputs, results, want_input, want_states):
+        """The gradients of input, hx and cx of a step."""
+        batch = inputs[0].shape[0]
+        if self.used + batch > _ROWS:
+            self.compute()
+        with torch._C._AutoDispatchBelowAutograd():
+            gradients = _ops.lstm_cell_backward_step(
+                *grads, *inputs, *results, *self.settings, want_input, want_states,
+                self.grad_gates, self.beside, self.used,
+            )  # fmt: skip
+        self.used += batch
+        return gradients
+
+    def compute(self):
+        with torch._C._AutoDispatchBelowAutograd():
+            _ops.lstm_cell_backward_weights(
+                self.grad_gates, self.beside, self.used, *self.settings, self.fresh, *self.sums
+            )
+        self.used, self.fresh = 0, False
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, owed, *weights):
+        ctx.set_materialize_grads(False)
+        ctx.owed, ctx.dtype = owed, weights[0].dtype
+        return weights[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _):
+        owed = ctx.owed.pop(torch._C._current_graph_task_id(), None)
+        if owed is None:
+            return None, *(None for _ in ctx.needs_input_grad[1:])
+        owed.compute()
+        wanted = zip(owed.sums, ctx.needs_input_grad[1:], strict=True)
+        return None, *(g.to(ctx.dtype) if want else None for g, want in wanted)
+
+
 class _Cell(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mode, own, *inputs):
+    def forward(ctx, mode, own, shared, token, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             h, c, gates = _ops.lstm_cell_forward(*inputs, mode, True, own)
         _save(ctx, mode, own, inputs, (h, c, gates), 2 if mode == "lstm" else 1)
+        ctx.shared = shared
         return (h, c) if mode == "lstm" else h
 
     @staticmethod
     def backward(ctx, *grads):
-        return None, None, *_cell_backward(ctx, grads, ctx.needs_input_grad[2:])
+        needs = ctx.needs_input_grad
+        if (sums := _sums_of(ctx, grads)) is None:
+            return None, None, None, None, *_cell_backward(ctx, grads, needs[4:])
+        saved = ctx.saved_tensors
+        gradients = sums.step(
+            [*_contiguous(grads), *[None] * (2 - len(grads))],
+            saved[:7],
+            saved[7:],
+            needs[4],
+            needs[5] or needs[6],
+        )
+        gradients = (g if want else None for g, want in zip(gradients, needs[4:7], strict=True))
+        return None, None, None, None, *gradients, None, None, None, None
+
+
+def _sums_of(ctx, grads):
+    """Those that a step's backward adds to; None where its gradients of the weights are its own."""
+    number = torch._C._current_graph_task_id()
+    if not ctx.needs_input_grad[3] or number < 0 or torch.compiler.is_compiling():
+        return None
+    if all(g is None for g in grads) or any(map(is_torchs, grads)):
+        return None
+    input, _, _, *weights = ctx.saved_tensors[:7]
+    if 2 * input.shape[0] > _ROWS:
+        return None
+    owed = ctx.shared.owed
+    if number not in owed:
+        owed[number] = _Sums(*ctx.settings, input, weights)
+    return owed[number]
 
 
 # The public ops: functional, for export, opcheck and compile.
@@ -444,6 +594,7 @@ for _name in ("lstm", "gru", "rnn"):
 
 not_differentiable("lstm", "lstm_forward", "lstm_backward")
 not_differentiable("lstm_cell", "lstm_cell_forward", "lstm_cell_backward")
+not_differentiable("lstm_cell", "lstm_cell_backward_step", "lstm_cell_backward_weights")
 
 
 def _below_autograd(raw, *arguments):
@@ -475,7 +626,8 @@ def _run_cell(mode, own, *inputs):
         h, c, _ = _below_autograd(_ops.lstm_cell_forward, *inputs, mode, False, own)
         return (h, c) if mode == "lstm" else h
     if not torch.compiler.is_compiling():
-        return _Cell.apply(mode, own, *inputs)
+        shared = _shared_by(inputs[3:]) if inputs[0].is_cpu else None
+        return _Cell.apply(mode, own, shared, shared and shared.token, *inputs)
     if mode == "lstm":
         return _ops.lstm_cell(*inputs, own)[:2]
     input, hx, _, *weights = inputs
