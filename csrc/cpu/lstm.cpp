@@ -361,12 +361,11 @@ Gradients backward(const Layer& layer, const Optional& grad_output, const Option
       const auto place = [&](int64_t i) {
         return want_weights ? places[size_t(d * each + i)] : nullptr;
       };
-      products.push_back(
-          {written(d ? second : to.input), place(0), place(1),
-           s.projected ? place(each - 1) : nullptr,
-           layer.biases ? memory.get() + d * Aligned<T>::padded(width) : nullptr,
-           want_weights || kept ? state_rows<S>(layer, d, data_of<S>(output))
-                                : std::vector<const S*>()});
+      products.push_back({written(d ? second : to.input), place(0), place(1),
+                          s.projected ? place(each - 1) : nullptr,
+                          layer.biases ? memory.get() + d * Aligned<T>::padded(width) : nullptr,
+                          want_weights || kept ? state_rows<S>(layer, d, data_of<S>(output))
+                                               : std::vector<const S*>()});
     }
     lstm::Backward<S> run{s,
                           layer.template of<S>(),
@@ -557,7 +556,8 @@ void lstm_cell_backward_weights(Tensor grad_gates, Tensor beside, int64_t rows, 
   check_sum("w_ih", w_ih, {own, s.inputs});
   check_sum("w_hh", w_hh, {own, s.state});
   if (b_ih) check_sum("b_ih", *b_ih, {own}), check_sum("b_hh", *b_hh, {own});
-  DLK_CHECK(rows >= 0, kCell, ": expected a number of rows, got ", rows);
+  DLK_CHECK(rows >= 0 && rows <= gemm::kDepth, kCell, ": expected at most ", gemm::kDepth,
+            " rows, got ", rows);
   check_kept("grad_gates", grad_gates, dtype, rows, width);
   check_kept("beside", beside, dtype, rows, s.inputs + s.state);
   if (fresh) in_huge_pages(w_ih), in_huge_pages(w_hh);

@@ -1267,13 +1267,13 @@ struct Backward {
     });
   }
 
-  // `rows` of A·B, whose sums are no longer than a panel is deep, straight to where they belong.
-  void short_product(const gemm::Matrix<S>& a, const gemm::Rows<S>& b, const Share& rows,
-                     int64_t columns, int64_t k, T* scratch, T* to) const {
+  // `rows` of A·B, whose sums are no longer than a panel is deep, straight to where they belong, or
+  // on top of what is there; `part` words are summed before they join it.
+  template <typename B>
+  static void short_product(const gemm::Matrix<S>& a, const B& b, const Share& rows,
+                            int64_t columns, int64_t k, int64_t part, bool add, T* scratch, T* to) {
     constexpr int64_t kBlock = 4 * gemm::kRows;  // whole vectors of A
     const int64_t depth = gemm::words<S>(k);
-    // Stock sums step by step: sums over steps are cut as short.
-    const int64_t part = once() ? depth : gemm::kFlush;
     for (int64_t j = 0; j < columns; j += gemm::kBlockColumns) {
       const int64_t n = std::min(gemm::kBlockColumns, columns - j);
       T* const packed_a = scratch + depth * gemm::round_up(n, kColumns);
@@ -1296,13 +1296,16 @@ struct Backward {
             for (int64_t p = 0; p < depth; p += part, next += part * step)
               gemm::multiply_rows<T, Pieces<S>::kPair>(
                   height, lanes > kL, packed_a + (i - block) * gemm::kPitch + p,
-                  scratch + c * depth + p * kColumns, std::min(part, depth - p), p > 0,
-                  whole ? out : tile, whole ? columns : kColumns, gemm::Ahead{next, step},
-                  std::make_integer_sequence<int, int(gemm::kRows)>());
+                  scratch + c * depth + p * kColumns, std::min(part, depth - p),
+                  p > 0 || (add && whole), whole ? out : tile, whole ? columns : kColumns,
+                  gemm::Ahead{next, step}, std::make_integer_sequence<int, int(gemm::kRows)>());
             for (int64_t y = 0; !whole && y < height; ++y)
-              for (int64_t v = 0; v < lanes; v += kL)
-                store(out + y * columns + v, load(tile + y * kColumns + v),
-                      std::min(kL, lanes - v));
+              for (int64_t v = 0; v < lanes; v += kL) {
+                const int64_t left = std::min(kL, lanes - v);
+                T* const at = out + y * columns + v;
+                const V sum = load(tile + y * kColumns + v);
+                store(at, add ? sum + load(at, left) : sum, left);
+              }
           }
       }
     }
@@ -1334,14 +1337,16 @@ struct Backward {
     const int64_t i0 = mine.begin * gemm::kRows, i1 = std::min(own, mine.end * gemm::kRows);
     const gemm::Rows<S> xs{x.data() + first}, hs{sums.h.data() + first};
     if (fresh && n > 0 && gemm::words<S>(n) <= gemm::kDepth) {
+      // Stock sums step by step: sums over steps are cut as short.
+      const int64_t part = once() ? gemm::kDepth : gemm::kFlush;
       // Of a GRU the rows for n come first.
       const int64_t cut = s.mode == Mode::kGru ? std::clamp(s.hidden, i0, i1) : i0;
       const gemm::Matrix<S> for_h{to.grad_gates + (width - own), 1, pitch};
       for (const Share& rows : {Share{i0, cut}, Share{cut, i1}})
         if (rows.begin < rows.end)
-          short_product(z.transposed(), xs, rows, s.inputs, n, scratch,
+          short_product(z.transposed(), xs, rows, s.inputs, n, part, false, scratch,
                         sums.w_ih + (gate(rows.begin) - rows.begin) * s.inputs);
-      short_product(for_h, hs, Share{i0, i1}, s.state, n, scratch, sums.w_hh);
+      short_product(for_h, hs, Share{i0, i1}, s.state, n, part, false, scratch, sums.w_hh);
     } else if (s.mode == Mode::kGru) {
       gemm::run(z.transposed(), xs, i0, i1, 0, s.inputs, n, scratch,
                 [&](int64_t i, int64_t j, int64_t lanes, V value) {
@@ -1403,40 +1408,39 @@ struct Backward {
   }
 };
 
-// Of `rows` rows of cells' steps, on top of the sums or, where they are fresh, in their place: from
-// the gradients of the gates and, beside each other, x in columns filled up and h.
+// Of `rows` rows of cells' steps, at most kDepth, on top of the sums or, where they are fresh, in
+// their place: from the gradients of the gates and, beside each other, x in columns filled up and
+// h.
 template <typename S>
 void add_weights(const Shape& s, int64_t rows, const S* grad_gates, int64_t pitch, const S* beside,
                  int64_t beside_pitch, bool fresh, accumulate_t<S>* w_ih, accumulate_t<S>* w_hh,
                  accumulate_t<S>* b_ih, accumulate_t<S>* b_hh) {
   using T = accumulate_t<S>;
-  using V = Vec<T>;
-  constexpr int64_t kL = V::size;
-  const int64_t own = s.gates() * s.hidden, width = s.width() * s.hidden;
-  const int64_t split = beside_pitch - s.state, turn = s.mode == Mode::kGru ? s.hidden : 0;
-  const auto add = [fresh](T* at, V value, int64_t lanes) {
-    store(at, fresh ? value : value + load(at, lanes), lanes);
-  };
+  constexpr int64_t kL = Vec<T>::size;
+  const int64_t own = s.gates() * s.hidden, width = s.width() * s.hidden, from_h = width - own;
+  const int64_t turn = s.mode == Mode::kGru ? s.hidden : 0;
   const auto gate = [turn](int64_t i) { return i < turn ? i + 2 * turn : i - turn; };
-  const gemm::Matrix<S> z{grad_gates, 1, pitch}, x{beside, beside_pitch, 1};
-  const auto to_x = [&](int64_t i, int64_t j, int64_t lanes, V value) {
-    add(w_ih + gate(i) * s.inputs + j, value, std::min(lanes, s.inputs - j));
-  };
-  const auto to_h = [&](int64_t i, int64_t j, int64_t lanes, V value) {
-    add(w_hh + i * s.state + j, value, lanes);
-  };
-  if (turn == 0 && split % kL == 0) {
-    gemm::multiply(z, x, own, beside_pitch, rows, [&](int64_t i, int64_t j, int64_t n, V value) {
-      if (j >= split)
-        to_h(i, j - split, n, value);
-      else if (j < s.inputs)
-        to_x(i, j, n, value);
-    });
-  } else {
-    const gemm::Matrix<S> of_h{grad_gates + turn, 1, pitch}, h{beside + split, beside_pitch, 1};
-    gemm::multiply(z, x, own, s.inputs, rows, to_x);
-    gemm::multiply(of_h, h, own, s.state, rows, to_h);
-  }
+  const gemm::Matrix<S> x{beside, beside_pitch, 1},
+      h{x.at(0, beside_pitch - s.state), beside_pitch, 1};
+  const gemm::Matrix<S> z{grad_gates, 1, pitch}, for_h{grad_gates + from_h, 1, pitch};
+  const int64_t threads = std::clamp<int64_t>(rows * own * (s.inputs + s.state) / gemm::kGrain, 1,
+                                              torch::stable::get_num_threads());
+  const int64_t size =
+      Aligned<T>::padded(gemm::scratch_size<S>(own, std::max(s.inputs, s.state), rows));
+  const Aligned<T> memory(threads * size);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    T* const scratch = memory.get() + begin * size;
+    const Share mine(parts(own, gemm::kRows) * begin / threads * gemm::kRows,
+                     std::min(own, parts(own, gemm::kRows) * end / threads * gemm::kRows));
+    const int64_t cut = std::clamp(turn, mine.begin, mine.end);
+    const auto product = [&](const auto& a, const auto& b, const Share& of, int64_t n, T* to) {
+      if (of.begin < of.end)
+        Backward<S>::short_product(a, b, of, n, rows, gemm::kDepth, !fresh, scratch, to);
+    };
+    for (const Share& of : {Share{mine.begin, cut}, Share{cut, mine.end}})
+      product(z, x, of, s.inputs, w_ih + (gate(of.begin) - of.begin) * s.inputs);
+    product(for_h, h, mine, s.state, w_hh);
+  });
   if (!b_ih) return;
   torch::stable::parallel_for(0, parts(width, kL), 8, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin * kL; j < std::min(width, end * kL); j += kL) {
@@ -1444,7 +1448,7 @@ void add_weights(const Shape& s, int64_t rows, const S* grad_gates, int64_t pitc
       T sum[kL];
       store(sum, sum_of_rows(grad_gates + j, pitch, rows, lanes));
       for (int64_t l = 0; l < lanes; ++l) {
-        const int64_t i = j + l, of_h = i - (width - own);
+        const int64_t i = j + l, of_h = i - from_h;
         if (i < own) b_ih[gate(i)] = fresh ? sum[l] : sum[l] + b_ih[gate(i)];
         if (of_h >= 0) b_hh[of_h] = fresh ? sum[l] : sum[l] + b_hh[of_h];
       }

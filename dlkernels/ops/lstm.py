@@ -362,7 +362,7 @@ class _Layer(torch.autograd.Function):
 # it after all steps of a backward pass. They are joined to the weights themselves as well, for what
 # _Sums does not compute.
 
-_ROWS = 512  # of steps whose part is computed at once
+_ROWS = 256  # of steps whose part is computed at once
 
 
 class _Shared:
