@@ -561,6 +561,7 @@ void lstm_cell_backward_weights(Tensor grad_gates, Tensor beside, int64_t rows, 
   check_kept("grad_gates", grad_gates, dtype, rows, width);
   check_kept("beside", beside, dtype, rows, s.inputs + s.state);
   if (fresh) in_huge_pages(w_ih), in_huge_pages(w_hh);
+  if (rows == 0 && !fresh) return;
   for_dtype<bf16, f16>(dtype, [&](auto tag) {
     using S = decltype(tag);
     using T = accumulate_t<S>;

@@ -1293,12 +1293,15 @@ struct Backward {
             T* const out = to + i * columns + j + c;
             const char* next = reinterpret_cast<const char*>(to + (i + height) * columns);
             next += c / kColumns * depth * step;
-            for (int64_t p = 0; p < depth; p += part, next += part * step)
+            int64_t p = 0;
+            do {  // a product of no terms is a block of zeros
               gemm::multiply_rows<T, Pieces<S>::kPair>(
                   height, lanes > kL, packed_a + (i - block) * gemm::kPitch + p,
                   scratch + c * depth + p * kColumns, std::min(part, depth - p),
                   p > 0 || (add && whole), whole ? out : tile, whole ? columns : kColumns,
                   gemm::Ahead{next, step}, std::make_integer_sequence<int, int(gemm::kRows)>());
+              p += part, next += part * step;
+            } while (p < depth);
             for (int64_t y = 0; !whole && y < height; ++y)
               for (int64_t v = 0; v < lanes; v += kL) {
                 const int64_t left = std::min(kL, lanes - v);

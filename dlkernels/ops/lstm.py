@@ -37,7 +37,6 @@ of a projection. What is not there comes back as an empty tensor of shape (0). S
 are float32 inside a call (float64 for float64); h is rounded to the input's dtype at each step.
 """
 
-import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -87,10 +86,11 @@ for _schema in (
     "lstm_cell_backward(Tensor? grad_h, Tensor? grad_c, Tensor input, Tensor hx, Tensor? cx,"
     f" {_CELL}, Tensor h, Tensor c, Tensor gates, str mode, bool own, {_WANTED})"
     f" -> ({_OF_INPUTS}, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh)",
+    # ``kind`` is the mode: torch's tracing of what is written to has arguments called that itself.
     "lstm_cell_backward_step(Tensor? grad_h, Tensor? grad_c, Tensor input, Tensor hx, Tensor? cx,"
-    f" {_CELL}, Tensor h, Tensor c, Tensor gates, str mode, bool own, bool want_input,"
+    f" {_CELL}, Tensor h, Tensor c, Tensor gates, str kind, bool own, bool want_input,"
     f" bool want_states, Tensor(a!) grad_gates, Tensor(b!) beside, SymInt row) -> ({_OF_INPUTS})",
-    "lstm_cell_backward_weights(Tensor grad_gates, Tensor beside, SymInt rows, str mode, bool own,"
+    "lstm_cell_backward_weights(Tensor grad_gates, Tensor beside, SymInt rows, str kind, bool own,"
     " bool fresh, Tensor(a!) w_ih, Tensor(b!) w_hh, Tensor(c!)? b_ih, Tensor(d!)? b_hh) -> ()",
     # The public ones, with a derivative: what they save is part of the result.
     f"lstm({_STEPS}, Tensor cx, Tensor[] weights, bool own)"
@@ -176,14 +176,14 @@ def _(
 
 @torch.library.register_fake("dlkernels::lstm_cell_backward_step")
 def _(
-    grad_h, grad_c, input, hx, cx, w_ih, w_hh, b_ih, b_hh, h, c, gates, mode, own, want_input,
+    grad_h, grad_c, input, hx, cx, w_ih, w_hh, b_ih, b_hh, h, c, gates, kind, own, want_input,
     want_states, grad_gates, beside, row,
 ):  # fmt: skip
     return _empty_gradients(input, hx, cx, want_input, want_states)
 
 
 @torch.library.register_fake("dlkernels::lstm_cell_backward_weights")
-def _(grad_gates, beside, rows, mode, own, fresh, w_ih, w_hh, b_ih, b_hh):
+def _(grad_gates, beside, rows, kind, own, fresh, w_ih, w_hh, b_ih, b_hh):
     return None
 
 
@@ -318,8 +318,8 @@ def _layer_backward(ctx, grads, wanted):
     return [g if want else None for g, want in zip(gradients, wanted, strict=True)]
 
 
-def _cell_backward(ctx, grads, wanted):
-    """The gradients of input, hx, cx and the four weights."""
+def _cell_backward(ctx, grads, wanted, owed=None):
+    """The gradients of input, hx, cx and the four weights, but for those that are ``owed``."""
     if all(g is None for g in grads):
         return [None] * len(wanted)
     (mode, own), saved = ctx.settings, ctx.saved_tensors
@@ -332,10 +332,17 @@ def _cell_backward(ctx, grads, wanted):
         return _by_torch(function, grads, inputs, wanted)
     of_input, of_h, of_c, *of_weights = wanted
     grads = [*_contiguous(grads), *[None] * (2 - len(grads))]
-    with torch._C._AutoDispatchBelowAutograd():
-        gradients = _ops.lstm_cell_backward(
-            *grads, *inputs, *results, mode, own, of_input, of_h or of_c, any(of_weights)
-        )
+    if owed is not None and 2 * inputs[0].shape[0] <= _ROWS and not torch.compiler.is_compiling():
+        number = torch._C._current_graph_task_id()
+        if number not in owed:
+            owed[number] = _Sums(mode, own, inputs[0], inputs[3:])
+        gradients = owed[number].step(grads, inputs, results, of_input, of_h or of_c)
+        gradients = *gradients, *[None] * len(of_weights)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            gradients = _ops.lstm_cell_backward(
+                *grads, *inputs, *results, mode, own, of_input, of_h or of_c, any(of_weights)
+            )
     return [g if want else None for g, want in zip(gradients, wanted, strict=True)]
 
 
@@ -355,43 +362,38 @@ class _Layer(torch.autograd.Function):
         return None, None, None, *_layer_backward(ctx, grads, ctx.needs_input_grad[3:])
 
 
-# Steps of cells in one graph with the same leaves as weights owe these one gradient: with a part of
-# each step's own, a loop would write and read matrices of the weights' size at every step. Where a
-# second step comes while the first is in a graph, it and all after it get a token, a tensor without
-# elements, through which they are joined to one node, _Gather, before the weights: autograd reaches
-# it after all steps of a backward pass. They are joined to the weights themselves as well, for what
-# _Sums does not compute.
+# A loop of cells. With a gradient of the weights for each step autograd would add as many matrices
+# of their size as there are steps. A step whose state is that of another step with the same leaves
+# as weights gets a token, a tensor without elements, that joins it to one node before the weights,
+# _Gather, which autograd reaches after all such steps of a backward pass. Steps are joined to the
+# weights themselves as well, for what _Sums does not compute.
 
 _ROWS = 256  # of steps whose part is computed at once
 
 
 class _Shared:
-    """What joins the steps: each holds it, nothing else does. ``owed`` has the sums of each backward
-    pass that is under way, by its number."""
+    """What the steps of a loop share: each holds it, nothing else does. ``owed`` has the sums of
+    each backward pass that is under way, by its number."""
 
-    __slots__ = ("owed", "token", "__weakref__")
-
-    def __init__(self):
-        self.owed, self.token = {}, None
-
-
-# By the weights' ids, which nobody else has as long as a graph leads to them.
-_sharing: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+    def __init__(self, weights):
+        # Nobody else has the ids of leaves to which a graph leads.
+        self.weights, self.owed, self.token = weights, {}, None
 
 
-def _shared_by(weights):
-    """What the steps with these weights share; None where they are not all leaves that want a
-    gradient."""
+def _shared_by(hx, cx, weights):
+    """None where the weights are not all leaves that want a gradient; without a token where no step
+    with these weights is before this one."""
     for weight in weights:
         if weight is not None and not (weight.requires_grad and weight.is_leaf):
             return None
     ids = tuple(map(id, weights))
-    shared = _sharing.get(ids)
-    if shared is None:
-        shared = _sharing[ids] = _Shared()
-    elif shared.token is None:
-        shared.token = _Gather.apply(shared.owed, *weights)
-    return shared
+    for state in (hx, cx):
+        shared = getattr(getattr(state, "grad_fn", None), "shared", None)
+        if isinstance(shared, _Shared) and shared.weights == ids:
+            if shared.token is None:
+                shared.token = _Gather.apply(shared.owed, *weights)
+            return shared
+    return _Shared(ids)
 
 
 class _Sums:
@@ -464,34 +466,8 @@ class _Cell(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         needs = ctx.needs_input_grad
-        if (sums := _sums_of(ctx, grads)) is None:
-            return None, None, None, None, *_cell_backward(ctx, grads, needs[4:])
-        saved = ctx.saved_tensors
-        gradients = sums.step(
-            [*_contiguous(grads), *[None] * (2 - len(grads))],
-            saved[:7],
-            saved[7:],
-            needs[4],
-            needs[5] or needs[6],
-        )
-        gradients = (g if want else None for g, want in zip(gradients, needs[4:7], strict=True))
-        return None, None, None, None, *gradients, None, None, None, None
-
-
-def _sums_of(ctx, grads):
-    """Those that a step's backward adds to; None where its gradients of the weights are its own."""
-    number = torch._C._current_graph_task_id()
-    if not ctx.needs_input_grad[3] or number < 0 or torch.compiler.is_compiling():
-        return None
-    if all(g is None for g in grads) or any(map(is_torchs, grads)):
-        return None
-    input, _, _, *weights = ctx.saved_tensors[:7]
-    if 2 * input.shape[0] > _ROWS:
-        return None
-    owed = ctx.shared.owed
-    if number not in owed:
-        owed[number] = _Sums(*ctx.settings, input, weights)
-    return owed[number]
+        owed = ctx.shared.owed if needs[3] else None
+        return None, None, None, None, *_cell_backward(ctx, grads, needs[4:], owed)
 
 
 # The public ops: functional, for export, opcheck and compile.
@@ -626,7 +602,7 @@ def _run_cell(mode, own, *inputs):
         h, c, _ = _below_autograd(_ops.lstm_cell_forward, *inputs, mode, False, own)
         return (h, c) if mode == "lstm" else h
     if not torch.compiler.is_compiling():
-        shared = _shared_by(inputs[3:]) if inputs[0].is_cpu else None
+        shared = _shared_by(*inputs[1:3], inputs[3:]) if inputs[0].is_cpu else None
         return _Cell.apply(mode, own, shared, shared and shared.token, *inputs)
     if mode == "lstm":
         return _ops.lstm_cell(*inputs, own)[:2]
