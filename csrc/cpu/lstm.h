@@ -8,7 +8,8 @@
 // turned when they are done. A few rows of x and h are multiplied by the weights as they lie.
 // Backward. For each step the product of the following step's gradient of the gates with W_hh gives
 // that of h, unit by unit, and with it the gates'. What does not depend on the order of steps (the
-// gradients of input and weights) is for large products afterwards.
+// gradients of input and weights) is for large products afterwards; the weights of a loop of cells
+// have theirs of many steps at once, from rows that each step has left.
 //
 // Threads: the two directions on two halves; of a direction, parts of the batch, which know nothing
 // of each other, or groups of units, which meet after each step. Every sum is of one thread and in
@@ -1411,9 +1412,9 @@ struct Backward {
   }
 };
 
-// Of `rows` rows of cells' steps, at most kDepth, on top of the sums or, where they are fresh, in
-// their place: from the gradients of the gates and, beside each other, x in columns filled up and
-// h.
+// The gradients of the weights of `rows` rows of cells' steps, at most kDepth, on top of the sums
+// or, where they are fresh, in their place: from the gradients of the gates and, beside each other,
+// x in columns filled up and h.
 template <typename S>
 void add_weights(const Shape& s, int64_t rows, const S* grad_gates, int64_t pitch, const S* beside,
                  int64_t beside_pitch, bool fresh, accumulate_t<S>* w_ih, accumulate_t<S>* w_hh,

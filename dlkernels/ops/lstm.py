@@ -373,7 +373,8 @@ _ROWS = 256  # of steps whose part is computed at once
 
 class _Shared:
     """What the steps of a loop share: each holds it, nothing else does. ``owed`` has the sums of
-    each backward pass that is under way, by its number."""
+    each backward pass that is under way, by its number; those of one that failed go with the graph.
+    """
 
     def __init__(self, weights):
         # Nobody else has the ids of leaves to which a graph leads.
@@ -413,7 +414,7 @@ class _Sums:
         # x's columns are filled up to whole vectors of any instruction set.
         self.beside = input.new_empty(_ROWS, -(-features // 16) * 16 + hidden)
         self.sums = [
-            w if w is None else torch.empty(w.shape, dtype=_computed(w.dtype)) for w in weights
+            w if w is None else w.new_empty(w.shape, dtype=_computed(w.dtype)) for w in weights
         ]
 
     def step(self, grads, inputs, results, want_input, want_states):
