@@ -376,25 +376,29 @@ class _Shared:
     each backward pass that is under way, by its number; those of one that failed go with the graph.
     """
 
-    def __init__(self, weights):
-        # Nobody else has the ids of leaves to which a graph leads.
-        self.weights, self.owed, self.token = weights, {}, None
+    def __init__(self, ids, weights):
+        self.ids, self.owed = ids, {}
+        self.token = _Gather.apply(self.owed, *weights)
 
 
 def _shared_by(hx, cx, weights):
-    """None where the weights are not all leaves that want a gradient; without a token where no step
-    with these weights is before this one."""
-    for weight in weights:
-        if weight is not None and not (weight.requires_grad and weight.is_leaf):
-            return None
-    ids = tuple(map(id, weights))
+    """None where no step with these weights is before this one, or they are not all leaves that
+    want a gradient."""
     for state in (hx, cx):
-        shared = getattr(getattr(state, "grad_fn", None), "shared", None)
-        if isinstance(shared, _Shared) and shared.weights == ids:
-            if shared.token is None:
-                shared.token = _Gather.apply(shared.owed, *weights)
+        before = getattr(state, "grad_fn", None)
+        if type(before) is not _Cell._backward_cls:
+            continue
+        given = [weight for weight in weights if weight is not None]
+        if not all(weight.requires_grad and weight.is_leaf for weight in given):
+            return None
+        # Nobody else has the ids of leaves to which a graph leads.
+        ids, shared = tuple(map(id, given)), getattr(before, "shared", None)
+        if shared is not None and shared.ids == ids:
             return shared
-    return _Shared(ids)
+        leaves = (getattr(node, "variable", None) for node, _ in before.next_functions[-len(ids) :])
+        if ids == tuple(map(id, leaves)):
+            return _Shared(ids, weights)
+    return None
 
 
 class _Sums:
@@ -461,7 +465,8 @@ class _Cell(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             h, c, gates = _ops.lstm_cell_forward(*inputs, mode, True, own)
         _save(ctx, mode, own, inputs, (h, c, gates), 2 if mode == "lstm" else 1)
-        ctx.shared = shared
+        if shared is not None:
+            ctx.shared = shared
         return (h, c) if mode == "lstm" else h
 
     @staticmethod
