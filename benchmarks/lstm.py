@@ -127,7 +127,7 @@ _LOOPS = [
         "100 steps of a cell in Python, the weights' gradients summed over all of them",
         cell=True,
     )
-    for shape in ((100, 32, 100, 256), (100, 64, 128, 128))
+    for shape in ((100, 32, 100, 256), (100, 64, 128, 128), (100, 128, 512, 512))
 ]
 
 _DISPATCH = [

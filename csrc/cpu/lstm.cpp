@@ -284,10 +284,24 @@ struct Gradients {
   Tensors weights;
 };
 
+// Of a step, what its part in the gradients of the weights follows from: rows from `row` on.
+struct Kept {
+  Tensor grad_gates, beside;  // x's columns filled up to `split`, and h
+  int64_t row, split;
+
+  template <typename S>
+  typename lstm::Backward<S>::Kept of() const {
+    const int64_t pitch = grad_gates.stride(0), beside_pitch = beside.stride(0);
+    return {write_to<S>(grad_gates) + row * pitch, write_to<S>(beside) + row * beside_pitch, pitch,
+            beside_pitch, split};
+  }
+};
+
 // grad_output, output and gates are contiguous; cells are of the type of sums.
 Gradients backward(const Layer& layer, const Optional& grad_output, const Optional& grad_h_n,
                    const Optional& grad_c_n, const Tensor& output, const Tensor& gates,
-                   const Tensor& cells, bool want_input, bool want_states, bool want_weights) {
+                   const Tensor& cells, bool want_input, bool want_states, bool want_weights,
+                   const Kept* kept = nullptr) {
   const Shape& s = layer.shape;
   const bool is_lstm = s.mode == Mode::kLstm;
   const Ints none{0}, input_shape = layer.rows_of(s.inputs);
@@ -347,11 +361,11 @@ Gradients backward(const Layer& layer, const Optional& grad_output, const Option
       const auto place = [&](int64_t i) {
         return want_weights ? places[size_t(d * each + i)] : nullptr;
       };
-      products.push_back(
-          {written(d ? second : to.input), place(0), place(1),
-           s.projected ? place(each - 1) : nullptr,
-           layer.biases ? memory.get() + d * Aligned<T>::padded(width) : nullptr,
-           want_weights ? state_rows<S>(layer, d, data_of<S>(output)) : std::vector<const S*>()});
+      products.push_back({written(d ? second : to.input), place(0), place(1),
+                          s.projected ? place(each - 1) : nullptr,
+                          layer.biases ? memory.get() + d * Aligned<T>::padded(width) : nullptr,
+                          want_weights || kept ? state_rows<S>(layer, d, data_of<S>(output))
+                                               : std::vector<const S*>()});
     }
     lstm::Backward<S> run{s,
                           layer.template of<S>(),
@@ -365,10 +379,11 @@ Gradients backward(const Layer& layer, const Optional& grad_output, const Option
                           is_lstm ? data_of<T>(cells) : nullptr,
                           written(to.hx),
                           written(to.cx),
-                          want_weights ? input_rows<S>(layer) : std::vector<const S*>(),
+                          want_weights || kept ? input_rows<S>(layer) : std::vector<const S*>(),
                           std::move(products),
                           want_input,
-                          want_weights};
+                          want_weights,
+                          kept ? kept->of<S>() : typename lstm::Backward<S>::Kept{}};
     run.run();
     if (want_input && s.directions == 2) {
       S* const x = write_to<S>(to.input);
@@ -451,11 +466,21 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_forward(Tensor input, Tensor hx, Op
   return {to.output, to.c_n, to.gates};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_cell_backward(
-    Optional grad_h, Optional grad_c, Tensor input, Tensor hx, Optional cx, Tensor w_ih,
-    Tensor w_hh, Optional b_ih, Optional b_hh, Tensor h, Tensor c, Tensor gates, Text mode, bool,
-    bool want_input, bool want_states, bool want_weights) {
-  const Layer layer = make_cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh, mode);
+// What both backward passes of a cell read, checked; `c` in the type of sums.
+struct Step {
+  Layer layer;
+  Optional grad_h, grad_c;
+  Tensor h, gates, cells;
+
+  Gradients backward(bool want_input, bool want_states, bool want_weights,
+                     const Kept* kept = nullptr) const {
+    return dlkernels::backward(layer, std::nullopt, grad_h, grad_c, h, gates, cells, want_input,
+                               want_states, want_weights, kept);
+  }
+};
+
+Step make_step(Layer layer, Optional grad_h, Optional grad_c, const Tensor& h, const Tensor& c,
+               const Tensor& gates) {
   const Shape& s = layer.shape;
   const Ints state = layer.state_of(s.hidden);
   check_gradient(layer, "grad_h", grad_h, state);
@@ -468,12 +493,82 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_cell_bac
     const ScalarType dtype = sums_dtype(layer.dtype);
     cells = compact(dtype == layer.dtype ? c : torch::stable::to(c, dtype));
   }
-  Gradients grads = backward(layer, std::nullopt, grad_h, grad_c, compact(h), compact(gates), cells,
-                             want_input, want_states, want_weights);
+  return {std::move(layer), grad_h, grad_c, compact(h), compact(gates), cells};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_cell_backward(
+    Optional grad_h, Optional grad_c, Tensor input, Tensor hx, Optional cx, Tensor w_ih,
+    Tensor w_hh, Optional b_ih, Optional b_hh, Tensor h, Tensor c, Tensor gates, Text mode, bool,
+    bool want_input, bool want_states, bool want_weights) {
+  const Step step = make_step(make_cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh, mode), grad_h,
+                              grad_c, h, c, gates);
+  Gradients grads = step.backward(want_input, want_states, want_weights);
   const auto weight = [&](size_t i) {
-    return i < grads.weights.size() ? grads.weights[i] : make(input, layer.dtype, {0});
+    return i < grads.weights.size() ? grads.weights[i] : make(input, step.layer.dtype, {0});
   };
   return {grads.input, grads.hx, grads.cx, weight(0), weight(1), weight(2), weight(3)};
+}
+
+// Rows of which the last dimension is contiguous, at least `rows` of at least `columns`.
+void check_kept(const char* argument, const Tensor& tensor, ScalarType dtype, int64_t rows,
+                int64_t columns) {
+  check_cpu(kCell, argument, tensor);
+  check_dtype(kCell, argument, tensor, dtype);
+  DLK_CHECK(tensor.dim() == 2 && tensor.size(0) >= rows && tensor.size(1) >= columns, kCell,
+            ": expected ", argument, " of at least ", rows, " x ", columns, ", got shape ",
+            shape_string(tensor.sizes()));
+  check_contiguous(kCell, argument, tensor);
+}
+
+std::tuple<Tensor, Tensor, Tensor> lstm_cell_backward_step(
+    Optional grad_h, Optional grad_c, Tensor input, Tensor hx, Optional cx, Tensor w_ih,
+    Tensor w_hh, Optional b_ih, Optional b_hh, Tensor h, Tensor c, Tensor gates, Text mode, bool,
+    bool want_input, bool want_states, Tensor grad_gates, Tensor beside, int64_t row) {
+  const Step step = make_step(make_cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh, mode), grad_h,
+                              grad_c, h, c, gates);
+  const Shape& s = step.layer.shape;
+  DLK_CHECK(row >= 0, kCell, ": expected a row, got ", row);
+  check_kept("grad_gates", grad_gates, step.layer.dtype, row + s.batch, s.width() * s.hidden);
+  check_kept("beside", beside, step.layer.dtype, row + s.batch, s.inputs + s.state);
+  const Kept kept{grad_gates, beside, row, beside.size(1) - s.state};
+  Gradients grads = step.backward(want_input, want_states, false, &kept);
+  return {grads.input, grads.hx, grads.cx};
+}
+
+// What all steps give to the gradients of the weights, added to `sums` or, if they are fresh, put
+// there.
+void lstm_cell_backward_weights(Tensor grad_gates, Tensor beside, int64_t rows, Text mode, bool,
+                                bool fresh, Tensor w_ih, Tensor w_hh, Optional b_ih,
+                                Optional b_hh) {
+  const ScalarType dtype = grad_gates.scalar_type(), of_sums = sums_dtype(dtype);
+  check_floating(kCell, "grad_gates", grad_gates);
+  DLK_CHECK(w_ih.dim() == 2 && w_hh.dim() == 2, kCell, ": expected matrices, got shapes ",
+            shape_string(w_ih.sizes()), " and ", shape_string(w_hh.sizes()));
+  DLK_CHECK(b_ih.has_value() == b_hh.has_value(), kCell, ": expected both biases or none");
+  Shape s{};
+  s.mode = parse_mode(kCell, mode);
+  s.inputs = w_ih.size(1), s.hidden = s.state = w_hh.size(1);
+  const int64_t own = s.gates() * s.hidden, width = s.width() * s.hidden;
+  const auto check_sum = [&](const char* argument, const Tensor& sum, const Ints& shape) {
+    check_tensor(kCell, argument, sum, of_sums, shape);
+    check_contiguous(kCell, argument, sum);
+  };
+  check_sum("w_ih", w_ih, {own, s.inputs});
+  check_sum("w_hh", w_hh, {own, s.state});
+  if (b_ih) check_sum("b_ih", *b_ih, {own}), check_sum("b_hh", *b_hh, {own});
+  DLK_CHECK(rows >= 0 && rows <= gemm::kDepth, kCell, ": expected at most ", gemm::kDepth,
+            " rows, got ", rows);
+  check_kept("grad_gates", grad_gates, dtype, rows, width);
+  check_kept("beside", beside, dtype, rows, s.inputs + s.state);
+  if (fresh) in_huge_pages(w_ih), in_huge_pages(w_hh);
+  if (rows == 0 && !fresh) return;
+  for_dtype<bf16, f16>(dtype, [&](auto tag) {
+    using S = decltype(tag);
+    using T = accumulate_t<S>;
+    lstm::add_weights<S>(s, rows, data_of<S>(grad_gates), grad_gates.size(1), data_of<S>(beside),
+                         beside.size(1), fresh, write_to<T>(w_ih), write_to<T>(w_hh),
+                         b_ih ? write_to<T>(*b_ih) : nullptr, b_hh ? write_to<T>(*b_hh) : nullptr);
+  });
 }
 
 }  // namespace
@@ -484,4 +579,6 @@ STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("lstm_backward", TORCH_BOX(&dlkernels::lstm_backward));
   m.impl("lstm_cell_forward", TORCH_BOX(&dlkernels::lstm_cell_forward));
   m.impl("lstm_cell_backward", TORCH_BOX(&dlkernels::lstm_cell_backward));
+  m.impl("lstm_cell_backward_step", TORCH_BOX(&dlkernels::lstm_cell_backward_step));
+  m.impl("lstm_cell_backward_weights", TORCH_BOX(&dlkernels::lstm_cell_backward_weights));
 }

@@ -9,7 +9,8 @@
 // Backward. For each step the product of the following step's gradient of the gates with W_hh gives
 // that of h, unit by unit, and with it the gates', which stay in pieces for a chunk of steps. What
 // does not depend on the order of steps, the gradients of input and weights, is for large products
-// of such a chunk.
+// of such a chunk; the weights of a loop of cells have theirs of many steps at once, from rows that
+// each step has left.
 //
 // Threads: the two directions on two halves; of a direction, parts of the batch, which know nothing
 // of each other, or groups of units, which meet after each step. Every sum is of one thread and in
@@ -805,6 +806,24 @@ struct Forward {
 
 // -------------------------------------------------------------------------------------- backward
 
+// The sum of one vector of n rows.
+template <typename T, typename Row>
+Vec<T> sum_of_rows(int64_t n, const Row& row) {
+  using V = Vec<T>;
+  constexpr int64_t kHalves = V::size / Vec<double>::size, kBlock = 16;  // a block's sum is a T
+  Vec<double> total[kHalves], halves[kHalves];
+  std::fill(total, total + kHalves, Vec<double>(0.0));
+  for (int64_t r0 = 0; r0 < n; r0 += kBlock) {
+    V part(T(0));
+    for (int64_t r = r0; r < std::min(n, r0 + kBlock); ++r) part = part + row(r);
+    to_doubles(part, halves);
+    for (int64_t q = 0; q < kHalves; ++q) total[q] = total[q] + halves[q];
+  }
+  T rounded[V::size];
+  for (int64_t q = 0; q < kHalves; ++q) store_rounded(rounded + q * (V::size / kHalves), total[q]);
+  return load(rounded);
+}
+
 template <typename S>
 struct Backward {
   using T = accumulate_t<S>;
@@ -827,10 +846,16 @@ struct Backward {
   std::vector<const S*> x;  // rows of the input
   std::vector<Products> products;
   bool want_input, want_weights;
+  // Of a step whose part in the weights' gradients is computed with others': where the gradients of
+  // its gates go, and x and h, x's columns filled up to `split`; null where there is none.
+  struct Kept {
+    S *gates = nullptr, *beside = nullptr;
+    int64_t pitch = 0, beside_pitch = 0, split = 0;
+  } keep = {};
 
   const int64_t meets = s.mode == Mode::kGru ? 3 : s.gates();  // gates that meet W_hh
   const int64_t own = s.gates() * s.hidden, width = s.width() * s.hidden;
-  const int64_t pitch = odd_lines<S>(width);  // of grad_gates
+  const int64_t pitch = keep.gates ? keep.pitch : odd_lines<S>(width);  // of grad_gates
   // Steps whose gradients are kept for one turn of the large products.
   const int64_t chunk =
       std::clamp<int64_t>(gemm::kDepth / std::max<int64_t>(1, s.batch), 1, s.steps);
@@ -857,7 +882,7 @@ struct Backward {
       return reinterpret_cast<S*>(
           take(parts(chunk * s.batch * columns * int64_t(sizeof(S)), int64_t(sizeof(T)))));
     };
-    to.grad_gates = rows_of(once() ? pitch : 0);
+    to.grad_gates = keep.gates ? keep.gates : rows_of(once() ? pitch : 0);
     to.grad_state = rows_of(s.projected ? s.state : 0);
     to.full = rows_of(s.projected ? s.hidden : 0);
     const int64_t rows = (chunk * s.batch) | 1, size = Pieces<S>::size(s.hidden, rows);
@@ -939,6 +964,13 @@ struct Backward {
     if (!whole())
       for (int64_t i = 0; i < (once() ? 1 : 2); ++i) clear(to.gates[i], s.width() * gate_units());
     if (s.projected) clear(to.state, s.state);
+    const Share kept(rows.end - rows.begin, at.part, at.parts);
+    for (int64_t i = kept.begin; keep.beside && i < kept.end; ++i) {
+      const size_t r = size_t(rows.begin + i);
+      S* const to_x = keep.beside + int64_t(r) * keep.beside_pitch;
+      std::copy_n(x[r], s.inputs, to_x);
+      std::copy_n(products[size_t(d)].h[r], s.state, to_x + keep.split);
+    }
     const S* const from = s.mode == Mode::kLstm ? grad_c_n : grad_h_n;
     const Share share(parts(s.hidden, kL), at.part, at.parts);
     for (int64_t v = share.begin; v < share.end; ++v)
@@ -1256,9 +1288,11 @@ struct Backward {
     });
   }
 
-  // `rows` of A·B, whose sums are no longer than a panel is deep, straight to where they belong.
-  void short_product(const gemm::Matrix<S>& a, const gemm::Rows<S>& b, const Share& rows,
-                     int64_t columns, int64_t k, T* scratch, T* to) const {
+  // `rows` of A·B, whose sums are no longer than a panel is deep, straight to where they belong, or
+  // on top of what is there; `part` words are summed before they join it.
+  template <typename B>
+  static void short_product(const gemm::Matrix<S>& a, const B& b, const Share& rows,
+                            int64_t columns, int64_t k, int64_t part, bool add, T* scratch, T* to) {
     constexpr int64_t kBlock = 4 * gemm::kRows;  // whole vectors of A
     const int64_t depth = gemm::words<S>(k);
     for (int64_t j = 0; j < columns; j += gemm::kBlockColumns) {
@@ -1280,14 +1314,22 @@ struct Backward {
             T* const out = to + i * columns + j + c;
             const char* next = reinterpret_cast<const char*>(to + (i + height) * columns);
             next += c / kColumns * depth * step;
-            gemm::multiply_rows<T, Pieces<S>::kPair>(
-                height, lanes > kL, packed_a + (i - block) * gemm::kPitch, scratch + c * depth,
-                depth, false, whole ? out : tile, whole ? columns : kColumns,
-                gemm::Ahead{next, step}, std::make_integer_sequence<int, int(gemm::kRows)>());
+            int64_t p = 0;
+            do {  // a product of no terms is a block of zeros
+              gemm::multiply_rows<T, Pieces<S>::kPair>(
+                  height, lanes > kL, packed_a + (i - block) * gemm::kPitch + p,
+                  scratch + c * depth + p * kColumns, std::min(part, depth - p),
+                  p > 0 || (add && whole), whole ? out : tile, whole ? columns : kColumns,
+                  gemm::Ahead{next, step}, std::make_integer_sequence<int, int(gemm::kRows)>());
+              p += part, next += part * step;
+            } while (p < depth);
             for (int64_t y = 0; !whole && y < height; ++y)
-              for (int64_t v = 0; v < lanes; v += kL)
-                store(out + y * columns + v, load(tile + y * kColumns + v),
-                      std::min(kL, lanes - v));
+              for (int64_t v = 0; v < lanes; v += kL) {
+                const int64_t left = std::min(kL, lanes - v);
+                T* const at = out + y * columns + v;
+                const V sum = load(tile + y * kColumns + v);
+                store(at, add ? sum + load(at, left) : sum, left);
+              }
           }
       }
     }
@@ -1399,27 +1441,12 @@ struct Backward {
       const int64_t slot = s.mode == Mode::kGru ? (g + 1) % 4 : g;  // n is the first
       for (int64_t v = vectors.begin * kL; v < vectors.end * kL; v += kL) {
         const int64_t lanes = std::min(kL, s.hidden - v);
-        add_bias(sums.bias + slot * s.hidden + v, lanes, n, fresh,
-                 [&](int64_t r) { return pieces.get(r, g * gate_units() + v, lanes); });
+        T* const to = sums.bias + slot * s.hidden + v;
+        const V sum = sum_of_rows<T>(
+            n, [&](int64_t r) { return pieces.get(r, g * gate_units() + v, lanes); });
+        store(to, fresh ? sum : sum + load(to, lanes), lanes);
       }
     }
-  }
-
-  // The sum of one vector of n rows.
-  template <typename Row>
-  static void add_bias(T* to, int64_t lanes, int64_t n, bool fresh, const Row& row) {
-    constexpr int64_t kHalves = kL / Vec<double>::size, kBlock = 16;  // a block's sum is a T
-    Vec<double> total[kHalves], halves[kHalves];
-    std::fill(total, total + kHalves, Vec<double>(0.0));
-    for (int64_t r0 = 0; r0 < n; r0 += kBlock) {
-      V part(T(0));
-      for (int64_t r = r0; r < std::min(n, r0 + kBlock); ++r) part = part + row(r);
-      to_doubles(part, halves);
-      for (int64_t q = 0; q < kHalves; ++q) total[q] = total[q] + halves[q];
-    }
-    T rounded[kL];
-    for (int64_t q = 0; q < kHalves; ++q) store_rounded(rounded + q * (kL / kHalves), total[q]);
-    store(to, fresh ? load(rounded) : load(rounded) + load(to, lanes), lanes);
   }
 
   // The same of the only step, n rows.
@@ -1431,14 +1458,15 @@ struct Backward {
     const int64_t i0 = mine.begin * gemm::kRows, i1 = std::min(own, mine.end * gemm::kRows);
     const gemm::Rows<S> xs{x.data()}, hs{sums.h.data()};
     const gemm::Matrix<S> for_h{to.grad_gates + (width - own), 1, pitch};
+    constexpr int64_t part = gemm::kDepth;
     if (n > 0 && gemm::words<S>(n) <= gemm::kDepth) {
       // Of a GRU the rows for n come first.
       const int64_t cut = s.mode == Mode::kGru ? std::clamp(s.hidden, i0, i1) : i0;
       for (const Share& rows : {Share{i0, cut}, Share{cut, i1}})
         if (rows.begin < rows.end)
-          short_product(z.transposed(), xs, rows, s.inputs, n, scratch,
+          short_product(z.transposed(), xs, rows, s.inputs, n, part, false, scratch,
                         sums.w_ih + (gate(rows.begin) - rows.begin) * s.inputs);
-      short_product(for_h, hs, Share{i0, i1}, s.state, n, scratch, sums.w_hh);
+      short_product(for_h, hs, Share{i0, i1}, s.state, n, part, false, scratch, sums.w_hh);
     } else if (s.mode == Mode::kGru) {
       gemm::run(z.transposed(), xs, i0, i1, 0, s.inputs, n, scratch,
                 [&](int64_t i, int64_t j, int64_t lanes, V value) {
@@ -1463,7 +1491,8 @@ struct Backward {
     const Share columns(parts(width, kL), at.mine(), at.all);
     for (int64_t j = columns.begin * kL; j < std::min(width, columns.end * kL); j += kL) {
       const int64_t lanes = std::min(kL, width - j);
-      add_bias(sums.bias + j, lanes, n, true, [&](int64_t r) { return load(z.at(r, j), lanes); });
+      store(sums.bias + j, sum_of_rows<T>(n, [&](int64_t r) { return load(z.at(r, j), lanes); }),
+            lanes);
     }
   }
 
@@ -1502,5 +1531,54 @@ struct Backward {
       }
   }
 };
+
+// The gradients of the weights of `rows` rows of cells' steps, at most kDepth, on top of the sums
+// or, where they are fresh, in their place: from the gradients of the gates and, beside each other,
+// x in columns filled up and h.
+template <typename S>
+void add_weights(const Shape& s, int64_t rows, const S* grad_gates, int64_t pitch, const S* beside,
+                 int64_t beside_pitch, bool fresh, accumulate_t<S>* w_ih, accumulate_t<S>* w_hh,
+                 accumulate_t<S>* b_ih, accumulate_t<S>* b_hh) {
+  using T = accumulate_t<S>;
+  constexpr int64_t kL = Vec<T>::size;
+  const int64_t own = s.gates() * s.hidden, width = s.width() * s.hidden, from_h = width - own;
+  const int64_t turn = s.mode == Mode::kGru ? s.hidden : 0;
+  const auto gate = [turn](int64_t i) { return i < turn ? i + 2 * turn : i - turn; };
+  const gemm::Matrix<S> x{beside, beside_pitch, 1},
+      h{x.at(0, beside_pitch - s.state), beside_pitch, 1};
+  const gemm::Matrix<S> z{grad_gates, 1, pitch}, for_h{grad_gates + from_h, 1, pitch};
+  const int64_t threads = std::clamp<int64_t>(rows * own * (s.inputs + s.state) / gemm::kGrain, 1,
+                                              torch::stable::get_num_threads());
+  const int64_t size =
+      Aligned<T>::padded(gemm::scratch_size<S>(own, std::max(s.inputs, s.state), rows));
+  const Aligned<T> memory(threads * size);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    T* const scratch = memory.get() + begin * size;
+    const Share mine(parts(own, gemm::kRows) * begin / threads * gemm::kRows,
+                     std::min(own, parts(own, gemm::kRows) * end / threads * gemm::kRows));
+    const int64_t cut = std::clamp(turn, mine.begin, mine.end);
+    const auto product = [&](const auto& a, const auto& b, const Share& of, int64_t n, T* to) {
+      if (of.begin < of.end)
+        Backward<S>::short_product(a, b, of, n, rows, gemm::kDepth, !fresh, scratch, to);
+    };
+    for (const Share& of : {Share{mine.begin, cut}, Share{cut, mine.end}})
+      product(z, x, of, s.inputs, w_ih + (gate(of.begin) - of.begin) * s.inputs);
+    product(for_h, h, mine, s.state, w_hh);
+  });
+  if (!b_ih) return;
+  torch::stable::parallel_for(0, parts(width, kL), 8, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin * kL; j < std::min(width, end * kL); j += kL) {
+      const int64_t lanes = std::min(kL, width - j);
+      T sum[kL];
+      store(sum, sum_of_rows<T>(
+                     rows, [&](int64_t r) { return load(grad_gates + r * pitch + j, lanes); }));
+      for (int64_t l = 0; l < lanes; ++l) {
+        const int64_t i = j + l, of_h = i - from_h;
+        if (i < own) b_ih[gate(i)] = fresh ? sum[l] : sum[l] + b_ih[gate(i)];
+        if (of_h >= 0) b_hh[of_h] = fresh ? sum[l] : sum[l] + b_hh[of_h];
+      }
+    }
+  });
+}
 
 }  // namespace dlkernels::lstm

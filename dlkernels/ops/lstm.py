@@ -27,6 +27,11 @@ projection), D the directions, S the rows of all steps:
 ``lstm_backward``       the gradients that are wanted
 ``lstm_cell_forward``   one step: input (B, I), states (B, H), gates (B, 4H)
 ``lstm_cell_backward``
+``lstm_cell_backward_step``     the same without the gradients of the weights, on a CPU: what these
+                        follow from goes to rows [row, row + B) of ``grad_gates`` and of ``beside``,
+                        where x, its columns filled up, and h lie beside each other
+``lstm_cell_backward_weights``  of those rows the gradients of the weights, in the type of sums: put
+                        into w_ih, w_hh, b_ih, b_hh, or added to them where they are not ``fresh``
 
 ``weights`` are those of each direction: w_ih, w_hh, then b_ih, b_hh if there are biases, then w_hr
 of a projection. What is not there comes back as an empty tensor of shape (0). Sums and cell states
@@ -82,6 +87,12 @@ for _schema in (
     "lstm_cell_backward(Tensor? grad_h, Tensor? grad_c, Tensor input, Tensor hx, Tensor? cx,"
     f" {_CELL}, Tensor h, Tensor c, Tensor gates, str mode, bool own, {_WANTED})"
     f" -> ({_OF_INPUTS}, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh)",
+    # ``kind`` is the mode: torch's tracing of what is written to has arguments called that itself.
+    "lstm_cell_backward_step(Tensor? grad_h, Tensor? grad_c, Tensor input, Tensor hx, Tensor? cx,"
+    f" {_CELL}, Tensor h, Tensor c, Tensor gates, str kind, bool own, bool want_input,"
+    f" bool want_states, Tensor(a!) grad_gates, Tensor(b!) beside, SymInt row) -> ({_OF_INPUTS})",
+    "lstm_cell_backward_weights(Tensor grad_gates, Tensor beside, SymInt rows, str kind, bool own,"
+    " bool fresh, Tensor(a!) w_ih, Tensor(b!) w_hh, Tensor(c!)? b_ih, Tensor(d!)? b_hh) -> ()",
     # The public ones, with a derivative: what they save is part of the result.
     f"lstm({_STEPS}, Tensor cx, Tensor[] weights, bool own)"
     f" -> ({_LAST}, Tensor c_n, Tensor gates, Tensor cells)",
@@ -162,6 +173,19 @@ def _(
             for w in (w_ih, w_hh, b_ih, b_hh)
         ),
     )
+
+
+@torch.library.register_fake("dlkernels::lstm_cell_backward_step")
+def _(
+    grad_h, grad_c, input, hx, cx, w_ih, w_hh, b_ih, b_hh, h, c, gates, kind, own, want_input,
+    want_states, grad_gates, beside, row,
+):  # fmt: skip
+    return _empty_gradients(input, hx, cx, want_input, want_states)
+
+
+@torch.library.register_fake("dlkernels::lstm_cell_backward_weights")
+def _(grad_gates, beside, rows, kind, own, fresh, w_ih, w_hh, b_ih, b_hh):
+    return None
 
 
 # --------------------------------------------------------------------------------------- references
@@ -295,8 +319,8 @@ def _layer_backward(ctx, grads, wanted):
     return [g if want else None for g, want in zip(gradients, wanted, strict=True)]
 
 
-def _cell_backward(ctx, grads, wanted):
-    """The gradients of input, hx, cx and the four weights."""
+def _cell_backward(ctx, grads, wanted, owed=None):
+    """The gradients of input, hx, cx and the four weights, but for those that are ``owed``."""
     if all(g is None for g in grads):
         return [None] * len(wanted)
     (mode, own), saved = ctx.settings, ctx.saved_tensors
@@ -309,10 +333,17 @@ def _cell_backward(ctx, grads, wanted):
         return _by_torch(function, grads, inputs, wanted)
     of_input, of_h, of_c, *of_weights = wanted
     grads = [*_contiguous(grads), *[None] * (2 - len(grads))]
-    with torch._C._AutoDispatchBelowAutograd():
-        gradients = _ops.lstm_cell_backward(
-            *grads, *inputs, *results, mode, own, of_input, of_h or of_c, any(of_weights)
-        )
+    if owed is not None and 2 * inputs[0].shape[0] <= _ROWS and not torch.compiler.is_compiling():
+        number = torch._C._current_graph_task_id()
+        if number not in owed:
+            owed[number] = _Sums(mode, own, inputs[0], inputs[3:])
+        gradients = owed[number].step(grads, inputs, results, of_input, of_h or of_c)
+        gradients = *gradients, *[None] * len(of_weights)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            gradients = _ops.lstm_cell_backward(
+                *grads, *inputs, *results, mode, own, of_input, of_h or of_c, any(of_weights)
+            )
     return [g if want else None for g, want in zip(gradients, wanted, strict=True)]
 
 
@@ -332,17 +363,118 @@ class _Layer(torch.autograd.Function):
         return None, None, None, *_layer_backward(ctx, grads, ctx.needs_input_grad[3:])
 
 
+# A loop of cells. With a gradient of the weights for each step autograd would add as many matrices
+# of their size as there are steps. A step whose state is that of another step with the same leaves
+# as weights gets a token, a tensor without elements, that joins it to one node before the weights,
+# _Gather, which autograd reaches after all such steps of a backward pass. Steps are joined to the
+# weights themselves as well, for what _Sums does not compute.
+
+_ROWS = 256  # of steps whose part is computed at once
+
+
+class _Shared:
+    """What the steps of a loop share: each holds it, nothing else does. ``owed`` has the sums of
+    each backward pass that is under way, by its number; those of one that failed go with the graph.
+    """
+
+    def __init__(self, ids, weights):
+        self.ids, self.owed = ids, {}
+        self.token = _Gather.apply(self.owed, *weights)
+
+
+def _shared_by(hx, cx, weights):
+    """None where no step with these weights is before this one, or they are not all leaves that
+    want a gradient."""
+    for state in (hx, cx):
+        before = getattr(state, "grad_fn", None)
+        if type(before) is not _Cell._backward_cls:
+            continue
+        given = [weight for weight in weights if weight is not None]
+        if not all(weight.requires_grad and weight.is_leaf for weight in given):
+            return None
+        # Nobody else has the ids of leaves to which a graph leads.
+        ids, shared = tuple(map(id, given)), getattr(before, "shared", None)
+        if shared is not None and shared.ids == ids:
+            return shared
+        leaves = (getattr(node, "variable", None) for node, _ in before.next_functions[-len(ids) :])
+        if ids == tuple(map(id, leaves)):
+            return _Shared(ids, weights)
+    return None
+
+
+class _Sums:
+    """The gradients of a cell's weights, of the steps of one backward pass: of those whose rows are
+    here, and of those before. Rows are copies: inputs and states may change before the weights'
+    turn comes."""
+
+    def __init__(self, mode, own, input, weights):
+        def rows(columns):
+            # An odd number of cache lines: columns are read too.
+            line = 64 // input.itemsize
+            return input.new_empty(_ROWS, (-(-columns // line) | 1) * line)
+
+        (_, features), (gates, hidden) = weights[0].shape, weights[1].shape
+        self.settings, self.used, self.fresh = (mode, own), 0, True
+        self.grad_gates = rows(4 * hidden if mode == "gru" else gates)
+        # x's columns are filled up to whole vectors of any instruction set.
+        self.beside = input.new_empty(_ROWS, -(-features // 16) * 16 + hidden)
+        self.sums = [
+            w if w is None else w.new_empty(w.shape, dtype=_computed(w.dtype)) for w in weights
+        ]
+
+    def step(self, grads, inputs, results, want_input, want_states):
+        """The gradients of input, hx and cx of a step."""
+        batch = inputs[0].shape[0]
+        if self.used + batch > _ROWS:
+            self.compute()
+        with torch._C._AutoDispatchBelowAutograd():
+            gradients = _ops.lstm_cell_backward_step(
+                *grads, *inputs, *results, *self.settings, want_input, want_states,
+                self.grad_gates, self.beside, self.used,
+            )  # fmt: skip
+        self.used += batch
+        return gradients
+
+    def compute(self):
+        with torch._C._AutoDispatchBelowAutograd():
+            _ops.lstm_cell_backward_weights(
+                self.grad_gates, self.beside, self.used, *self.settings, self.fresh, *self.sums
+            )
+        self.used, self.fresh = 0, False
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, owed, *weights):
+        ctx.set_materialize_grads(False)
+        ctx.owed, ctx.dtype = owed, weights[0].dtype
+        return weights[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _):
+        owed = ctx.owed.pop(torch._C._current_graph_task_id(), None)
+        if owed is None:
+            return None, *(None for _ in ctx.needs_input_grad[1:])
+        owed.compute()
+        wanted = zip(owed.sums, ctx.needs_input_grad[1:], strict=True)
+        return None, *(g.to(ctx.dtype) if want else None for g, want in wanted)
+
+
 class _Cell(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mode, own, *inputs):
+    def forward(ctx, mode, own, shared, token, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             h, c, gates = _ops.lstm_cell_forward(*inputs, mode, True, own)
         _save(ctx, mode, own, inputs, (h, c, gates), 2 if mode == "lstm" else 1)
+        if shared is not None:
+            ctx.shared = shared
         return (h, c) if mode == "lstm" else h
 
     @staticmethod
     def backward(ctx, *grads):
-        return None, None, *_cell_backward(ctx, grads, ctx.needs_input_grad[2:])
+        needs = ctx.needs_input_grad
+        owed = ctx.shared.owed if needs[3] else None
+        return None, None, None, None, *_cell_backward(ctx, grads, needs[4:], owed)
 
 
 # The public ops: functional, for export, opcheck and compile.
@@ -445,6 +577,7 @@ for _name in ("lstm", "gru", "rnn"):
 
 not_differentiable("lstm", "lstm_forward", "lstm_backward")
 not_differentiable("lstm_cell", "lstm_cell_forward", "lstm_cell_backward")
+not_differentiable("lstm_cell", "lstm_cell_backward_step", "lstm_cell_backward_weights")
 
 
 def _below_autograd(raw, *arguments):
@@ -476,7 +609,8 @@ def _run_cell(mode, own, *inputs):
         h, c, _ = _below_autograd(_ops.lstm_cell_forward, *inputs, mode, False, own)
         return (h, c) if mode == "lstm" else h
     if not torch.compiler.is_compiling():
-        return _Cell.apply(mode, own, *inputs)
+        shared = _shared_by(*inputs[1:3], inputs[3:]) if inputs[0].is_cpu else None
+        return _Cell.apply(mode, own, shared, shared and shared.token, *inputs)
     if mode == "lstm":
         return _ops.lstm_cell(*inputs, own)[:2]
     input, hx, _, *weights = inputs
