@@ -92,6 +92,16 @@ def test_a_loops_gradients(mode, bias, loops, poisoned):
     assert (asked.at_once, asked.alone) == calls
 
 
+def test_for_the_inputs_alone_nothing_is_summed():
+    xs, results = leaves_of(3, 4, 6), []
+    for cell in twins():
+        _, total = loop(cell, xs)
+        with Asked() as asked:
+            results.append(torch.autograd.grad(total, xs))
+    assert_close(results)
+    assert (asked.at_once, asked.alone) == (0, 3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_sums_of_less_than_float64(dtype):
     """As near to float64 as torch's, whose sums are rounded at every step."""

@@ -49,6 +49,7 @@ from dlkernels import config
 from dlkernels.ops.common import (
     DTYPES,
     active_transform,
+    asked_for,
     has_kernel,
     is_torchs,
     needs_gradient,
@@ -360,7 +361,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return None, None, None, *_layer_backward(ctx, grads, ctx.needs_input_grad[3:])
+        return None, None, None, *_layer_backward(ctx, grads, asked_for(ctx)[3:])
 
 
 # A loop of cells. With a gradient of the weights for each step autograd would add as many matrices
@@ -472,7 +473,7 @@ class _Cell(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        needs = ctx.needs_input_grad
+        needs = asked_for(ctx)
         owed = ctx.shared.owed if needs[3] else None
         return None, None, None, None, *_cell_backward(ctx, grads, needs[4:], owed)
 
