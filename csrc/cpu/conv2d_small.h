@@ -87,7 +87,6 @@ class Panels {
         beside_(std::max<int64_t>(1, kDepth / width_)),
         groups_((pixels + beside_ - 1) / beside_),
         memory_(chunks() * groups_ * rows * kPitch) {
-    advise_huge_pages(memory_.get(), size_t(chunks() * groups_ * rows * kPitch) * sizeof(T));
     const int64_t blocks = (rows + gemm::kBlockRows - 1) / gemm::kBlockRows;
     torch::stable::parallel_for(0, chunks() * pixels * blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end; ++at) {
@@ -375,7 +374,6 @@ void weight_gradient(const Shape& shape, const S* dy, const S* x, const Weight<S
   const int64_t b_size = panels * from * words * columns;
   const Aligned<T> memory(b_size + threads * size);
   T* const b = memory.get();
-  advise_huge_pages(b, size_t(b_size) * sizeof(T));
   torch::stable::parallel_for(0, panels * from, 1, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t c = at / from * columns, pixel = at % from;

@@ -562,7 +562,6 @@ struct Correlation {
     const Aligned<float> memory(made + threads * (v_size + m_size));
     const float* const u = made ? memory.get() : filters.prepared;
     if (made) {
-      advise_huge_pages(memory.get(), made * sizeof(float));
       filters.transform_all(memory.get());
     }
     std::atomic<int64_t> callers{0};
@@ -595,7 +594,6 @@ struct Correlation {
     const int64_t m_size = kPoints * m_stride;
     const Aligned<float> memory(v_size + threads * (u_size + m_size));
     float* const v = memory.get();
-    advise_huge_pages(v, v_size * sizeof(float));
     torch::stable::parallel_for(0, grid.count, 1, [&](int64_t begin, int64_t end) {
       transform_tiles<PatchPoints>(x, height, width, inputs, grid, -padding[0], -padding[1], begin,
                                    end - begin, pitch, v + begin * kLanes);
@@ -685,7 +683,6 @@ struct WeightGradient {
     const Aligned<float> memory(groups * u_size + (own ? threads : 1) * size);
     float* const du = memory.get();
     float* const scratch = du + groups * u_size;
-    advise_huge_pages(du, (groups * u_size + (own ? threads : 1) * size) * sizeof(float));
     const auto tiles_of = [&](int64_t group) { return group * grid.count / groups; };
     if (own) {
       std::atomic<int64_t> callers{0};
@@ -772,7 +769,6 @@ struct WeightGradient {
     const int64_t scratch = kPoints * kBlock.stride();
     const int64_t size = Aligned<float>::padded((grid.count | 1) * tile_size);
     const Aligned<float> memory(size + threads * scratch);
-    advise_huge_pages(memory.get(), size * sizeof(float));
     const Points points(*this, grid.count, memory.get());
     torch::stable::parallel_for(
         0, grid.count, 1, [&](int64_t begin, int64_t end) { points.transform(0, begin, end); });

@@ -168,9 +168,7 @@ class Chunks {
         statistics_((ranges_ + 1) * statistics_size()),
         at_target_(padded(most_rows_)),
         sums_(wanted.input && a.positions > 1 ? most_rows_ * a.features : 0),
-        blocks_((most_rows_ + kRows - 1) / kRows) {
-    if (!in_place_) advise_huge_pages(logits_.get(), a.classes * pitch_ * sizeof(T) * wanted.any());
-  }
+        blocks_((most_rows_ + kRows - 1) / kRows) {}
 
   // Returns the sum of the losses.
   double run() {
@@ -406,11 +404,11 @@ class Accumulated {
     if (!wanted) return;
     if constexpr (std::is_same_v<S, T>) {
       sums_ = static_cast<T*>(tensor.mutable_data_ptr());
+      advise_huge_pages(sums_, tensor.numel() * sizeof(T));
     } else {
       own_.emplace(tensor.numel());
       sums_ = own_->get();
     }
-    advise_huge_pages(sums_, tensor.numel() * sizeof(T));
   }
   T* sums() const { return sums_; }
   void finish() const {
