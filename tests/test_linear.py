@@ -796,6 +796,14 @@ def test_choice():
     assert chosen("stock", x, weight, bias, activation="tanh") == ("reference", forced)
     vector = "weight of shape (512,) for input of (512, 512)"
     assert chosen("auto", x, weight[0]) == ("stock", vector)
+    halves = [t.bfloat16() for t in (x, weight, bias)]
+    by_pairs = dlkernels.config.libraries["cpu"] == "avx512bf16"
+    onednns = ("stock", "oneDNN has the faster products of bfloat16")
+    assert chosen("auto", *halves) == (onednns if by_pairs else (ours, "covered"))
+    assert chosen("own", *halves) == (ours, "covered")
+    assert chosen("auto", *(t.half() for t in halves)) == (ours, "covered")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chosen("auto", x, weight, bias) == (onednns if by_pairs else (ours, "covered"))
     dlkernels.config.kernels = "own"
     with dlkernels.config.recording() as choices:
         torch.func.vmap(linear, in_dims=(0, None))(x, weight)

@@ -194,6 +194,13 @@ def _is_small(input, weight):
     return input.is_cpu and input.numel() * weight.shape[0] < _SMALL
 
 
+def _is_onednns(input):
+    """Whether torch's product is the faster: of bfloat16, where the processor multiplies its pairs,
+    ours takes 1.05 to 1.2 times oneDNN's time. (Of float16 torch's takes 4 to 100 times ours.)"""
+    of_pairs = config.libraries["cpu"] == "avx512bf16"
+    return of_pairs and autocast_dtype(input, "cpu") == torch.bfloat16
+
+
 def _choose(input, weight, bias, activation):
     """(kernel, reason). "reference" is the definition in torch ops, for what stock lacks."""
     torchs = "stock" if activation == "none" else "reference"
@@ -208,6 +215,8 @@ def _choose(input, weight, bias, activation):
             F.linear(input, weight, bias)  # bad input is torch's to refuse
             raise NotImplementedError(f"linear: no kernel of ours: {refusal}")
         return "stock" if refusal == _CUBLAS else torchs, refusal
+    if kernels == "auto" and _is_onednns(input):
+        return torchs, "oneDNN has the faster products of bfloat16"
     if torch.compiler.is_compiling():
         return "own", "covered"
     return config.owner("cpu"), "covered"
