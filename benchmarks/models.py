@@ -11,9 +11,9 @@ itself is drawn from the same seed.
 words for the others.
 
 **Stock** is ``torch.nn``'s twin of a documented network, with the same weights, eager; of images
-also with channels_last weights and images. ``torch.compile`` is that of stock, ``auto compiled``
-that of ours; both may break the graph. Ours is the network of ``dlkernels.nn``; of the others,
-``swap`` of a copy.
+also with channels_last weights and images, as ours. ``torch.compile`` is that of stock, ``auto
+compiled`` that of ours; both may break the graph. Ours is the network of ``dlkernels.nn``; of the
+others, ``swap`` of a copy.
 
 **The bytes.** Inputs and parameters read once, gradients of parameters written once. **The flops**
 are those of products and convolutions, as ``torch.utils.flop_counter`` counts them on two examples;
@@ -218,19 +218,20 @@ def providers(case: Case, row: Row, device: str) -> list[Provider]:
         call = _call(model, pair.loss[own], pair, batch, row.work)
         return Provider(name, call, lambda: torch.manual_seed(0), **more)
 
-    made = [of("stock", stock, eager_stock=True)]
-    images = {name: x for name, x in pair.batch.items() if x.dim() == 4}
-    if images:
-        batch = pair.batch | {name: x.contiguous(**last) for name, x in images.items()}
-        other = copy.deepcopy(stock).to(**last)
-        made.append(of("stock channels_last", other, batch=batch, eager_stock=True))
-    return [
-        *made,
+    made = [
+        of("stock", stock, eager_stock=True),
         of("torch.compile", _compiled(stock)),
         of("own", ours, own=True, kernels="own"),
         of("auto", ours, own=True, kernels="auto"),
         of("auto compiled", _compiled(ours), own=True, kernels="auto"),
     ]
+    images = {name: x for name, x in pair.batch.items() if x.dim() == 4}
+    if images:
+        batch = pair.batch | {name: x.contiguous(**last) for name, x in images.items()}
+        others = [copy.deepcopy(model).to(**last) for model in (stock, ours)]
+        made.insert(1, of("stock channels_last", others[0], batch=batch, eager_stock=True))
+        made.append(of("auto channels_last", others[1], own=True, batch=batch, kernels="auto"))
+    return made
 
 
 def rows(device: str) -> list[Row]:

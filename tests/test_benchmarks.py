@@ -649,6 +649,19 @@ def test_the_report_takes_the_newest_green_run(results):
     assert lines[2:] == [f"| cross_entropy {name} | {cells}" for name in names]
 
 
+def test_the_report_takes_ours_in_its_best_layout(quick):
+    ours = [
+        measure.Measured("stock", True, [6.0, 6.0], peak_bytes=300),
+        measure.Measured("auto", False, [3.0, 3.0], peak_bytes=100),
+        measure.Measured("auto channels_last", False, [2.0, 2.0], peak_bytes=100),
+    ]
+    measured = {"providers": ours, "batches": 1, "steady": True}
+    measured |= {"core_latency_ns": 40.0, "busy_elsewhere": 0.0}
+    about = {"gate": "green", "machine": machine.describe("cpu", 2), "date": "2026", "commit": ""}
+    rows = records.of_row(row_of(name="a model"), measured, about | {"command": "it"})
+    assert "| 2 | **3.00** |" in report.table(report.newest(rows))
+
+
 def test_the_report_writes_between_its_comments(results, tmp_path):
     pytest.importorskip("matplotlib")
     readme = tmp_path / "README.md"
