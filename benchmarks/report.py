@@ -42,6 +42,9 @@ SHOWN = {
         "16x64x56x56 256 1x1 forward",
         "64x3x32x32 64 3x3 NCHW",
         "16x3x224x224 64 7x7 s2",
+        "64x512x2x2 512 3x3 forward",
+        "16x128x56x56 128 3x3 depthwise forward",
+        "16x96x56x56 96 7x7 depthwise weight gradient",
     ),
     "cross_entropy": (
         "4096x1000",
@@ -74,6 +77,7 @@ SHOWN = {
         "resnet18_cifar",
         "resnet18_cifar forward",
         "gan",
+        "inception_net",
         "sentiment_lstm",
         "two_cell_lstm",
     ),
