@@ -91,7 +91,7 @@ inline Algorithm suited(const Shape& shape, ScalarType dtype, Direction directio
 // less what tiles beyond the edge and lanes beyond the last channel take, pay for the transforms
 // and for its way here. torch's bf16 products run at twice the rate of float's, where the processor
 // has them; its direct algorithms are at the multiply-add peak, but for small images: there ours
-// takes 1/3 to all of the time in all directions, and of up to 8×8 pixels 2/3 in the weight
+// takes, of 64 channels and more, 1/3 to all of the time, and of up to 8×8 pixels 2/3 in the weight
 // gradient.
 inline bool pays(const Shape& shape, ScalarType dtype, Direction direction, const Call& call,
                  Algorithm ours) {
@@ -101,9 +101,10 @@ inline bool pays(const Shape& shape, ScalarType dtype, Direction direction, cons
     return dtype == ScalarType::Float && of_weight && call.channels_last &&
            shape.multiply_adds() >= (shape.r * shape.s > 9 ? 1 << 23 : 1 << 25);
   if (ours == Algorithm::kFewChannels)
-    return dtype == ScalarType::Float && (of_input ? shape.c <= 6 : shape.c == 1 && shape.k <= 16);
-  if (ours == Algorithm::kSmall)
     return dtype == ScalarType::Float &&
+           (of_input ? shape.c <= 6 : shape.c == 1 && shape.k <= (of_weight ? 16 : 8));
+  if (ours == Algorithm::kSmall)
+    return dtype == ScalarType::Float && std::min(shape.c, shape.k) >= 64 &&
            shape.multiply_adds() >= (shape.h * shape.w <= 16 ? 1 << 21 : 1 << 26);
   if (ours != Algorithm::kWinograd) return false;
   const int64_t outputs = of_input ? shape.c : shape.k;
