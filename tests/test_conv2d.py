@@ -1387,6 +1387,7 @@ def test_few_channels_have_an_algorithm_of_their_own():
     few = ["few_channels"] * 3
     for (channels, outputs), named, auto in (
         ((1, 6), few, few),
+        ((1, 9), few, ["aten", "few_channels", "few_channels"]),
         ((6, 16), few, ["aten", "few_channels", "aten"]),
         ((3, 64), few, ["aten", "few_channels", "aten"]),
         ((8, 40), few, ["aten"] * 3),
@@ -1418,6 +1419,7 @@ def test_small_images_have_an_algorithm_of_their_own():
     for shape, own, auto in (
         (Shape((64, 64, 2, 2), 64, THREE, padding=1), small, small),
         (Shape((8, 16, 2, 2), 16, THREE, padding=1), small, aten),
+        (Shape((512, 32, 4, 4), 63, (5, 5), padding=2), small, aten),
         (Shape((64, 64, 2, 3), 64, THREE, padding=1), small, small),
         (Shape((64, 64, 3, 3), 64, THREE, padding=1), ["winograd"] * 3, ["winograd"] * 3),
         (Shape((64, 64, 4, 4), 64, THREE, stride=2, padding=1), small, small),
