@@ -443,6 +443,8 @@ def _key(op, input, weight, *settings):
     if torch._C._len_torch_dispatch_stack() or active_transform():
         return None
     device, graded = input.device, torch.is_grad_enabled()
+    if device.type not in config.libraries:
+        return None
     key = (
         op, input.shape, input.stride(), input.dtype, device, weight.shape, weight.stride(),
         graded and input.requires_grad, graded and weight.requires_grad,
